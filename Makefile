@@ -1,0 +1,54 @@
+# make run    the main job: long-tailed digits, about four minutes on two cores
+# make test   the test suite
+# Both make .venv from the lock of the Python at hand; choose another with PYTHON=python3.12.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+LOCK := requirements/py$(subst .,,$(VERSION)).txt
+READY := $(VENV)/.ready-$(VERSION)
+BIN := $(VENV)/bin
+
+.PHONY: run test test-heavy lint format bench lock clean
+
+run: $(READY)
+	$(BIN)/python main.py --config=configs/digits_lt.py --workdir=runs/digits_lt $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-heavy: $(READY)
+	$(BIN)/python -m pytest -m heavy $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.feature_diffusion $(ARGS)
+
+# A changed lock or another Python makes the environment anew.
+$(READY): $(LOCK)
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(LOCK)
+	touch $@
+
+$(LOCK):
+	@echo "memdiff: there is no lock for Python $(VERSION); use PYTHON=python3.11 or python3.12" >&2
+	@exit 2
+
+# Resolves requirements.txt anew for both Pythons; needs uv.
+lock:
+	for version in 3.11 3.12; do \
+	  uv pip compile --quiet --upgrade --no-emit-index-url --no-header --generate-hashes \
+	    --python-version $$version --python-platform x86_64-manylinux_2_28 \
+	    requirements.txt -o requirements/py$$(echo $$version | tr -d .).txt; done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

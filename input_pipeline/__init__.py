@@ -1,0 +1,1 @@
+"""From a data set's name to long-tailed arrays and to batches on devices."""

@@ -1,0 +1,67 @@
+"""Runs a memdiff experiment: python main.py --config=configs/digits_lt.py --workdir=runs/digits_lt.
+
+The same command again goes on where the last one stopped. All the work is in memdiff.pipeline.
+"""
+
+import logging
+import os
+import pathlib
+import shlex
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from memdiff.errors import ConfigError, MemdiffError
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: results, checkpoints, logs.")
+_TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard events to WORKDIR.")
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors.")
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Parses the flags; whatever is wrong with them or the config file is one sentence."""
+  try:
+    rest = flags.FLAGS(argv)
+    if rest[1:]:
+      raise ConfigError(f"Unknown argument {rest[1]!r}; options start with --.")
+    if _CONFIG.value is None or _WORKDIR.value is None:
+      raise ConfigError("Both --config=configs/NAME.py and --workdir=FOLDER are needed.")
+  except MemdiffError as error:
+    _exit(error)
+  except Exception as error:  # absl and ml_collections raise many types, configs may raise any
+    _exit(ConfigError(" ".join(str(error).split()) or repr(error)))
+  return rest
+
+
+def _exit(error: MemdiffError) -> None:
+  if "--debug" in sys.argv:
+    raise error
+  print(f"memdiff: {error}", file=sys.stderr)
+  sys.exit(error.exit_code)
+
+
+def main(_) -> None:
+  # Compiled programs are kept between runs; JAX reads the folder when it is imported.
+  cache = pathlib.Path.home() / ".cache" / "memdiff" / "jax"
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+  for noisy in ("absl", "jax"):
+    logging.getLogger(noisy).setLevel(logging.ERROR)
+  from memdiff import pipeline
+
+  command = shlex.join(["python", *sys.argv])
+  try:
+    pipeline.run(
+      _CONFIG.value.to_dict(), _WORKDIR.value, tensorboard=_TENSORBOARD.value, command=command
+    )
+  except MemdiffError as error:
+    _exit(error)
+  except KeyboardInterrupt:
+    print("memdiff: interrupted; the same command goes on from here.", file=sys.stderr)
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=_parse)

@@ -1,0 +1,1 @@
+"""Backbones, losses, and the two training stages of the classifier: encoder and head."""

@@ -1,0 +1,1 @@
+"""The one diffusion engine, indifferent to the shape of what it generates."""

@@ -1,0 +1,127 @@
+"""Denoisers: Flax modules `(x_t, t, label, memory) -> (prediction, bottleneck)`.
+
+`condition(label, memory)` holds all that does not depend on x_t or t; a sampler calls it once and
+`denoise(x_t, t, context)` at every step. `__call__` is the two in a row.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from memdiff.config import at_least
+from memdiff.memory_bank import Memory
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserConfig:
+  width: int = at_least(1)
+  num_blocks: int = at_least(1)
+  embedding_dim: int = at_least(4)
+  num_heads: int = at_least(1)
+
+  def __post_init__(self):
+    if self.embedding_dim % (2 * self.num_heads):
+      raise ValueError(
+        f"embedding_dim is {self.embedding_dim}, but must be a multiple of twice num_heads,"
+        f" {2 * self.num_heads}."
+      )
+
+
+@flax.struct.dataclass
+class Context:
+  """A batch's conditioning, encoded."""
+
+  summary: jax.Array  # [B, E'] class embedding, prototype and count
+  keys: jax.Array  # [B, K + 1, heads, E / heads]; row 0 is a learned "nothing known"
+  values: jax.Array  # like keys
+  mask: jax.Array  # [B, K + 1] bool
+
+
+def time_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
+  """Sinusoidal embedding (Vaswani et al. 2017). t [B] in [0, 1000) -> [B, dim], dim even."""
+  frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(dim // 2) / (dim // 2))
+  angles = t.astype(jnp.float32)[:, None] * frequencies
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class ModulatedBlock(nn.Module):
+  """Residual MLP block whose layer norm is scaled and shifted by the conditioning."""
+
+  width: int
+
+  @nn.compact
+  def __call__(self, h: jax.Array, conditioning: jax.Array) -> jax.Array:
+    scale, shift = jnp.split(nn.Dense(2 * self.width)(conditioning), 2, axis=-1)
+    y = nn.LayerNorm(use_scale=False, use_bias=False)(h) * (1 + scale) + shift
+    y = nn.Dense(self.width)(nn.silu(nn.Dense(self.width)(y)))
+    return h + y
+
+
+class MLPDenoiser(nn.Module):
+  """Denoises feature vectors, conditioned on time, class and the class's memory.
+
+  The noised feature is concatenated with the class embedding, the prototype and the log-count of
+  the exemplars it averages; the stored exemplars themselves are attended to with a query made of
+  all of these and the time. Label `num_classes` means "no class". The order of the memory's slots
+  does not matter.
+  """
+
+  num_classes: int
+  feature_dim: int
+  config: DenoiserConfig
+
+  def setup(self):
+    c = self.config
+    head = (c.num_heads, c.embedding_dim // c.num_heads)
+    self.class_embedding = nn.Embed(self.num_classes + 1, c.embedding_dim)
+    self.to_key = nn.DenseGeneral(head)
+    self.to_value = nn.DenseGeneral(head)
+    self.nothing = self.param("nothing", nn.initializers.normal(1.0), (2, *head))
+    self.to_query = nn.DenseGeneral(head)
+    self.attended_to_width = nn.Dense(c.width)
+    self.time_mlp = nn.Sequential([nn.Dense(c.embedding_dim), nn.silu, nn.Dense(c.embedding_dim)])
+    self.to_width = nn.Dense(c.width)
+    self.blocks = [ModulatedBlock(c.width) for _ in range(c.num_blocks)]
+    self.norm = nn.LayerNorm()
+    self.to_noise = nn.Dense(self.feature_dim, kernel_init=nn.initializers.zeros)
+
+  def condition(self, label: jax.Array, memory: Memory) -> Context:
+    """label [B] int in [0, num_classes], memory of B rows -> Context."""
+    batch = label.shape[0]
+    summary = jnp.concatenate(
+      [
+        self.class_embedding(label),
+        memory.prototype,
+        jnp.log1p(memory.count)[:, None],
+        (memory.count > 0).astype(jnp.float32)[:, None],
+      ],
+      axis=-1,
+    )
+    nothing = jnp.broadcast_to(self.nothing[:, None, None], (2, batch, 1, *self.nothing.shape[1:]))
+    return Context(
+      summary=summary,
+      keys=jnp.concatenate([nothing[0], self.to_key(memory.slots)], axis=1),
+      values=jnp.concatenate([nothing[1], self.to_value(memory.slots)], axis=1),
+      mask=jnp.pad(memory.mask, ((0, 0), (1, 0)), constant_values=True),
+    )
+
+  def denoise(self, x_t: jax.Array, t: jax.Array, context: Context):
+    """x_t [B, D], t [B] in [0, 1000) -> (predicted noise [B, D], bottleneck [B, width])."""
+    time = self.time_mlp(time_embedding(t, self.config.embedding_dim))
+    joint = jnp.concatenate([x_t, context.summary, time], axis=-1)
+    query = self.to_query(joint)[:, None]
+    attended = jax.nn.dot_product_attention(
+      query, context.keys, context.values, mask=context.mask[:, None, None]
+    )
+    attended = attended.reshape(attended.shape[0], -1)
+    conditioning = nn.silu(jnp.concatenate([context.summary, time, attended], axis=-1))
+    h = self.to_width(joint) + self.attended_to_width(attended)
+    for block in self.blocks:
+      h = block(h, conditioning)
+    return self.to_noise(self.norm(h)), h
+
+  def __call__(self, x_t: jax.Array, t: jax.Array, label: jax.Array, memory: Memory):
+    return self.denoise(x_t, t, self.condition(label, memory))

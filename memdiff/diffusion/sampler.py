@@ -1,0 +1,128 @@
+"""The reverse process: every sampler is one `lax.scan` over a table of coefficients.
+
+A sampler visits N of the T steps, from the noisiest down, and goes from step t to the next visited
+step s < t with coefficients computed for that very stride; a one-step posterior applied to strided
+steps is wrong (a distribution N(1, 0.3^2) comes out as N(0.18, 0.89^2)). The last stride ends at
+abar = 1, the clean sample. With x0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t):
+
+- `ddpm`, ancestral with the posterior variance: DDPM eq. 7 for the stride,
+  sigma^2 = (1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s);
+- `ddpm_beta`, the same mean with sigma^2 = 1 - abar_t / abar_s (beta_t at stride one);
+- `ddim`: Song et al., "Denoising diffusion implicit models", 2021, eq. 12 with sigma = 0;
+- `dpm++`: DPM-Solver++(2M), Lu et al. 2022, algorithm 2, which extrapolates x0 linearly in
+  log-SNR from the previous step; its last step is first order.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memdiff.diffusion.schedules import NoiseSchedule
+
+SAMPLERS = ("ddpm", "ddpm_beta", "ddim", "dpm++")
+
+
+def visited_steps(num_train_steps: int, num_steps: int) -> np.ndarray:
+  """`num_steps` step indices from T - 1 down to 0, evenly spaced. [N] int."""
+  return np.round(np.linspace(num_train_steps - 1, 0, num_steps)).astype(int)
+
+
+def coefficients(schedule: NoiseSchedule, method: str, num_steps: int) -> dict[str, np.ndarray]:
+  """The table of a sampler, one row per visited step.
+
+  A step is x0 = (x - spread eps) / signal; then, with the previous step's x0',
+  x <- keep x + pull (x0 + extrapolate (x0 - x0')) + sigma z.
+
+  Returns:
+    {"t", "signal", "spread", "keep", "pull", "extrapolate", "sigma"}, each [N] float64.
+  """
+  t = visited_steps(schedule.num_steps, num_steps)
+  now = schedule.alphas_bar[t]  # abar_t
+  then = np.append(now[1:], 1.0)  # abar_s
+  beta = 1 - now / then  # of the stride
+  extrapolate, sigma = np.zeros(num_steps), np.zeros(num_steps)
+  if method in ("ddpm", "ddpm_beta"):
+    keep = np.sqrt(now / then) * (1 - then) / (1 - now)
+    pull = np.sqrt(then) * beta / (1 - now)
+    posterior = (1 - then) / (1 - now) * beta
+    sigma = np.sqrt(posterior if method == "ddpm" else beta * (then < 1))
+  else:
+    keep = np.sqrt((1 - then) / (1 - now))
+    pull = np.sqrt(then) - keep * np.sqrt(now)
+  if method == "dpm++" and num_steps > 2:
+    log_snr = 0.5 * np.log(now / (1 - now))
+    stride = np.diff(log_snr)  # h_1, ..., h_{N-1}
+    extrapolate[1:-1] = stride[1:] / (2 * stride[:-1])
+  return {
+    "t": t.astype(float),
+    "signal": np.sqrt(now),
+    "spread": np.sqrt(1 - now),
+    "keep": keep,
+    "pull": pull,
+    "extrapolate": extrapolate,
+    "sigma": sigma,
+  }
+
+
+def sample(
+  predict_noise: Callable[[jax.Array, jax.Array], jax.Array],
+  schedule: NoiseSchedule,
+  shape: tuple[int, ...],
+  key: jax.Array,
+  *,
+  method: str,
+  num_steps: int,
+  x0_limit: float | None = None,
+) -> jax.Array:
+  """Draws samples; pure, to be called inside jit.
+
+  Args:
+    predict_noise: (x [B, ...], t [B] in [0, 1000)) -> predicted noise [B, ...].
+    schedule: of the training.
+    shape: (B, ...) of the samples.
+    key: of the initial noise and of every step.
+    method: one of SAMPLERS.
+    num_steps: visited steps N, 2 <= N <= T.
+    x0_limit: clips every predicted x0 to [-x0_limit, x0_limit]. At the first steps of a schedule
+      that ends in pure noise, x0 is the difference of two large numbers; data of known range need
+      not suffer from it. None leaves x0 alone.
+
+  Returns:
+    Samples x_0, [B, ...] float32.
+  """
+  start_key, step_key = jax.random.split(key)
+  x = jax.random.normal(start_key, shape)
+  table = coefficients(schedule, method, num_steps)
+  rows = {name: jnp.asarray(column, jnp.float32) for name, column in table.items()}
+  rows["index"] = jnp.arange(num_steps)
+  stochastic = bool(table["sigma"].any())
+
+  def step(carry, row):
+    x, previous_x0 = carry
+    t = jnp.full(shape[:1], model_time(row["t"], schedule))
+    x0 = (x - row["spread"] * predict_noise(x, t)) / row["signal"]
+    if x0_limit is not None:
+      x0 = jnp.clip(x0, -x0_limit, x0_limit)
+    x = row["keep"] * x + row["pull"] * (x0 + row["extrapolate"] * (x0 - previous_x0))
+    if stochastic:
+      z = jax.random.normal(jax.random.fold_in(step_key, row["index"]), shape)
+      x = x + row["sigma"] * z
+    return (x, x0), None
+
+  (x, _), _ = jax.lax.scan(step, (x, jnp.zeros(shape)), rows)
+  return x
+
+
+def model_time(t: jax.Array, schedule: NoiseSchedule) -> jax.Array:
+  """Step index -> the time a denoiser sees, in [0, 1000) whatever T is."""
+  return t.astype(jnp.float32) * (1000.0 / schedule.num_steps)
+
+
+def guide(conditional: jax.Array, unconditional: jax.Array, scale: float) -> jax.Array:
+  """Classifier-free guidance (Ho and Salimans 2022): eps_0 + scale (eps_c - eps_0).
+
+  Scale 1 is no guidance, 0 ignores the condition; omega = scale - 1 in CBDM's notation.
+  """
+  return unconditional + scale * (conditional - unconditional)

@@ -1,0 +1,25 @@
+"""Errors that speak to people: one sentence that says what is wrong, where, and what to do."""
+
+
+class MemdiffError(Exception):
+  """A failure whose message is meant for the user; `main.py` prints it without a traceback."""
+
+  exit_code = 1
+
+
+class ConfigError(MemdiffError):
+  """The configuration or the command line is wrong; nothing was started."""
+
+  exit_code = 2
+
+
+class DataError(MemdiffError):
+  """The data cannot be used as asked."""
+
+
+class WorkdirError(MemdiffError):
+  """The workdir cannot be used: locked, unwritable, corrupt, or of another run."""
+
+
+class NonFiniteError(MemdiffError):
+  """Training produced NaN or infinity."""

@@ -1,0 +1,116 @@
+"""Feature diffusion: the diffusion engine's stage on the encoder's features and the memory bank."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from memdiff import memory_bank
+from memdiff.diffusion import training
+from memdiff.diffusion.denoisers import MLPDenoiser
+from memdiff.diffusion.training import Batch, DiffusionConfig
+from memdiff.memory_bank import MemoryBank
+from memdiff.runtime.loop import Stage
+from memdiff.runtime.mesh import replicate
+from memdiff.runtime.random import stream
+
+
+@flax.struct.dataclass
+class FeatureData:
+  """One seed's standardised training features and its bank in the same units."""
+
+  features: Any  # [N, D]
+  bank: MemoryBank
+
+
+def draw_probabilities(train_counts: np.ndarray, exponent: float) -> np.ndarray:
+  """Probability of drawing each class, n^exponent / sum: 1 is the data's own imbalance, 0 balance."""
+  weights = np.where(train_counts > 0, np.maximum(train_counts, 1) ** exponent, 0.0)
+  return weights / weights.sum()
+
+
+@flax.struct.dataclass
+class Deck:
+  """The training set as a draw pile: a class first, then one of its members."""
+
+  labels: Any  # [N] int32
+  by_class: Any  # [N] int32, indices of the training set in order of class
+  first: Any  # [C] int32, where each class begins in `by_class`
+  counts: Any  # [C] int32
+  cumulative: Any  # [C] float32, cumulated probability of the classes
+
+
+def make_deck(labels: np.ndarray, num_classes: int, exponent: float) -> Deck:
+  counts = np.bincount(labels, minlength=num_classes)
+  return Deck(
+    labels=labels,
+    by_class=np.argsort(labels, kind="stable").astype(np.int32),
+    first=(np.cumsum(counts) - counts).astype(np.int32),
+    counts=counts.astype(np.int32),
+    cumulative=np.cumsum(draw_probabilities(counts, exponent)).astype(np.float32),
+  )
+
+
+def draw_indices(key: jax.Array, deck: Deck, batch_size: int) -> jax.Array:
+  """Indices of training examples drawn with replacement. [B] int32."""
+  class_key, member_key = jax.random.split(key)
+  # Below the last cumulated value, so that rounding cannot pick a class of no probability.
+  u = jax.random.uniform(class_key, (batch_size,), maxval=deck.cumulative[-1])
+  label = jnp.searchsorted(deck.cumulative, u, side="right")
+  member = jax.random.randint(member_key, (batch_size,), 0, deck.counts[label])
+  return deck.by_class[deck.first[label] + member]
+
+
+def draw_batch(
+  key: jax.Array,
+  deck: Deck,
+  own: FeatureData,
+  config: DiffusionConfig,
+  num_classes: int,
+  mesh: Mesh,
+) -> Batch:
+  """A batch of features of all classes, each with its class's memory, itself left out.
+
+  Args:
+    key: of the step.
+    deck: the labels, ready to draw from.
+    own: features and bank of the seed.
+    config: batch size and label dropout.
+    num_classes: C, also the label that means "no class".
+    mesh: of the bank.
+  """
+  pick, thin, drop = (stream(key, name) for name in ("pick", "thin", "drop"))
+  index = draw_indices(pick, deck, config.batch_size)
+  x0, label = own.features[index], deck.labels[index]
+  memory = memory_bank.read(own.bank, label, mesh=mesh)
+  memory = memory_bank.thin_out(memory_bank.leave_one_out(memory, x0), thin)
+  dropped = jax.random.bernoulli(drop, config.label_dropout, label.shape)
+  return Batch(
+    x0=x0,
+    label=jnp.where(dropped, num_classes, label),
+    memory=memory_bank.forget(memory, dropped),
+  )
+
+
+def make_denoiser(config: DiffusionConfig, num_classes: int, feature_dim: int) -> MLPDenoiser:
+  return MLPDenoiser(num_classes, feature_dim, config.denoiser)
+
+
+def make_stage(
+  config: DiffusionConfig,
+  own: FeatureData,
+  labels: np.ndarray,
+  num_classes: int,
+  mesh: Mesh,
+) -> Stage:
+  """The stage that trains the memory-conditioned denoiser; `own` leads with seeds."""
+  deck = replicate(mesh, make_deck(labels, num_classes, config.class_exponent))
+  denoiser = make_denoiser(config, num_classes, own.features.shape[-1])
+
+  def draw(key, deck, own):
+    return draw_batch(key, deck, own, config, num_classes, mesh)
+
+  return training.make_stage(config, denoiser, draw, deck, own, mesh)

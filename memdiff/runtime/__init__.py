@@ -1,0 +1,1 @@
+"""What every stage runs on: mesh, train state, the training loop, checkpoints, writers, workdir."""

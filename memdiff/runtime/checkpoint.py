@@ -1,0 +1,84 @@
+"""Checkpoints: the only file that knows Orbax."""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from memdiff.errors import WorkdirError
+
+
+class Checkpointer:
+  """Saves and restores the train state of one stage, in the background, newest `keep` steps."""
+
+  def __init__(self, directory: pathlib.Path, keep: int):
+    self._directory = directory
+    self._manager = ocp.CheckpointManager(
+      directory.absolute(),
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+    )
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: Any) -> None:
+    """Starts saving `state`; a step that is already there is left as it is."""
+    if step == self._manager.latest_step():
+      return
+    try:
+      self._manager.save(step, args=ocp.args.StandardSave(state))
+    except OSError as error:
+      raise WorkdirError(_cannot_write(self._directory, error)) from error
+
+  def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
+    """The newest intact checkpoint as (step, state), or None where there is none.
+
+    Args:
+      abstract_state: the state's shapes, dtypes and shardings on the present devices, which need
+        not be those it was saved from.
+
+    Raises:
+      WorkdirError: where checkpoints exist and none can be read.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    failures = []
+    for step in steps:
+      try:
+        args = ocp.args.StandardRestore(abstract_state)
+        state = self._manager.restore(step, args=args)
+      except Exception as error:  # Orbax raises many types for torn files
+        failures.append(f"step {step}: {str(error).strip().splitlines()[0][:160]}")
+        continue
+      for newer in steps[: len(failures)]:  # torn, and in the way of saving that step anew
+        self._manager.delete(newer)
+      return step, state
+    if failures:
+      raise WorkdirError(
+        f"No checkpoint in {self._directory} can be read ({'; '.join(failures)}); remove that"
+        " folder to train this stage anew."
+      )
+    return None
+
+  def close(self) -> None:
+    """Waits for the last save and stops the background threads."""
+    try:
+      self._manager.wait_until_finished()
+    except OSError as error:
+      raise WorkdirError(_cannot_write(self._directory, error)) from error
+    finally:
+      self._manager.close()
+
+
+def _cannot_write(directory: pathlib.Path, error: OSError) -> str:
+  return (
+    f"Cannot write a checkpoint to {directory} ({error.strerror or error}); free space there and"
+    " run the same command again, which resumes at the last saved step."
+  )
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+  """Shapes and dtypes of `tree` with `shardings`, as `Checkpointer.restore` wants them."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+  )

@@ -1,0 +1,78 @@
+"""What the user sees while a run works, and the account of where the time went."""
+
+import contextlib
+import sys
+import time
+
+import jax
+
+_COMPILE_EVENTS = (
+  "/jax/core/compile/jaxpr_trace_duration",
+  "/jax/core/compile/jaxpr_to_mlir_module_duration",
+  "/jax/core/compile/backend_compile_duration",
+)
+
+
+class CompileClock:
+  """Seconds that JAX spent tracing, lowering and compiling, as JAX itself reports them."""
+
+  def __init__(self):
+    self.seconds = 0.0
+    jax.monitoring.register_event_duration_secs_listener(self._record)
+
+  def _record(self, event: str, duration: float, **_) -> None:
+    if event in _COMPILE_EVENTS:
+      self.seconds += duration
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Progress:
+  """Prints one line per event; steps at most every `every` seconds."""
+
+  def __init__(self, num_phases: int, every: float = 2.0, stream=None):
+    self._num_phases = num_phases
+    self._every = every
+    self._stream = stream or sys.stderr
+    self._prefix = ""
+    self._stage_start = (0.0, 0)
+    self._last_line = 0.0
+
+  def _print(self, text: str) -> None:
+    print(text, file=self._stream, flush=True)
+
+  def phase(self, number: int, name: str, note: str = "") -> None:
+    self._prefix = f"[{number}/{self._num_phases} {name}]"
+    if note:
+      self.say(note)
+
+  def say(self, text: str) -> None:
+    self._print(f"{self._prefix} {text}".strip())
+
+  @contextlib.contextmanager
+  def compiling(self, what: str):
+    """Says what is being compiled before the silence, and how long it took."""
+    self.say(f"compiling {what} ...")
+    start = time.perf_counter()
+    yield
+    self.say(f"compiled {what} in {time.perf_counter() - start:.1f} s")
+
+  def start_stage(self, step: int) -> None:
+    """The clock of the time left starts at `step`."""
+    self._stage_start = (time.perf_counter(), step)
+    self._last_line = 0.0
+
+  def step(self, stage: str, step: int, num_steps: int, metrics: dict[str, float]) -> None:
+    now = time.perf_counter()
+    if now - self._last_line < self._every and step < num_steps:
+      return
+    self._last_line = now
+    start, first = self._stage_start
+    left = (now - start) / max(step - first, 1) * (num_steps - step)
+    numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    share = f"{step / num_steps:4.0%}"
+    self.say(f"{stage}  step {step}/{num_steps} {share}  {_clock(left)} left  {numbers}")

@@ -1,0 +1,132 @@
+"""The workdir of a run: one folder and one manifest per phase, a lock, atomic writes.
+
+A phase's manifest is written when it begins (with the part of the config it depends on) and again
+when it has finished. The same command resumes at the first unfinished phase; a changed config for
+a phase that has begun is refused with the differing fields named.
+"""
+
+import fcntl
+import io
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from memdiff.errors import WorkdirError
+
+
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
+  """Writes a file so that a kill leaves either the old content or the new, never a part."""
+  partial = path.with_name(path.name + ".partial")
+  try:
+    with partial.open("wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(partial, path)
+  except OSError as error:
+    raise WorkdirError(
+      f"Cannot write {path} ({error.strerror}); free space there or choose another --workdir, then"
+      " run the same command again: finished phases are kept."
+    ) from error
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+  write_atomically(path, text.encode())
+
+
+def write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes a .npz file."""
+  buffer = io.BytesIO()
+  np.savez(buffer, **{name: np.asarray(value) for name, value in arrays.items()})
+  write_atomically(path, buffer.getvalue())
+
+
+def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads a .npz file; nothing in it is unpickled."""
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return dict(file)
+  except (OSError, ValueError, EOFError, KeyError) as error:
+    raise WorkdirError(
+      f"Cannot read {path} ({error}); remove the folder {path.parent} and run the same command"
+      " again to make it anew."
+    ) from error
+
+
+class Workdir:
+  """One run's folder; holds its lock until `close`."""
+
+  def __init__(self, path: str):
+    self.path = pathlib.Path(path).absolute()
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      self._lock = (self.path / ".lock").open("w")
+    except OSError as error:
+      raise WorkdirError(
+        f"Cannot use the workdir {path} ({error.strerror}); choose another --workdir."
+      ) from error
+    try:
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      self._lock.close()
+      raise WorkdirError(
+        f"Another run is working in {path}; wait for it, or choose another --workdir."
+      ) from None
+
+  def close(self) -> None:
+    self._lock.close()
+
+  def folder(self, phase: str) -> pathlib.Path:
+    return self.path / phase
+
+  def manifest(self, phase: str) -> dict[str, Any] | None:
+    """What a phase left of itself, or None where it never began."""
+    path = self.folder(phase) / "manifest.json"
+    if not path.exists():
+      return None
+    try:
+      manifest = json.loads(path.read_text())
+      manifest["config"], manifest["finished"]  # both are there
+      return manifest
+    except (ValueError, KeyError, TypeError):
+      raise WorkdirError(
+        f"{path} is damaged; remove the folder {path.parent} to run the phase anew."
+      ) from None
+
+  def begin(self, phase: str, config: Mapping[str, Any]) -> bool:
+    """Announces that `phase` is to run with `config` (flat: field name -> value).
+
+    Returns:
+      True where the phase has already finished with this very config.
+
+    Raises:
+      WorkdirError: where it ran, or began, with another config.
+    """
+    manifest = self.manifest(phase)
+    config = json.loads(json.dumps(config))
+    if manifest is None:
+      self.folder(phase).mkdir(parents=True, exist_ok=True)
+      write_json(self.folder(phase) / "manifest.json", {"config": config, "finished": False})
+      return False
+    old = manifest["config"]
+    changed = [
+      f"{name} was {old.get(name)!r} and is now {config.get(name)!r}"
+      for name in sorted(old.keys() | config.keys())
+      if old.get(name) != config.get(name)
+    ]
+    if changed:
+      raise WorkdirError(
+        f"Phase {phase} in {self.path} was run with another config ({'; '.join(changed)}); use a"
+        f" new --workdir, or remove {self.folder(phase)} and the phases after it."
+      )
+    return manifest["finished"]
+
+  def finish(self, phase: str, record: Mapping[str, Any]) -> None:
+    """Marks `phase` finished; `record` (timings, versions, metrics) joins its manifest."""
+    manifest = self.manifest(phase) | {"finished": True} | dict(record)
+    write_json(self.folder(phase) / "manifest.json", manifest)
