@@ -27,7 +27,7 @@ class FeatureData:
 
 
 def draw_probabilities(train_counts: np.ndarray, exponent: float) -> np.ndarray:
-  """Probability of drawing each class, n^exponent / sum: 1 is the data's own imbalance, 0 balance."""
+  """Probability of drawing each class, n^exponent / sum: 1 as in the data, 0 balanced."""
   weights = np.where(train_counts > 0, np.maximum(train_counts, 1) ** exponent, 0.0)
   return weights / weights.sum()
 

@@ -1,7 +1,7 @@
 """The one feature space: the frozen encoder's features, the bank refilled from them, their scale.
 
-After the encoder is trained, all its features are computed again in evaluation mode, and the bank is
-refilled from those of the training set. Diffusion and head work on features standardised with
+After the encoder is trained, all its features are computed again in evaluation mode, and the bank
+is refilled from those of the training set. Diffusion and head work on features standardised with
 training statistics; the bank, the saved features and the exported hallucinations stay in the
 encoder's own units.
 """
@@ -69,7 +69,7 @@ def fill_bank(
   mesh: Mesh,
 ) -> MemoryBank:
   """A bank per seed, filled with features [S, N, D] in a random order; leading axis of seeds."""
-  num_seeds, num_examples, dim = features.shape
+  _, num_examples, dim = features.shape
   num_chunks = -(-num_examples // _CHUNK)
   padding = num_chunks * _CHUNK - num_examples
 

@@ -438,8 +438,10 @@ def draw(e: Experiment, space: Space, rows: list[dict], synthetic: Mapping[str, 
   made = np.bincount(synthetic["labels"], minlength=data.num_classes)
   first = jax.tree.map(lambda x: x[0], space.standardizer)
   return {
-    "long_tail": plots.long_tail_profile(data.class_names, data.train_counts, made, group_of_class),
-    "per_class": plots.per_class_accuracy(
+    "long_tail_profile": plots.long_tail_profile(
+      data.class_names, data.train_counts, made, group_of_class
+    ),
+    "per_class_accuracy": plots.per_class_accuracy(
       data.class_names,
       data.train_counts,
       [
@@ -459,10 +461,10 @@ def draw(e: Experiment, space: Space, rows: list[dict], synthetic: Mapping[str, 
       seed=0,
       max_per_class=e.config.evaluation.map_per_class,
     ),
-    "confidence": plots.confidence_histogram(
+    "confidence_histogram": plots.confidence_histogram(
       synthetic["confidence"][0], synthetic["labels"], data.class_names
     ),
-    "curves": plots.training_curves(training_curves(e)),
+    "training_curves": plots.training_curves(training_curves(e)),
   }
 
 

@@ -60,7 +60,7 @@ def per_class_scores(predictions: np.ndarray, labels: np.ndarray, num_classes: i
 
 
 def mean_std(values: np.ndarray) -> dict:
-  """Mean and sample standard deviation over the leading axis of seeds, as plain numbers or lists."""
+  """Mean and sample deviation over the leading axis of seeds, as plain numbers or lists."""
   values = np.asarray(values, float)
   spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
   return {"mean": plain(values.mean(axis=0)), "std": plain(spread)}

@@ -16,7 +16,7 @@ _WORDS = {
     "close to 0",
   ),
   "mmd": (
-    "Squared kernel distance (unbiased, median bandwidth) between hallucinated and training features.",
+    "Squared kernel distance (unbiased, median bandwidth) of hallucinated to training features.",
     "close to 0",
   ),
   "separation": (
