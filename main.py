@@ -28,11 +28,28 @@ def _parse(argv: list[str]) -> list[str]:
       raise ConfigError(f"Unknown argument {rest[1]!r}; options start with --.")
     if _CONFIG.value is None or _WORKDIR.value is None:
       raise ConfigError("Both --config=configs/NAME.py and --workdir=FOLDER are needed.")
+    _CONFIG.value.to_dict()  # raises where the file could not be read
   except MemdiffError as error:
     _exit(error)
   except Exception as error:  # absl and ml_collections raise many types, configs may raise any
-    _exit(ConfigError(" ".join(str(error).split()) or repr(error)))
+    _exit(ConfigError(_explain(error, argv)))
   return rest
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+  """One sentence for what went wrong while the flags were parsed."""
+  if isinstance(error, (KeyError, AttributeError)):  # an override of a field that is not there
+    for argument in argv:
+      name = argument.lstrip("-").split("=")[0]
+      if name.startswith("config.") and any(p in str(error) for p in name.split(".")[1:]):
+        return f"{name} does not exist; the config file lists the fields."
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  if isinstance(error, OSError):
+    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "")
+    return f"Cannot read the config file {path.split(':')[0]} ({lines[-1]})."
+  if any(line.startswith("Traceback") for line in lines):
+    return f"The config file failed: {lines[-1]}"
+  return lines[0] if lines else repr(error)
 
 
 def _exit(error: MemdiffError) -> None:

@@ -12,7 +12,7 @@ from memdiff import memory_bank
 from memdiff.diffusion import training
 from memdiff.diffusion.denoisers import MLPDenoiser
 from memdiff.diffusion.training import Batch, DiffusionConfig
-from memdiff.memory_bank import MemoryBank
+from memdiff.memory_bank import Memory, MemoryBank
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.mesh import replicate
 from memdiff.runtime.random import stream
@@ -78,20 +78,55 @@ def draw_batch(
     key: of the step.
     deck: the labels, ready to draw from.
     own: features and bank of the seed.
-    config: batch size and label dropout.
+    config: batch size; `label_dropout` is the share of rows without label and memory (the
+      unconditional model of guidance), `anonymous` the share of the others without label: what the
+      denoiser knows of those classes it must take from their exemplars.
     num_classes: C, also the label that means "no class".
     mesh: of the bank.
   """
-  pick, thin, drop = (stream(key, name) for name in ("pick", "thin", "drop"))
+  pick, thin, drop, hide = (stream(key, name) for name in ("pick", "thin", "drop", "hide"))
   index = draw_indices(pick, deck, config.batch_size)
   x0, label = own.features[index], deck.labels[index]
   memory = memory_bank.read(own.bank, label, mesh=mesh)
   memory = memory_bank.thin_out(memory_bank.leave_one_out(memory, x0), thin)
   dropped = jax.random.bernoulli(drop, config.label_dropout, label.shape)
+  hidden = jax.random.bernoulli(hide, config.anonymous, label.shape)
+  x0, memory = displace(stream(key, "displace"), x0, memory, hidden, config.displacement)
   return Batch(
     x0=x0,
-    label=jnp.where(dropped, num_classes, label),
+    label=jnp.where(dropped | hidden, num_classes, label),
     memory=memory_bank.forget(memory, dropped),
+  )
+
+
+def displace(key: jax.Array, x0: jax.Array, memory: Memory, chosen: jax.Array, strength: float):
+  """Moves chosen features together with their memories, as if they were classes never seen.
+
+  A denoiser that meets the same few exemplars of a tail class again and again learns them by
+  heart. A moved class it cannot know: it has to read place and spread off the exemplars, and learns
+  from the large classes how members scatter around few exemplars. Each row moves by `strength`
+  times a standard normal number times the difference of two prototypes out of the batch, so that it
+  stays in the directions in which classes differ.
+
+  Args:
+    key: randomness.
+    x0: [B, D] features.
+    memory: of B rows.
+    chosen: [B] bool, the rows to move.
+    strength: 0 moves nothing.
+
+  Returns:
+    (x0, memory), moved.
+  """
+  first, second, size = jax.random.split(key, 3)
+  a = jax.random.permutation(first, memory.prototype)
+  b = jax.random.permutation(second, memory.prototype)
+  amount = strength * jax.random.normal(size, chosen.shape) * chosen
+  shift = amount[:, None] * (a - b)
+  known = (memory.count > 0)[:, None]
+  return x0 + shift, memory.replace(
+    prototype=jnp.where(known, memory.prototype + shift, memory.prototype),
+    slots=jnp.where(memory.mask[:, :, None], memory.slots + shift[:, None], memory.slots),
   )
 
 

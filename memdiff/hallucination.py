@@ -70,12 +70,16 @@ CONFIDENCES = {
 }
 
 
+CONDITIONS = ("class_and_memory", "memory", "class")
+
+
 @dataclasses.dataclass(frozen=True)
 class HallucinationConfig:
   tail_below: int = at_least(1)
   fill_to: int = at_least(1)
   sampler: str = one_of(SAMPLERS)
   num_steps: int = at_least(2)
+  condition: str = one_of(CONDITIONS)
   guidance: float = at_least(0)
   x0_limit: float | None = above(0)
   chunk_size: int = at_least(1)
@@ -110,7 +114,7 @@ def plan(train_counts: np.ndarray, config: HallucinationConfig) -> np.ndarray:
 
 
 def guided_denoiser(denoiser: MLPDenoiser, params, label, memory, scale: float):
-  """(x, t) -> noise, with the conditioning of these labels encoded once.
+  """(x, t) -> the denoiser's output, with the conditioning of these labels encoded once.
 
   At scale 1 the denoiser runs once per call; otherwise conditional and unconditional rows run as
   one batch of 2B.
@@ -148,6 +152,7 @@ def sample_features(
   labels: jax.Array,
   key: jax.Array,
   config: HallucinationConfig,
+  prediction: str,
   mesh: Mesh,
 ) -> jax.Array:
   """Samples one standardised feature per label, chunk by chunk in one compiled program.
@@ -157,7 +162,8 @@ def sample_features(
     bank: in standardised units.
     labels: [M] int32.
     key: randomness.
-    config: sampler, steps, guidance and chunk size.
+    config: sampler, steps, condition, guidance and chunk size.
+    prediction: what the denoiser was trained to predict.
     mesh: samples are split over it.
 
   Returns:
@@ -172,6 +178,10 @@ def sample_features(
     number, labels = arguments
     labels = mesh_lib.shard_batch(labels, mesh)
     memory = memory_bank.read(bank, labels, mesh=mesh)
+    if config.condition == "class":
+      memory = memory_bank.forget(memory, jnp.ones(labels.shape, bool))
+    if config.condition == "memory":
+      labels = jnp.full_like(labels, denoiser.num_classes)
     predict = guided_denoiser(denoiser, params, labels, memory, config.guidance)
     return sampler.sample(
       predict,
@@ -180,6 +190,7 @@ def sample_features(
       jax.random.fold_in(key, number),
       method=config.sampler,
       num_steps=config.num_steps,
+      prediction=prediction,
       x0_limit=config.x0_limit,
     )
 
@@ -226,6 +237,7 @@ def hallucinate(
   numbers: np.ndarray,
   key: jax.Array,
   config: HallucinationConfig,
+  prediction: str,
   mesh: Mesh,
 ) -> SyntheticFeatures:
   """Makes the synthetic set of one seed; pure, to be jitted and vmapped over seeds.
@@ -237,7 +249,9 @@ def hallucinate(
     key: base key of the seed.
   """
   labels = jnp.asarray(np.repeat(np.arange(len(numbers)), numbers), jnp.int32)
-  samples = sample_features(denoiser, params, schedule, bank, labels, key, config, mesh)
+  samples = sample_features(
+    denoiser, params, schedule, bank, labels, key, config, prediction, mesh
+  )
   # Through the encoder's units and back: what is judged and exported is what the head trains on.
   raw = standardizer.backward(samples)
   samples = standardizer.forward(raw)

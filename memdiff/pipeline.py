@@ -253,7 +253,7 @@ def hallucinate(e: Experiment) -> dict:
   def make(params, bank, standardizer, own_head, features, key, labels):
     return hallucination.hallucinate(
       denoiser, params, schedule, bank, standardizer, own_head, features, labels, numbers, key,
-      e.config.hallucination, e.mesh,
+      e.config.hallucination, e.config.diffusion.prediction, e.mesh,
     )  # fmt: skip
 
   with e.run.progress.compiling(f"the sampler, and sampling {numbers.sum()} features per seed"):
@@ -567,17 +567,23 @@ def hardware() -> dict[str, Any]:
 @dataclasses.dataclass(frozen=True)
 class Phase:
   name: str
+  title: str  # for the user, when it starts
   work: Callable[[Experiment], dict]  # returns metrics for the manifest
   reads: tuple[str, ...]  # parts of the config that decide its result, beyond earlier phases'
 
 
 PHASES = (
-  Phase("encoder", train_encoder, ("seeds", "dataset", "encoder", "memory_bank", "loop")),
-  Phase("memory_bank", build_memory_bank, ()),
-  Phase("diffusion", train_diffusion, ("diffusion",)),
-  Phase("hallucination", hallucinate, ("hallucination",)),
-  Phase("classifier", train_classifier, ("head",)),
-  Phase("evaluation", evaluate, ("name", "evaluation")),
+  Phase(
+    "encoder",
+    "training the image classifiers",
+    train_encoder,
+    ("seeds", "dataset", "encoder", "memory_bank", "loop"),
+  ),
+  Phase("memory_bank", "encoding all images, filling the bank", build_memory_bank, ()),
+  Phase("diffusion", "training the denoiser on the features", train_diffusion, ("diffusion",)),
+  Phase("hallucination", "sampling features for the tail", hallucinate, ("hallucination",)),
+  Phase("classifier", "training the heads again", train_classifier, ("head",)),
+  Phase("evaluation", "scoring and drawing", evaluate, ("name", "evaluation")),
 )
 
 
@@ -635,6 +641,7 @@ def _run_phases(e: Experiment) -> dict:
     if e.workdir.begin(phase.name, phase_config(e, phase)):
       progress.say("finished earlier")
       continue
+    progress.say(phase.title)
     start, compiled = time.perf_counter(), clock.seconds
     metrics = phase.work(e)
     seconds, compile_seconds = time.perf_counter() - start, clock.seconds - compiled

@@ -3,7 +3,7 @@
 A sampler visits N of the T steps, from the noisiest down, and goes from step t to the next visited
 step s < t with coefficients computed for that very stride; a one-step posterior applied to strided
 steps is wrong (a distribution N(1, 0.3^2) comes out as N(0.18, 0.89^2)). The last stride ends at
-abar = 1, the clean sample. With x0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t):
+abar = 1, the clean sample. With x0 as the denoiser's output implies it:
 
 - `ddpm`, ancestral with the posterior variance: DDPM eq. 7 for the stride,
   sigma^2 = (1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s);
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memdiff.diffusion import objectives
 from memdiff.diffusion.schedules import NoiseSchedule
 
 SAMPLERS = ("ddpm", "ddpm_beta", "ddim", "dpm++")
@@ -29,14 +30,16 @@ def visited_steps(num_train_steps: int, num_steps: int) -> np.ndarray:
   return np.round(np.linspace(num_train_steps - 1, 0, num_steps)).astype(int)
 
 
-def coefficients(schedule: NoiseSchedule, method: str, num_steps: int) -> dict[str, np.ndarray]:
+def coefficients(
+  schedule: NoiseSchedule, method: str, num_steps: int, prediction: str = "eps"
+) -> dict[str, np.ndarray]:
   """The table of a sampler, one row per visited step.
 
-  A step is x0 = (x - spread eps) / signal; then, with the previous step's x0',
+  A step is x0 = from_x x + from_output output; then, with the previous step's x0',
   x <- keep x + pull (x0 + extrapolate (x0 - x0')) + sigma z.
 
   Returns:
-    {"t", "signal", "spread", "keep", "pull", "extrapolate", "sigma"}, each [N] float64.
+    {"t", "from_x", "from_output", "keep", "pull", "extrapolate", "sigma"}, each [N] float64.
   """
   t = visited_steps(schedule.num_steps, num_steps)
   now = schedule.alphas_bar[t]  # abar_t
@@ -55,10 +58,11 @@ def coefficients(schedule: NoiseSchedule, method: str, num_steps: int) -> dict[s
     log_snr = 0.5 * np.log(now / (1 - now))
     stride = np.diff(log_snr)  # h_1, ..., h_{N-1}
     extrapolate[1:-1] = stride[1:] / (2 * stride[:-1])
+  from_x, from_output = objectives.x0_weights(prediction, np.sqrt(now), np.sqrt(1 - now))
   return {
     "t": t.astype(float),
-    "signal": np.sqrt(now),
-    "spread": np.sqrt(1 - now),
+    "from_x": from_x,
+    "from_output": from_output,
     "keep": keep,
     "pull": pull,
     "extrapolate": extrapolate,
@@ -67,24 +71,26 @@ def coefficients(schedule: NoiseSchedule, method: str, num_steps: int) -> dict[s
 
 
 def sample(
-  predict_noise: Callable[[jax.Array, jax.Array], jax.Array],
+  predict: Callable[[jax.Array, jax.Array], jax.Array],
   schedule: NoiseSchedule,
   shape: tuple[int, ...],
   key: jax.Array,
   *,
   method: str,
   num_steps: int,
+  prediction: str = "eps",
   x0_limit: float | None = None,
 ) -> jax.Array:
   """Draws samples; pure, to be called inside jit.
 
   Args:
-    predict_noise: (x [B, ...], t [B] in [0, 1000)) -> predicted noise [B, ...].
+    predict: (x [B, ...], t [B] in [0, 1000)) -> the denoiser's output [B, ...].
     schedule: of the training.
     shape: (B, ...) of the samples.
     key: of the initial noise and of every step.
     method: one of SAMPLERS.
     num_steps: visited steps N, 2 <= N <= T.
+    prediction: what that output is, one of objectives.PREDICTIONS.
     x0_limit: clips every predicted x0 to [-x0_limit, x0_limit]. At the first steps of a schedule
       that ends in pure noise, x0 is the difference of two large numbers; data of known range need
       not suffer from it. None leaves x0 alone.
@@ -94,7 +100,7 @@ def sample(
   """
   start_key, step_key = jax.random.split(key)
   x = jax.random.normal(start_key, shape)
-  table = coefficients(schedule, method, num_steps)
+  table = coefficients(schedule, method, num_steps, prediction)
   rows = {name: jnp.asarray(column, jnp.float32) for name, column in table.items()}
   rows["index"] = jnp.arange(num_steps)
   stochastic = bool(table["sigma"].any())
@@ -102,7 +108,7 @@ def sample(
   def step(carry, row):
     x, previous_x0 = carry
     t = jnp.full(shape[:1], model_time(row["t"], schedule))
-    x0 = (x - row["spread"] * predict_noise(x, t)) / row["signal"]
+    x0 = row["from_x"] * x + row["from_output"] * predict(x, t)
     if x0_limit is not None:
       x0 = jnp.clip(x0, -x0_limit, x0_limit)
     x = row["keep"] * x + row["pull"] * (x0 + row["extrapolate"] * (x0 - previous_x0))
@@ -123,6 +129,6 @@ def model_time(t: jax.Array, schedule: NoiseSchedule) -> jax.Array:
 def guide(conditional: jax.Array, unconditional: jax.Array, scale: float) -> jax.Array:
   """Classifier-free guidance (Ho and Salimans 2022): eps_0 + scale (eps_c - eps_0).
 
-  Scale 1 is no guidance, 0 ignores the condition; omega = scale - 1 in CBDM's notation.
+  The same for any prediction, since all are linear in eps given x_t. Scale 1 is no guidance, 0 ignores the condition; omega = scale - 1 in CBDM's notation.
   """
   return unconditional + scale * (conditional - unconditional)

@@ -46,9 +46,14 @@ class NoiseSchedule:
 
   def noise(self, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
     """Draws x_t given x_0 [B, ...], step indices t [B] and standard normal eps [B, ...]."""
+    signal, noise = self.scales(t, x0)
+    return signal * x0 + noise * eps
+
+  def scales(self, t: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sqrt(abar_t), sqrt(1 - abar_t)) for t [B], shaped to broadcast against x [B, ...]."""
     signal = jnp.asarray(np.sqrt(self.alphas_bar), jnp.float32)[t]
-    spread = jnp.asarray(np.sqrt(1 - self.alphas_bar), jnp.float32)[t]
-    return expand(signal, x0) * x0 + expand(spread, x0) * eps
+    noise = jnp.asarray(np.sqrt(1 - self.alphas_bar), jnp.float32)[t]
+    return expand(signal, x), expand(noise, x)
 
 
 def expand(values: jax.Array, x: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from memdiff.config import at_least, between
+from memdiff.config import at_least, between, one_of
 from memdiff.diffusion import objectives
 from memdiff.diffusion.denoisers import DenoiserConfig
 from memdiff.diffusion.sampler import model_time
@@ -25,9 +25,12 @@ from memdiff.runtime.train_state import OptimizerConfig
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
   schedule: ScheduleConfig
+  prediction: str = one_of(objectives.PREDICTIONS)
   denoiser: DenoiserConfig
   class_exponent: float = between(0, 1)
   label_dropout: float = between(0, 1)
+  anonymous: float = between(0, 1)
+  displacement: float = at_least(0)
   ema_decay: float = between(0, 0.999999)
   batch_size: int = at_least(1)
   num_steps: int = at_least(1)
@@ -51,7 +54,7 @@ def make_stage(
   own: Any,
   mesh: Mesh,
 ) -> Stage:
-  """Trains `denoiser` to predict the noise.
+  """Trains `denoiser` to predict the noise, or what the config names instead.
 
   Args:
     config: optimiser, schedule, EMA.
@@ -81,12 +84,13 @@ def make_stage(
     )
     eps = jax.random.normal(stream(state.key, "noise", state.step), batch.x0.shape)
     x_t = schedule.noise(batch.x0, t, eps)
+    target = objectives.target(config.prediction, batch.x0, eps, *schedule.scales(t, batch.x0))
 
     def loss_of(params):
-      prediction, _ = denoiser.apply(
+      output, _ = denoiser.apply(
         {"params": params}, x_t, model_time(t, schedule), batch.label, batch.memory
       )
-      return objectives.noise_mse(prediction, eps).mean()
+      return objectives.mean_squared_error(output, target).mean()
 
     loss, gradients = jax.value_and_grad(loss_of)(state.params)
     state = train_state.apply_gradients(state, gradients, optimizer)

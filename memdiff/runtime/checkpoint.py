@@ -1,6 +1,7 @@
 """Checkpoints: the only file that knows Orbax."""
 
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -26,10 +27,19 @@ class Checkpointer:
     """Starts saving `state`; a step that is already there is left as it is."""
     if step == self._manager.latest_step():
       return
+    self._check_room(state)
     try:
       self._manager.save(step, args=ocp.args.StandardSave(state))
-    except OSError as error:
+    except Exception as error:  # of this save, or of the last one, which ran in the background
       raise WorkdirError(_cannot_write(self._directory, error)) from error
+
+  def _check_room(self, state: Any) -> None:
+    """Raises before a save that cannot succeed: a full disk is said at once and in one sentence."""
+    needed = 2 * sum(x.nbytes for x in jax.tree.leaves(state)) + 2**20
+    free = shutil.disk_usage(self._directory).free
+    if free < needed:
+      reason = f"{free / 2**20:.1f} MiB are free, {needed / 2**20:.1f} MiB are needed"
+      raise WorkdirError(_cannot_write(self._directory, OSError(reason)))
 
   def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
     """The newest intact checkpoint as (step, state), or None where there is none.
@@ -64,16 +74,17 @@ class Checkpointer:
     """Waits for the last save and stops the background threads."""
     try:
       self._manager.wait_until_finished()
-    except OSError as error:
+    except Exception as error:  # Orbax passes on what its storage layer raised
       raise WorkdirError(_cannot_write(self._directory, error)) from error
     finally:
       self._manager.close()
 
 
-def _cannot_write(directory: pathlib.Path, error: OSError) -> str:
+def _cannot_write(directory: pathlib.Path, error: Exception) -> str:
+  reason = str(error).strip().splitlines()[-1][-160:]
   return (
-    f"Cannot write a checkpoint to {directory} ({error.strerror or error}); free space there and"
-    " run the same command again, which resumes at the last saved step."
+    f"Cannot write a checkpoint to {directory} ({reason}); make room there and run the same"
+    " command again, which resumes at the last saved step."
   )
 
 

@@ -45,10 +45,9 @@ class Progress:
   def _print(self, text: str) -> None:
     print(text, file=self._stream, flush=True)
 
-  def phase(self, number: int, name: str, note: str = "") -> None:
+  def phase(self, number: int, name: str) -> None:
+    """All further lines belong to this phase."""
     self._prefix = f"[{number}/{self._num_phases} {name}]"
-    if note:
-      self.say(note)
 
   def say(self, text: str) -> None:
     self._print(f"{self._prefix} {text}".strip())

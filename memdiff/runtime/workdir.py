@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pathlib
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
     os.replace(partial, path)
   except OSError as error:
     raise WorkdirError(
-      f"Cannot write {path} ({error.strerror}); free space there or choose another --workdir, then"
+      f"Cannot write {path} ({error.strerror}); make room there or choose another --workdir, then"
       " run the same command again: finished phases are kept."
     ) from error
 
@@ -51,7 +52,7 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     with np.load(path, allow_pickle=False) as file:
       return dict(file)
-  except (OSError, ValueError, EOFError, KeyError) as error:
+  except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
     raise WorkdirError(
       f"Cannot read {path} ({error}); remove the folder {path.parent} and run the same command"
       " again to make it anew."

@@ -1,0 +1,163 @@
+"""The command line: every wrong input ends in one sentence and an exit code."""
+
+import fcntl
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMOKE = "--config=configs/digits_lt.py:smoke"
+
+
+def call(*arguments, **kwargs):
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}
+  return subprocess.run(
+    [sys.executable, "main.py", *arguments],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+    **kwargs,
+  )
+
+
+def expect_sentence(result, code, *parts):
+  assert result.returncode == code, result.stderr
+  assert "Traceback" not in result.stderr
+  said = [line for line in result.stderr.splitlines() if line.startswith("memdiff: ")]
+  assert len(said) == 1, result.stderr
+  for part in parts:
+    assert part in said[0]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "parts"),
+  [
+    ([], ["--config", "--workdir"]),
+    (["--config=configs/nope.py", "--workdir=x"], ["configs/nope.py", "Cannot read"]),
+    (["--config=configs/digits_lt.py:huge", "--workdir=x"], ["huge", "default and smoke"]),
+    ([SMOKE, "--workdir=x", "stray"], ["stray"]),
+    ([SMOKE, "--workdir=x", "--stray"], ["stray"]),
+    ([SMOKE, "--workdir=x", "--config.encoder.stray=1"], ["config.encoder.stray"]),
+    ([SMOKE, "--workdir=x", "--config.stray.field=1"], ["config.stray.field"]),
+    ([SMOKE, "--workdir=x", "--config.encoder.num_steps=many"], ["encoder.num_steps", "many"]),
+  ],
+)
+def test_wrong_command_lines_are_usage_errors(arguments, parts, tmp_path):
+  expect_sentence(call(*[a.replace("=x", f"={tmp_path}/x") for a in arguments]), 2, *parts)
+  assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+  ("override", "parts"),
+  [
+    ("--config.hallucination.sampler=euler", ["hallucination.sampler", "'euler'", "ddim"]),
+    ("--config.dataset.name=cifar", ["dataset.name", "digits"]),
+    ("--config.encoder.batch_size=4096", ["encoder.batch_size", "4096"]),
+    ("--config.hallucination.num_steps=2000", ["hallucination.num_steps", "2000"]),
+    ("--config.hallucination.fill_to=1", ["fill_to"]),
+    ("--config.loop.eval_every=7", ["eval_every", "multiple of steps_per_dispatch"]),
+  ],
+)
+def test_wrong_values_are_refused_before_any_work(override, parts, tmp_path):
+  result = call(SMOKE, f"--workdir={tmp_path / 'run'}", override, "--notensorboard")
+  expect_sentence(result, 2, *parts)
+  assert not (tmp_path / "run").exists()
+
+
+def test_an_imbalance_that_empties_a_class_is_named_with_its_limit(tmp_path):
+  result = call(SMOKE, f"--workdir={tmp_path / 'run'}", "--config.dataset.imbalance=500")
+  expect_sentence(result, 1, "imbalance", "122")
+
+
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
+  (tmp_path / "file").write_text("")
+  result = call(SMOKE, f"--workdir={tmp_path / 'file' / 'run'}", "--notensorboard")
+  expect_sentence(result, 1, "file/run", "another --workdir")
+
+
+def test_two_runs_in_one_workdir_are_refused(tmp_path):
+  with (tmp_path / ".lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    expect_sentence(call(SMOKE, f"--workdir={tmp_path}", "--notensorboard"), 1, "Another run")
+
+
+def test_debug_shows_the_traceback(tmp_path):
+  result = call(SMOKE, f"--workdir={tmp_path}", "--config.dataset.imbalance=500", "--debug")
+  assert result.returncode == 1
+  assert "Traceback" in result.stderr
+
+
+def call_patched(patch, workdir, *arguments):
+  """Runs main.py in a process in which the statements of `patch` were executed first."""
+  argv = ["main.py", SMOKE, f"--workdir={workdir}", *arguments]
+  code = f"import runpy, sys\n{patch}\nsys.argv = {argv!r}\n"
+  code += "runpy.run_path('main.py', run_name='__main__')"
+  return subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+  )
+
+
+def test_a_missing_tensorflow_is_said_before_any_work(tmp_path):
+  patch = (
+    "import importlib.util as u; find = u.find_spec\n"
+    "u.find_spec = lambda name, *a: None if name == 'tensorflow' else find(name, *a)"
+  )
+  expect_sentence(call_patched(patch, tmp_path / "run"), 2, "tensorflow", "--notensorboard")
+  assert not (tmp_path / "run" / "encoder").exists()
+
+
+def test_a_full_disk_is_said_at_once_and_the_run_goes_on_when_there_is_room(tmp_path):
+  run = tmp_path / "run"
+  patch = (
+    "import collections, shutil\n"
+    "Usage = collections.namedtuple('Usage', 'total used free')\n"
+    "shutil.disk_usage = lambda path: Usage(1, 1, 0)"
+  )
+  expect_sentence(
+    call_patched(patch, run, "--notensorboard"), 1, "0.0 MiB are free", "make room there"
+  )
+  result = call(SMOKE, f"--workdir={run}", "--notensorboard")
+  assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def smoke_run(tmp_path_factory):
+  run = tmp_path_factory.mktemp("smoke") / "run"
+  result = call(SMOKE, f"--workdir={run}", "--notensorboard")
+  assert result.returncode == 0, result.stderr
+  return run
+
+
+def test_a_second_call_repeats_nothing(smoke_run):
+  before = {p: p.stat().st_mtime_ns for p in smoke_run.rglob("*.npz")}
+  result = call(SMOKE, f"--workdir={smoke_run}", "--notensorboard")
+  assert result.returncode == 0
+  assert result.stderr.count("finished earlier") == 6
+  assert "memdiff" in result.stdout
+  assert "report.html" in result.stdout
+  assert before == {p: p.stat().st_mtime_ns for p in smoke_run.rglob("*.npz")}
+
+
+def test_a_changed_config_for_a_finished_phase_is_refused_with_the_field_named(smoke_run):
+  override = "--config.head.num_steps=31"
+  result = call(SMOKE, f"--workdir={smoke_run}", "--notensorboard", override)
+  expect_sentence(result, 1, "classifier", "head.num_steps was 30 and is now 31")
+
+
+def test_damaged_files_of_finished_phases_are_named(smoke_run):
+  run = smoke_run
+  damaged = run / "hallucination" / "synthetic_features.npz"
+  damaged.write_bytes(damaged.read_bytes()[:1000])
+  (run / "classifier" / "manifest.json").unlink()
+  result = call(SMOKE, f"--workdir={run}", "--notensorboard")
+  expect_sentence(result, 1, "synthetic_features.npz", "remove the folder")
+  np.savez(damaged, features=np.array([{}], dtype=object))
+  result = call(SMOKE, f"--workdir={run}", "--notensorboard")
+  expect_sentence(result, 1, "synthetic_features.npz", "remove the folder")

@@ -1,0 +1,204 @@
+"""Whole runs: kill and resume, one device and eight, without TensorFlow."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Everything a resumed run must reproduce to the last digit.
+EXACT = ("classification", "features", "comparison", "dataset", "synthetic_counts", "config")
+
+# Refuses TensorFlow and all that needs it, as an environment without them would.
+WITHOUT_TENSORFLOW = """
+import importlib.machinery, runpy, sys
+find = importlib.machinery.PathFinder.find_spec
+absent = ("tensorflow", "tensorboard", "clu")
+importlib.machinery.PathFinder.find_spec = classmethod(
+  lambda cls, name, *rest: None if name.split(".")[0] in absent else find(name, *rest))
+sys.argv = ["main.py", *sys.argv[1:]]
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+def command(workdir, *arguments):
+  return [
+    *(sys.executable, "-c", WITHOUT_TENSORFLOW),
+    *("--config=configs/digits_lt.py:smoke", f"--workdir={workdir}", "--notensorboard"),
+    *arguments,
+  ]
+
+
+def environment(devices=1):
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  return os.environ | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg", "XLA_FLAGS": flags}
+
+
+def run(workdir, devices=1):
+  result = subprocess.run(
+    command(workdir),
+    cwd=ROOT,
+    env=environment(devices),
+    capture_output=True,
+    text=True,
+    timeout=500,
+    check=False,
+  )
+  assert result.returncode == 0, result.stderr
+  return json.loads((workdir / "report.json").read_text()), result
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+  report, result = run(workdir)
+  return workdir, report, result
+
+
+def test_the_report_holds_what_it_promises(undisturbed):
+  _, report, _ = undisturbed
+  assert report["schema"] == 1
+  assert set(report["dataset"]) >= {
+    *("name", "num_classes", "train_counts", "test_count", "split_sha256")
+  }
+  methods = [row["method"] for row in report["classification"]]
+  assert set(methods) >= {"cross_entropy", "csl", "csl_retrain", "memdiff", "oracle"}
+  for row in report["classification"]:
+    assert row["seeds"] == [0, 1]
+    for score in ("top1", "many", "medium", "few", "macro_f1"):
+      assert 0 <= row[score]["mean"] <= 1
+      assert row[score]["std"] >= 0
+    assert len(row["per_class_top1"]["mean"]) == len(row["per_class_f1"]["mean"]) == 10
+  assert set(report["features"]) == {
+    *("diversity", "kl_gaussian", "mmd", "separation", "memorization_ratio", "truth_test")
+  }
+  assert set(report["timing"]["phases"]) == {
+    *("encoder", "memory_bank", "diffusion", "hallucination", "classifier", "evaluation")
+  }
+  assert all(p["compile_seconds"] <= p["seconds"] for p in report["timing"]["phases"].values())
+  json.dumps(report, allow_nan=False)
+
+
+def test_the_table_is_what_the_saved_arrays_say(undisturbed):
+  from sklearn.metrics import f1_score
+
+  from input_pipeline import digits
+
+  workdir, report, _ = undisturbed
+  with np.load(workdir / "memory_bank" / "features.npz") as arrays:
+    predictions = arrays["predictions_csl"]
+  labels = digits.load().test_labels
+  row = next(r for r in report["classification"] if r["method"] == "csl")
+  np.testing.assert_allclose(row["top1"]["mean"], (predictions == labels).mean())
+  f1 = [f1_score(labels, p, average="macro", zero_division=0) for p in predictions]
+  np.testing.assert_allclose(row["macro_f1"]["mean"], np.mean(f1))
+
+
+def test_the_run_tells_what_it_does(undisturbed):
+  _, _, result = undisturbed
+  for number, phase in enumerate(
+    ("encoder", "memory_bank", "diffusion", "hallucination", "classifier", "evaluation"), 1
+  ):
+    assert f"[{number}/6 {phase}]" in result.stderr
+  assert re.search(r"step 30/30 +100% +0:00 left +accuracy", result.stderr)
+  assert re.search(r"compiling encoder/csl step .* \.\.\.", result.stderr)
+  assert "Traceback" not in result.stderr
+
+
+def test_synthetic_features_say_where_they_come_from(undisturbed):
+  workdir, report, _ = undisturbed
+  with np.load(workdir / "hallucination" / "synthetic_features.npz") as file:
+    arrays = dict(file)
+  number = sum(report["synthetic_counts"])
+  assert arrays["features"].shape == (2, number, 64)
+  assert (arrays["features"] >= 0).all()
+  for name in ("labels", "number", "num_exemplars"):
+    assert arrays[name].shape == (number,)
+  for name in ("confidence", "nearest_index", "nearest_distance"):
+    assert arrays[name].shape == (2, number)
+  counts = np.array(report["dataset"]["train_counts"])
+  np.testing.assert_array_equal(arrays["num_exemplars"], np.minimum(counts, 32)[arrays["labels"]])
+  np.testing.assert_array_equal(np.bincount(arrays["labels"], minlength=10) + counts, 122)
+
+
+def test_hallucination_leaves_the_bank_as_it_was(undisturbed):
+  # The bank was saved before anything was hallucinated; its manifest's count and the training
+  # counts say that it holds training features alone.
+  workdir, report, _ = undisturbed
+  manifest = json.loads((workdir / "memory_bank" / "manifest.json").read_text())
+  stored = np.minimum(report["dataset"]["train_counts"], 32).sum()
+  assert manifest["metrics"]["stored_features"] == 2 * stored
+
+
+MOMENTS = {
+  "encoder": "encoder/csl/checkpoints/10",
+  "memory_bank": "memory_bank/manifest.json",
+  "diffusion": "diffusion/checkpoints/20",
+  "hallucination": "hallucination/manifest.json",
+  "classifier": "classifier/memdiff/checkpoints/10",
+  "evaluation": "evaluation/manifest.json",
+}
+
+
+def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(undisturbed, tmp_path):
+  workdir = tmp_path / "run"
+  for phase, moment in MOMENTS.items():
+    process = subprocess.Popen(
+      command(workdir),
+      cwd=ROOT,
+      env=environment(),
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while not (workdir / moment).exists():
+      assert process.poll() is None, f"the run ended before {moment} was there"
+      assert time.monotonic() < deadline
+      time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    manifest = json.loads((workdir / phase / "manifest.json").read_text())
+    assert not manifest["finished"], f"{phase} was over before the kill"
+  report, _ = run(workdir)
+  _, expected, _ = undisturbed
+  for part in EXACT:
+    assert report[part] == expected[part], part
+  for path in ("encoder/csl", "diffusion", "classifier/memdiff"):
+    killed = (workdir / path / "metrics.jsonl").read_text()
+    assert killed == (undisturbed[0] / path / "metrics.jsonl").read_text()
+
+
+def test_eight_devices_give_the_same_bank_split_and_curves(undisturbed, tmp_path):
+  workdir = tmp_path / "run"
+  report, _ = run(workdir, devices=8)
+  one, expected, _ = undisturbed
+  assert report["hardware"]["devices"] == 8
+  assert report["dataset"] == expected["dataset"]
+
+  def curve(folder, stage):
+    lines = (folder / stage / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+  for stage in ("encoder/csl", "diffusion"):
+    for a, b in zip(curve(workdir, stage), curve(one, stage), strict=True):
+      assert (a["step"], a["kind"]) == (b["step"], b["kind"])
+      np.testing.assert_allclose(a["metrics"]["loss"], b["metrics"]["loss"], rtol=2e-3)
+  banks = [load_bank(folder / "memory_bank" / "bank") for folder in (workdir, one)]
+  np.testing.assert_array_equal(banks[0]["seen"], banks[1]["seen"])
+  for name in ("prototype", "slots"):
+    np.testing.assert_allclose(banks[0][name], banks[1][name], atol=2e-3)
+
+
+def load_bank(folder):
+  import orbax.checkpoint as ocp
+
+  with ocp.CheckpointManager(folder.absolute()) as manager:
+    restored = manager.restore(0, args=ocp.args.StandardRestore())
+  return {name: np.asarray(value) for name, value in restored.items()}
