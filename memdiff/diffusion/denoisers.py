@@ -23,27 +23,24 @@ class DenoiserConfig:
   num_heads: int = at_least(1)
 
   def __post_init__(self):
-    if self.embedding_dim % (2 * self.num_heads):
-      raise ValueError(
-        f"embedding_dim is {self.embedding_dim}, but must be a multiple of twice num_heads,"
-        f" {2 * self.num_heads}."
-      )
+    if self.embedding_dim % 2:
+      raise ValueError(f"embedding_dim is {self.embedding_dim}, but must be even.")
 
 
 @flax.struct.dataclass
 class Context:
-  """A batch's conditioning, encoded."""
+  """A batch's conditioning: all that does not change from step to step."""
 
-  summary: jax.Array  # [B, E'] class embedding, prototype and count
-  keys: jax.Array  # [B, K + 1, heads, E / heads]; row 0 is a learned "nothing known"
-  values: jax.Array  # like keys
+  summary: jax.Array  # [B, E + D + 2] class embedding, prototype and count
+  keys: jax.Array  # [B, K + 1, D] the stored features; row 0 is a learned "nothing known"
+  values: jax.Array  # [B, K + 1, D] the same with another row 0
   mask: jax.Array  # [B, K + 1] bool
 
 
 def time_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
   """Sinusoidal embedding (Vaswani et al. 2017). t [B] in [0, 1000) -> [B, dim], dim even."""
   frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(dim // 2) / (dim // 2))
-  angles = t.astype(jnp.float32)[:, None] * frequencies
+  angles = t.astype(jnp.float32)[:, None] * frequencies[None]
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -64,9 +61,9 @@ class MLPDenoiser(nn.Module):
   """Denoises feature vectors, conditioned on time, class and the class's memory.
 
   The noised feature is concatenated with the class embedding, the prototype and the log-count of
-  the exemplars it averages; the stored exemplars themselves are attended to with a query made of
-  all of these and the time. Label `num_classes` means "no class". The order of the memory's slots
-  does not matter.
+  the exemplars it averages. The stored exemplars themselves are keys and values of an attention
+  whose queries, one per head, are made of all these and the time: each head looks up a weighted
+  mean of exemplars. Label `num_classes` means "no class". The order of the slots does not matter.
   """
 
   num_classes: int
@@ -74,19 +71,16 @@ class MLPDenoiser(nn.Module):
   config: DenoiserConfig
 
   def setup(self):
-    c = self.config
-    head = (c.num_heads, c.embedding_dim // c.num_heads)
+    c, dim = self.config, self.feature_dim
     self.class_embedding = nn.Embed(self.num_classes + 1, c.embedding_dim)
-    self.to_key = nn.DenseGeneral(head)
-    self.to_value = nn.DenseGeneral(head)
-    self.nothing = self.param("nothing", nn.initializers.normal(1.0), (2, *head))
-    self.to_query = nn.DenseGeneral(head)
-    self.attended_to_width = nn.Dense(c.width)
+    self.nothing = self.param("nothing", nn.initializers.normal(1.0), (2, dim))
     self.time_mlp = nn.Sequential([nn.Dense(c.embedding_dim), nn.silu, nn.Dense(c.embedding_dim)])
+    self.to_query = nn.DenseGeneral((c.num_heads, dim))
     self.to_width = nn.Dense(c.width)
+    self.to_conditioning = nn.Dense(c.embedding_dim)
     self.blocks = [ModulatedBlock(c.width) for _ in range(c.num_blocks)]
     self.norm = nn.LayerNorm()
-    self.to_noise = nn.Dense(self.feature_dim, kernel_init=nn.initializers.zeros)
+    self.to_output = nn.Dense(dim, kernel_init=nn.initializers.zeros)
 
   def condition(self, label: jax.Array, memory: Memory) -> Context:
     """label [B] int in [0, num_classes], memory of B rows -> Context."""
@@ -100,28 +94,28 @@ class MLPDenoiser(nn.Module):
       ],
       axis=-1,
     )
-    nothing = jnp.broadcast_to(self.nothing[:, None, None], (2, batch, 1, *self.nothing.shape[1:]))
+    nothing = jnp.broadcast_to(self.nothing[:, None, None], (2, batch, 1, self.feature_dim))
     return Context(
       summary=summary,
-      keys=jnp.concatenate([nothing[0], self.to_key(memory.slots)], axis=1),
-      values=jnp.concatenate([nothing[1], self.to_value(memory.slots)], axis=1),
+      keys=jnp.concatenate([nothing[0], memory.slots], axis=1),
+      values=jnp.concatenate([nothing[1], memory.slots], axis=1),
       mask=jnp.pad(memory.mask, ((0, 0), (1, 0)), constant_values=True),
     )
 
   def denoise(self, x_t: jax.Array, t: jax.Array, context: Context):
-    """x_t [B, D], t [B] in [0, 1000) -> (predicted noise [B, D], bottleneck [B, width])."""
+    """x_t [B, D], t [B] in [0, 1000) -> (output [B, D], bottleneck [B, width])."""
     time = self.time_mlp(time_embedding(t, self.config.embedding_dim))
     joint = jnp.concatenate([x_t, context.summary, time], axis=-1)
-    query = self.to_query(joint)[:, None]
-    attended = jax.nn.dot_product_attention(
-      query, context.keys, context.values, mask=context.mask[:, None, None]
-    )
-    attended = attended.reshape(attended.shape[0], -1)
-    conditioning = nn.silu(jnp.concatenate([context.summary, time, attended], axis=-1))
-    h = self.to_width(joint) + self.attended_to_width(attended)
+    scores = jnp.einsum("bhd,bkd->bhk", self.to_query(joint), context.keys)
+    scores = scores / jnp.sqrt(self.feature_dim)
+    scores = jnp.where(context.mask[:, None], scores, -jnp.inf)
+    attended = jnp.einsum("bhk,bkd->bhd", nn.softmax(scores), context.values)
+    joint = jnp.concatenate([joint, attended.reshape(attended.shape[0], -1)], axis=-1)
+    conditioning = nn.silu(self.to_conditioning(joint))
+    h = self.to_width(joint)
     for block in self.blocks:
       h = block(h, conditioning)
-    return self.to_noise(self.norm(h)), h
+    return self.to_output(self.norm(h)), h
 
   def __call__(self, x_t: jax.Array, t: jax.Array, label: jax.Array, memory: Memory):
     return self.denoise(x_t, t, self.condition(label, memory))

@@ -129,6 +129,7 @@ def model_time(t: jax.Array, schedule: NoiseSchedule) -> jax.Array:
 def guide(conditional: jax.Array, unconditional: jax.Array, scale: float) -> jax.Array:
   """Classifier-free guidance (Ho and Salimans 2022): eps_0 + scale (eps_c - eps_0).
 
-  The same for any prediction, since all are linear in eps given x_t. Scale 1 is no guidance, 0 ignores the condition; omega = scale - 1 in CBDM's notation.
+  The same for any prediction, since all are linear in eps given x_t. Scale 1 is no guidance, 0
+  ignores the condition; omega = scale - 1 in CBDM's notation.
   """
   return unconditional + scale * (conditional - unconditional)
