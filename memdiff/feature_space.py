@@ -28,11 +28,12 @@ class Standardizer:
   scale: jax.Array  # [D], 1 where a dimension is constant
 
   def forward(self, features: jax.Array) -> jax.Array:
-    return (features - self.mean) / self.scale
+    """[N, D] -> [N, D]."""
+    return (features - self.mean[None]) / self.scale[None]
 
   def backward(self, features: jax.Array) -> jax.Array:
     """Back to the encoder's units; encoders that end in a ReLU have no negative features."""
-    return jnp.maximum(features * self.scale + self.mean, 0.0)
+    return jnp.maximum(features * self.scale[None] + self.mean[None], 0.0)
 
 
 def fit_standardizer(features: jax.Array) -> Standardizer:

@@ -31,7 +31,7 @@ def cosine_confidence(features, labels, bank: MemoryBank, logits):
   del logits
   filled = (bank.seen > 0)[:, None]
   centre = jnp.sum(bank.prototype * filled, axis=0) / jnp.maximum(filled.sum(), 1)
-  a, b = features - centre, bank.prototype[labels] - centre
+  a, b = features - centre[None], bank.prototype[labels] - centre[None]
   norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
   return jnp.maximum(jnp.sum(a * b, axis=-1) / jnp.maximum(norms, _EPSILON), 0.0)
 
@@ -218,7 +218,7 @@ def nearest_of_class(features, labels, references, reference_labels):
   """For each row, the nearest reference of its own class: (index [M], Euclidean distance [M])."""
 
   def one(feature, label):
-    squared = jnp.sum(jnp.square(references - feature), axis=-1)
+    squared = jnp.sum(jnp.square(references - feature[None]), axis=-1)
     squared = jnp.where(reference_labels == label, squared, jnp.inf)
     return jnp.argmin(squared).astype(jnp.int32), jnp.sqrt(jnp.min(squared))
 
@@ -255,7 +255,7 @@ def hallucinate(
   # Through the encoder's units and back: what is judged and exported is what the head trains on.
   raw = standardizer.backward(samples)
   samples = standardizer.forward(raw)
-  logits = samples @ head["kernel"] + head["bias"]
+  logits = samples @ head["kernel"] + head["bias"][None]
   index, distance = nearest_of_class(samples, labels, train_features, train_labels)
   return SyntheticFeatures(
     features=raw,

@@ -115,7 +115,7 @@ def _update_rows(bank, features, labels, draws, *, horizon):
     (decay / jnp.maximum(fresh, 1)).at[labels].get(mode="fill", fill_value=0.0),
     (1 - 1 / horizon) ** (n - position).astype(jnp.float32) / horizon,
   )
-  members = jax.nn.one_hot(labels, rows).T * jnp.where(mine, weight, 0.0)  # [rows, B]
+  members = jax.nn.one_hot(labels, rows).T * jnp.where(mine, weight, 0.0)[None]  # [rows, B]
   added = jnp.matmul(members, features, precision=jax.lax.Precision.HIGHEST)
   kept = jnp.where(
     bank.seen >= horizon,
@@ -202,7 +202,7 @@ def read(bank: MemoryBank, labels: jax.Array, *, mesh: Mesh) -> Memory:
     on_device, mesh=mesh, in_specs=(spec, spec, spec, PartitionSpec()), out_specs=PartitionSpec()
   )(bank.prototype, bank.slots, bank.seen, labels)
   count = packed[:, num_slots + 1, 0]
-  mask = jnp.arange(num_slots) < count[:, None]
+  mask = jnp.arange(num_slots)[None] < count[:, None]
   return Memory(packed[:, num_slots], packed[:, :num_slots], mask, count)
 
 
@@ -267,4 +267,6 @@ def forget(memory: Memory, dropped: jax.Array) -> Memory:
 
 def standardize(bank: MemoryBank, mean: jax.Array, scale: jax.Array) -> MemoryBank:
   """The same bank in the standardised space (f - mean) / scale; `mean` and `scale` are [D]."""
-  return bank.replace(prototype=(bank.prototype - mean) / scale, slots=(bank.slots - mean) / scale)
+  prototype = (bank.prototype - mean[None]) / scale[None]
+  slots = (bank.slots - mean[None, None]) / scale[None, None]
+  return bank.replace(prototype=prototype, slots=slots)

@@ -68,7 +68,8 @@ def device_data(dataset: LongTailDataset, mesh: Mesh) -> dict[str, jax.Array]:
 
 def normalize(images: jax.Array, shared: dict[str, jax.Array]) -> jax.Array:
   """uint8 [B, H, W, ch] -> float32 with the training set's mean 0 and deviation 1 per channel."""
-  return (images.astype(jnp.float32) - shared["pixel_mean"]) / shared["pixel_std"]
+  mean, std = (shared[n].reshape(1, 1, 1, -1) for n in ("pixel_mean", "pixel_std"))
+  return (images.astype(jnp.float32) - mean) / std
 
 
 def apply_eval(model: ResNet, state: TrainState, images: jax.Array):

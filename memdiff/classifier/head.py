@@ -59,8 +59,8 @@ def standardized_head(head: dict[str, jax.Array], standardizer: Standardizer):
 
 
 def logits_of(head: dict[str, jax.Array], features: jax.Array) -> jax.Array:
-  """[..., D] -> [..., C]."""
-  return features @ head["kernel"] + head["bias"]
+  """[N, D] -> [N, C]."""
+  return features @ head["kernel"] + head["bias"][None]
 
 
 def effective_counts(
