@@ -6,7 +6,7 @@ import numpy as np
 
 from input_pipeline import digits, long_tail
 from input_pipeline.source import Source
-from memdiff.config import at_least, one_of
+from memdiff.config import at_least, between, one_of
 from memdiff.errors import DataError
 
 SOURCES = {"digits": digits.load}
@@ -17,7 +17,7 @@ class DatasetConfig:
   name: str = one_of(SOURCES)
   profile: str = one_of(long_tail.PROFILES)
   imbalance: float = at_least(1)
-  split_seed: int = at_least(0)
+  split_seed: int = between(0, 2**32 - 1)
 
 
 @dataclasses.dataclass(frozen=True)

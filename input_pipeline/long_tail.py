@@ -38,7 +38,7 @@ def class_counts(n_max: int, num_classes: int, imbalance: float, profile: str) -
   if min(counts) < 1:
     raise DataError(
       f"An imbalance of {imbalance:g} leaves {counts.count(0)} of {num_classes} classes without a"
-      f" training image; config.dataset.imbalance can be at most {n_max}."
+      f" training image; config.dataset.imbalance must be below {n_max}."
     )
   return np.asarray(counts)
 

@@ -6,7 +6,7 @@ fields, wrong types and values outside their range, so a typo never survives to 
 """
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -64,7 +64,7 @@ _TYPE_WORDS = {int: "a whole number", float: "a number", bool: "True or False", 
 def _convert_scalar(kind: type, value: Any) -> Any:
   """Returns `value` as `kind`, or raises TypeError; never rounds and never guesses."""
   is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if kind is float and is_number and math.isfinite(value):
+  if kind is float and is_number and abs(value) <= sys.float_info.max:
     return float(value)
   if kind is int and is_number and isinstance(value, int):
     return value

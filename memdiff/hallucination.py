@@ -44,7 +44,7 @@ def _entropy(logits):
 def certainty_confidence(features, labels, bank, logits):
   """1 - H(softmax(logits)) / log C: 1 where the classifier is sure (of any class). [M]."""
   del features, labels, bank
-  return 1.0 - _entropy(logits) / np.log(logits.shape[-1])
+  return jnp.maximum(1.0 - _entropy(logits) / np.log(logits.shape[-1]), 0.0)
 
 
 def entropy_confidence(features, labels, bank, logits):
@@ -249,9 +249,7 @@ def hallucinate(
     key: base key of the seed.
   """
   labels = jnp.asarray(np.repeat(np.arange(len(numbers)), numbers), jnp.int32)
-  samples = sample_features(
-    denoiser, params, schedule, bank, labels, key, config, prediction, mesh
-  )
+  samples = sample_features(denoiser, params, schedule, bank, labels, key, config, prediction, mesh)
   # Through the encoder's units and back: what is judged and exported is what the head trains on.
   raw = standardizer.backward(samples)
   samples = standardizer.forward(raw)

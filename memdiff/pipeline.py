@@ -53,7 +53,7 @@ class ExperimentConfig:
   """Everything that decides a run's results."""
 
   name: str
-  seeds: tuple[int, ...] = each(lambda s: s >= 0, "whole numbers from 0, at least one")
+  seeds: tuple[int, ...] = each(lambda s: 0 <= s < 2**32, "whole numbers from 0 to 2^32 - 1")
   dataset: dataset_lib.DatasetConfig
   encoder: encoder.EncoderConfig
   memory_bank: memory_bank.BankConfig

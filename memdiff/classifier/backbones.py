@@ -25,6 +25,8 @@ class BackboneConfig:
         f"stage_sizes has {len(self.stage_sizes)} stages and widths {len(self.widths)}; they must"
         " agree."
       )
+    if sorted(self.widths) != list(self.widths):
+      raise ValueError(f"widths are {self.widths}, but must not fall: shortcuts only add channels.")
 
 
 class Conv3x3(nn.Module):

@@ -10,7 +10,7 @@ abar = 1, the clean sample. With x0 as the denoiser's output implies it:
 - `ddpm_beta`, the same mean with sigma^2 = 1 - abar_t / abar_s (beta_t at stride one);
 - `ddim`: Song et al., "Denoising diffusion implicit models", 2021, eq. 12 with sigma = 0;
 - `dpm++`: DPM-Solver++(2M), Lu et al. 2022, algorithm 2, which extrapolates x0 linearly in
-  log-SNR from the previous step; its last step is first order.
+  log-SNR from the previous step; its steps are even in log-SNR and its last one is first order.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,23 @@ def visited_steps(num_train_steps: int, num_steps: int) -> np.ndarray:
   return np.round(np.linspace(num_train_steps - 1, 0, num_steps)).astype(int)
 
 
+def steps_even_in_log_snr(alphas_bar: np.ndarray, num_steps: int) -> np.ndarray:
+  """Distinct step indices from T - 1 down to 0, evenly spaced in log-SNR. [N] int.
+
+  DPM-Solver's expansion is in log-SNR; steps even in t make its last strides many times its first,
+  and the extrapolation overshoots.
+  """
+  log_snr = 0.5 * np.log(alphas_bar / (1 - alphas_bar))  # [T], falling
+  wanted = np.linspace(log_snr[-1], log_snr[0], num_steps)
+  t = np.abs(log_snr[None] - wanted[:, None]).argmin(axis=1)
+  for i in range(1, num_steps):  # neighbours may share a nearest step
+    t[i] = min(t[i], t[i - 1] - 1)
+  t[-1] = 0
+  for i in range(num_steps - 2, -1, -1):
+    t[i] = max(t[i], t[i + 1] + 1)
+  return t
+
+
 def coefficients(
   schedule: NoiseSchedule, method: str, num_steps: int, prediction: str = "eps"
 ) -> dict[str, np.ndarray]:
@@ -41,7 +58,10 @@ def coefficients(
   Returns:
     {"t", "from_x", "from_output", "keep", "pull", "extrapolate", "sigma"}, each [N] float64.
   """
-  t = visited_steps(schedule.num_steps, num_steps)
+  if method == "dpm++":
+    t = steps_even_in_log_snr(schedule.alphas_bar, num_steps)
+  else:
+    t = visited_steps(schedule.num_steps, num_steps)
   now = schedule.alphas_bar[t]  # abar_t
   then = np.append(now[1:], 1.0)  # abar_s
   beta = 1 - now / then  # of the stride

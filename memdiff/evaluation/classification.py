@@ -8,6 +8,9 @@ import numpy as np
 MANY_ABOVE, FEW_BELOW = 100, 20  # training images; Liu et al. 2019 (OLTR), kept in writing here
 
 
+NOTHING = {"mean": None, "std": None}  # the score of no class at all
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
   name: str
@@ -106,7 +109,8 @@ def score_method(
     "top1": mean_std((predictions == labels).mean(axis=1)),
   }
   for group in groups:
-    row[group.name] = mean_std(np.nanmean(accuracy[:, list(group.classes)], axis=1))
+    scored = [c for c in group.classes if np.isfinite(accuracy[:, c]).all()]
+    row[group.name] = mean_std(accuracy[:, scored].mean(axis=1)) if scored else dict(NOTHING)
   row["macro_f1"] = mean_std(f1.mean(axis=1))
   row["per_class_top1"] = mean_std(accuracy)
   row["per_class_f1"] = mean_std(f1)

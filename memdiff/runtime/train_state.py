@@ -35,7 +35,7 @@ class OptimizerConfig:
   learning_rate: float = above(0)
   momentum: float = between(0, 0.9999)
   weight_decay: float = at_least(0)
-  warmup: float = between(0, 1)
+  warmup: float = between(0, 0.9)
   clip_norm: float = at_least(0)
 
 

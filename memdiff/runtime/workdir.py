@@ -5,6 +5,7 @@ when it has finished. The same command resumes at the first unfinished phase; a 
 a phase that has begun is refused with the differing fields named.
 """
 
+import contextlib
 import fcntl
 import io
 import json
@@ -19,20 +20,27 @@ import numpy as np
 from memdiff.errors import WorkdirError
 
 
-def write_atomically(path: pathlib.Path, data: bytes) -> None:
-  """Writes a file so that a kill leaves either the old content or the new, never a part."""
-  partial = path.with_name(path.name + ".partial")
+@contextlib.contextmanager
+def writing(path: pathlib.Path):
+  """Turns a failure to write `path` into a sentence: a full disk, a missing right."""
   try:
-    with partial.open("wb") as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(partial, path)
+    yield
   except OSError as error:
     raise WorkdirError(
       f"Cannot write {path} ({error.strerror}); make room there or choose another --workdir, then"
       " run the same command again: finished phases are kept."
     ) from error
+
+
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
+  """Writes a file so that a kill leaves either the old content or the new, never a part."""
+  partial = path.with_name(path.name + ".partial")
+  with writing(path):
+    with partial.open("wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -50,8 +58,8 @@ def write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   """Reads a .npz file; nothing in it is unpickled."""
   try:
-    with np.load(path, allow_pickle=False) as file:
-      return dict(file)
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+      return dict(arrays)
   except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
     raise WorkdirError(
       f"Cannot read {path} ({error}); remove the folder {path.parent} and run the same command"

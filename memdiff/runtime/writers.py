@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from memdiff.errors import ConfigError
+from memdiff.runtime.workdir import write_atomically, writing
 
 
 class History:
@@ -29,13 +30,11 @@ class History:
       for record in read_history(self._path)
       if record["step"] < step or (record["step"] == step and record["kind"] == "train")
     ]
-    partial = self._path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(partial, self._path)
+    write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
   def write(self, step: int, kind: str, metrics: Mapping[str, np.ndarray]) -> None:
     values = {name: np.asarray(value, float).tolist() for name, value in metrics.items()}
-    with self._path.open("a") as file:
+    with writing(self._path), self._path.open("a") as file:
       file.write(json.dumps({"step": step, "kind": kind, "metrics": values}) + "\n")
 
 

@@ -346,7 +346,7 @@ class TestTextTable:
     assert table[0].split() == ["method", "top-1", "many", "medium", "few", "macro-F1"]
     assert table[2].split()[:4] == ["cross_entropy", "100.0", "±", "0.0"]
     assert table[3].split()[:4] == ["csl", "4.4", "±", "12.3"]
-    ends = [[m.end() for m in re.finditer(r"± *\d+\.\d", line)][0] for line in table[2:]]
+    ends = [re.search(r"± *\d+\.\d", line).end() for line in table[2:]]
     assert len(set(ends)) == 1
 
   def test_says_what_was_run_and_the_rule_of_the_groups(self):

@@ -1,0 +1,31 @@
+"""One CPU device, strict promotion of ranks, a compile cache, and repeatable hypothesis."""
+
+import os
+import pathlib
+import tempfile
+
+_CACHE = pathlib.Path(tempfile.gettempdir()) / f"memdiff-tests-{os.getuid()}"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(_CACHE / "hypothesis"))
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from memdiff.runtime import mesh as mesh_lib  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(_CACHE / f"jax-{jax.__version__}"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+hypothesis.settings.register_profile(
+  "memdiff", deadline=None, derandomize=True, max_examples=40, database=None
+)
+hypothesis.settings.load_profile("memdiff")
+
+
+@pytest.fixture(scope="session")
+def mesh():
+  """Over the one CPU device."""
+  return mesh_lib.make_mesh()

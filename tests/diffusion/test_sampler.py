@@ -1,0 +1,302 @@
+"""Samplers against closed forms: exact Gaussian data, and the papers' own formulas."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memdiff.diffusion import sampler
+from memdiff.diffusion.sampler import SAMPLERS, coefficients, visited_steps
+from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+
+MEAN, STD = 1.0, 0.3  # of the data x0 in all closed-form checks
+NUM_SAMPLES = 20_000
+
+
+def make_schedule(name="linear", num_steps=1000):
+  return NoiseSchedule(ScheduleConfig(name, num_steps))
+
+
+def exact_denoiser(schedule):
+  """The noise that the best denoiser of x0 ~ N(MEAN, STD^2) predicts."""
+  table = jnp.asarray(schedule.alphas_bar, jnp.float32)
+
+  def predict(x, t):
+    index = jnp.round(t * schedule.num_steps / 1000).astype(int)
+    abar = table[index].reshape(-1, *[1] * (x.ndim - 1))
+    gain = STD**2 * jnp.sqrt(abar) / (STD**2 * abar + 1 - abar)
+    x0 = MEAN + gain * (x - jnp.sqrt(abar) * MEAN)
+    return (x - jnp.sqrt(abar) * x0) / jnp.sqrt(1 - abar)
+
+  return predict
+
+
+@functools.partial(jax.jit, static_argnames=("schedule", "shape", "method", "num_steps", "limit"))
+def draw(key, schedule, shape, method, num_steps, limit=None):
+  predict = exact_denoiser(schedule)
+  return sampler.sample(
+    predict, schedule, shape, key, method=method, num_steps=num_steps, x0_limit=limit
+  )
+
+
+def is_the_data_distribution(samples, tolerance):
+  """Whether `samples` have the mean and the deviation of the data."""
+  samples = np.asarray(samples)
+  error = 5 * STD / math.sqrt(samples.size)
+  return abs(samples.mean() - MEAN) < error + 0.003 and abs(samples.std() - STD) < tolerance
+
+
+def step_moments(schedule, method, num_steps):
+  """(mean, std) that a textbook sampler gives with the exact denoiser, by a scalar recursion."""
+  abars = [*schedule.alphas_bar[visited_steps(schedule.num_steps, num_steps)], 1.0]
+  mean, variance = 0.0, 1.0
+  for now, then in itertools.pairwise(abars):
+    gain = STD**2 * math.sqrt(now) / (STD**2 * now + 1 - now)
+    offset = MEAN - gain * math.sqrt(now) * MEAN
+    if then == 1.0:
+      keep, pull, added = 0.0, 1.0, 0.0
+    elif method == "ddim":  # x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s) eps
+      keep = math.sqrt(1 - then) / math.sqrt(1 - now)
+      pull, added = math.sqrt(then) - keep * math.sqrt(now), 0.0
+    else:  # Bayes' rule: x_s | x0 is N(sqrt(abar_s) x0, 1 - abar_s), and x_t | x_s Gaussian too
+      alpha = now / then
+      precision = 1 / (1 - then) + alpha / (1 - alpha)
+      keep = math.sqrt(alpha) / (1 - alpha) / precision
+      pull = math.sqrt(then) / (1 - then) / precision
+      added = 1 / precision if method == "ddpm" else 1 - alpha
+    mean = keep * mean + pull * (gain * mean + offset)
+    variance = (keep + pull * gain) ** 2 * variance + added
+  return mean, math.sqrt(variance)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize(
+  ("method", "num_steps", "tolerance"),
+  [("ddpm", 1000, 0.009), ("ddpm_beta", 1000, 0.009), ("ddim", 50, 0.03), ("dpm++", 20, 0.025),
+   ("ddpm", 50, 0.055), ("ddim", 1000, 0.006)],
+)  # fmt: skip
+def test_samplers_reproduce_the_data_of_an_exact_denoiser(name, method, num_steps, tolerance):
+  schedule = make_schedule(name)
+  samples = draw(jax.random.key(0), schedule, (NUM_SAMPLES, 1), method, num_steps)
+  assert is_the_data_distribution(samples, tolerance), (samples.mean(), samples.std())
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("method", ["ddpm", "ddpm_beta", "ddim"])
+@pytest.mark.parametrize("num_steps", [10, 50])
+def test_strided_samplers_have_the_moments_of_the_textbook_recursion(name, method, num_steps):
+  schedule = make_schedule(name)
+  samples = np.asarray(draw(jax.random.key(1), schedule, (NUM_SAMPLES, 1), method, num_steps))
+  mean, std = step_moments(schedule, method, num_steps)
+  assert samples.mean() == pytest.approx(mean, abs=4.5 * std / math.sqrt(NUM_SAMPLES))
+  assert samples.std() == pytest.approx(std, abs=4.5 * std / math.sqrt(2 * NUM_SAMPLES))
+
+
+def test_a_one_step_posterior_with_strided_steps_is_caught():
+  """The classic mistake: DDPM's coefficients of t -> t - 1, used to go from t to t - 20."""
+  schedule = make_schedule()
+  abars = np.append(schedule.alphas_bar, 1.0)  # index -1 is the clean sample
+  predict, rng = exact_denoiser(schedule), np.random.default_rng(0)
+  x = rng.normal(size=(NUM_SAMPLES, 1))
+  for t in visited_steps(1000, 50):
+    now, before = abars[t], abars[t - 1]
+    beta = 1 - now / before
+    eps = np.asarray(predict(x.astype(np.float32), jnp.full(NUM_SAMPLES, float(t))), float)
+    x0 = (x - math.sqrt(1 - now) * eps) / math.sqrt(now)
+    x = (math.sqrt(before) * beta * x0 + math.sqrt(1 - beta) * (1 - before) * x) / (1 - now)
+    x = x + math.sqrt((1 - before) / (1 - now) * beta) * rng.normal(size=x.shape)
+  assert x.mean() == pytest.approx(0.175, abs=0.02) and x.std() == pytest.approx(0.892, abs=0.015)
+  assert not is_the_data_distribution(x, 0.055)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_the_fast_solver_is_more_accurate_than_ddim_at_equal_work(name):
+  error = {}
+  for method in ("ddim", "dpm++"):
+    samples = draw(jax.random.key(0), make_schedule(name), (NUM_SAMPLES, 1), method, 20)
+    error[method] = abs(float(samples.std()) - STD)
+  assert error["dpm++"] < 0.5 * error["ddim"]
+
+
+# --- coefficients ----------------------------------------------------------------------------
+
+
+def test_full_length_ddpm_is_equation_7_of_ddpm():
+  betas = np.linspace(1e-4, 0.02, 1000)
+  abar = np.cumprod(1 - betas)
+  before = np.concatenate([[1.0], abar[:-1]])
+  table = coefficients(make_schedule(), "ddpm", 1000)
+  down = slice(None, None, -1)  # the table runs from the noisiest step
+  np.testing.assert_array_equal(table["t"], np.arange(1000)[down])
+  pull = (np.sqrt(before) * betas / (1 - abar))[down]
+  keep = (np.sqrt(1 - betas) * (1 - before) / (1 - abar))[down]
+  variance = ((1 - before) / (1 - abar) * betas)[down]
+  np.testing.assert_allclose(table["pull"], pull, rtol=1e-9)
+  np.testing.assert_allclose(table["keep"], keep, rtol=1e-9, atol=1e-15)
+  np.testing.assert_allclose(table["sigma"] ** 2, variance, rtol=1e-9, atol=1e-15)
+  literal = coefficients(make_schedule(), "ddpm_beta", 1000)["sigma"]
+  np.testing.assert_allclose(literal[:-1] ** 2, betas[down][:-1], rtol=1e-9)
+  assert literal[-1] == 0
+
+
+@given(
+  st.sampled_from(["linear", "cosine"]), st.sampled_from(SAMPLERS), st.integers(2, 400), st.data()
+)
+def test_every_table_ends_at_the_predicted_clean_sample(name, method, total, data):
+  num_steps = data.draw(st.integers(2, total))
+  table = coefficients(make_schedule(name, total), method, num_steps)
+  assert all(np.isfinite(column).all() and len(column) == num_steps for column in table.values())
+  assert table["keep"][-1] == pytest.approx(0, abs=1e-12)
+  assert table["pull"][-1] == pytest.approx(1)
+  assert table["sigma"][-1] == 0 and table["extrapolate"][-1] == 0
+
+
+@given(st.integers(2, 2000), st.data())
+def test_visited_steps_fall_evenly_from_the_last_to_the_first(total, data):
+  num_steps = data.draw(st.integers(2, total))
+  steps = visited_steps(total, num_steps)
+  strides = -np.diff(steps)
+  assert steps[0] == total - 1 and steps[-1] == 0 and len(steps) == num_steps
+  assert strides.min() >= 1 and strides.max() - strides.min() <= 1
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("num_steps", [7, 50])
+def test_ddim_is_equation_12_with_sigma_zero(name, num_steps):
+  schedule = make_schedule(name)
+  table = coefficients(schedule, "ddim", num_steps)
+  steps = visited_steps(1000, num_steps)
+  x, eps = 0.7, -1.3
+  for row in range(num_steps):
+    now = schedule.alphas_bar[steps[row]]
+    then = schedule.alphas_bar[steps[row + 1]] if row + 1 < num_steps else 1.0
+    x0 = (x - math.sqrt(1 - now) * eps) / math.sqrt(now)
+    expected = math.sqrt(then) * x0 + math.sqrt(1 - then) * eps
+    assert table["keep"][row] * x + table["pull"][row] * x0 == pytest.approx(expected, rel=1e-6)
+    assert table["from_x"][row] * x + table["from_output"][row] * eps == pytest.approx(x0)
+  assert not table["sigma"].any() and not table["extrapolate"].any()
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("num_steps", [2, 3, 10])
+def test_dpm_solver_is_algorithm_2_in_log_snr(name, num_steps):
+  """The table walks like DPM-Solver++(2M) written in alpha, sigma and lambda."""
+  schedule = make_schedule(name)
+  table = coefficients(schedule, "dpm++", num_steps)
+  abar = schedule.alphas_bar[table["t"].astype(int)]
+  alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+  lam = np.log(alpha / sigma)
+  data = np.random.default_rng(0).normal(size=num_steps)  # any sequence of predicted x0
+  walk = [0.4]
+  for i in range(1, num_steps):
+    h = lam[i] - lam[i - 1]
+    mixed = data[i - 1]
+    if i > 1:
+      r = (lam[i - 1] - lam[i - 2]) / h
+      mixed = (1 + 1 / (2 * r)) * data[i - 1] - 1 / (2 * r) * data[i - 2]
+    walk.append(sigma[i] / sigma[i - 1] * walk[-1] - alpha[i] * math.expm1(-h) * mixed)
+  walk.append(data[-1])  # lambda -> infinity, first order
+  x, previous = 0.4, 0.0
+  for row in range(num_steps):
+    slope = table["extrapolate"][row] * (data[row] - previous)
+    x = table["keep"][row] * x + table["pull"][row] * (data[row] + slope)
+    previous = data[row]
+    assert x == pytest.approx(walk[row + 1], rel=1e-9, abs=1e-12)
+
+
+# --- sample ----------------------------------------------------------------------------------
+
+
+def numpy_sample(predict, schedule, x, method, num_steps):
+  """The documented recursion for samplers without noise, as a Python loop."""
+  table = coefficients(schedule, method, num_steps)
+  previous = np.zeros_like(x)
+  for row in range(num_steps):
+    c = {name: column[row] for name, column in table.items()}
+    t = np.full(len(x), c["t"] * 1000 / schedule.num_steps)
+    x0 = c["from_x"] * x + c["from_output"] * predict(x, t, np)
+    x = c["keep"] * x + c["pull"] * (x0 + c["extrapolate"] * (x0 - previous))
+    previous = x0
+  return x
+
+
+@pytest.mark.parametrize("method", ["ddim", "dpm++"])
+def test_the_scan_equals_a_plain_loop_for_a_curved_denoiser(method):
+  schedule = make_schedule("linear", 40)
+
+  def predict(x, t, xp=jnp):
+    return xp.tanh(x) + (t[:, None] / 1000 - 0.5) * xp.cos(2 * x)
+
+  key = jax.random.key(5)
+  first = []
+
+  def spy(x, t):
+    jax.debug.callback(lambda x: first.append(np.asarray(x)), x, ordered=True)
+    return predict(x, t)
+
+  samples = sampler.sample(spy, schedule, (6, 3), key, method=method, num_steps=9)
+  jax.effects_barrier()
+  assert len(first) == 9
+  expected = numpy_sample(predict, schedule, first[0].astype(float), method, 9)
+  np.testing.assert_allclose(samples, expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["ddpm", "dpm++"])
+def test_images_and_vectors_go_through_the_same_process(method):
+  schedule = make_schedule("cosine")
+  key = jax.random.key(3)
+  vectors = draw(key, schedule, (400, 12), method, 12)
+  images = draw(key, schedule, (400, 2, 3, 2), method, 12)
+  assert images.shape == (400, 2, 3, 2) and images.dtype == jnp.float32
+  assert vectors.mean() == pytest.approx(float(images.mean()), abs=0.03)
+  assert vectors.std() == pytest.approx(float(images.std()), abs=0.03)
+  for samples in (vectors, images):  # neighbours are independent draws
+    flat = np.asarray(samples).reshape(400, -1)
+    off_diagonal = np.corrcoef(flat.T) - np.eye(12)
+    assert np.abs(off_diagonal).max() < 5 / math.sqrt(400)
+
+
+@pytest.mark.parametrize("total", [10, 1000, 4000])
+def test_denoisers_see_times_below_a_thousand_whatever_the_length(total):
+  schedule = make_schedule("cosine", total)
+  seen = []
+
+  def spy(x, t):
+    jax.debug.callback(lambda t: seen.append(np.asarray(t)), t, ordered=True)
+    return x
+
+  sampler.sample(spy, schedule, (2, 1), jax.random.key(0), method="ddim", num_steps=5)
+  jax.effects_barrier()
+  expected = visited_steps(total, 5) * 1000 / total
+  np.testing.assert_allclose(np.array(seen), np.stack([expected, expected], 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+def test_the_limit_clips_predicted_clean_samples(method):
+  schedule = make_schedule("cosine")
+  free = draw(jax.random.key(4), schedule, (500, 2), method, 10)
+  clipped = draw(jax.random.key(4), schedule, (500, 2), method, 10, limit=1.1)
+  assert float(jnp.abs(free).max()) > 1.2
+  assert float(jnp.abs(clipped).max()) <= 1.1 + 1e-6
+
+
+def test_samples_depend_on_the_key_alone():
+  schedule = make_schedule("cosine")
+  one, again, other = (
+    draw(jax.random.key(k), schedule, (50, 2), "ddpm", 10) for k in (0, 0, 1)
+  )  # fmt: skip
+  np.testing.assert_array_equal(one, again)
+  assert not np.allclose(one, other)
+
+
+def test_guidance_extrapolates_from_the_unconditional_prediction():
+  conditional, unconditional = jnp.array([3.0, -1.0]), jnp.array([1.0, 1.0])
+  np.testing.assert_allclose(sampler.guide(conditional, unconditional, 1.0), conditional)
+  np.testing.assert_allclose(sampler.guide(conditional, unconditional, 0.0), unconditional)
+  np.testing.assert_allclose(sampler.guide(conditional, unconditional, 2.5), [6.0, -4.0])

@@ -1,0 +1,316 @@
+"""The diffusion stage: what it draws, what it minimises, and the average it keeps."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from memdiff import feature_diffusion, memory_bank
+from memdiff.diffusion import objectives, training
+from memdiff.diffusion.denoisers import DenoiserConfig
+from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from memdiff.diffusion.training import Batch, DiffusionConfig
+from memdiff.feature_diffusion import FeatureData
+from memdiff.runtime import train_state
+from memdiff.runtime.train_state import OptimizerConfig
+
+CLASSES, DIM, SLOTS = 3, 4, 6
+COUNTS = (30, 8, 1)
+LABELS = np.repeat(np.arange(CLASSES), COUNTS).astype(np.int32)
+CONFIG = DiffusionConfig(
+  schedule=ScheduleConfig("cosine", 50),
+  prediction="eps",
+  denoiser=DenoiserConfig(width=32, num_blocks=1, embedding_dim=8, num_heads=2),
+  class_exponent=0.5,
+  label_dropout=0.1,
+  anonymous=0.0,
+  displacement=0.0,
+  ema_decay=0.9,
+  batch_size=64,
+  num_steps=120,
+  optimizer=OptimizerConfig("adamw", 1e-2, 0.9, 0.0, 0.05, 1.0),
+)
+
+
+def make_own(mesh):
+  """One seed of well separated classes and the bank filled from them."""
+  rng = np.random.default_rng(0)
+  centres = rng.normal(size=(CLASSES, DIM)) * 2
+  features = (centres[LABELS] + 0.1 * rng.normal(size=(len(LABELS), DIM))).astype(np.float32)
+  update = jax.jit(functools.partial(memory_bank.update, horizon=1000, mesh=mesh))
+  empty = memory_bank.create(CLASSES, SLOTS, DIM)
+  bank = update(empty, features, LABELS, np.ones(len(LABELS), bool), jax.random.key(0))
+  return FeatureData(features=jnp.asarray(features), bank=bank)
+
+
+def first_seed(tree):
+  return jax.tree.map(lambda x: x[None], tree)
+
+
+# --- drawing ---------------------------------------------------------------------------------
+
+
+def draw_many(counts, exponent, number=20_000):
+  labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+  deck = feature_diffusion.make_deck(labels, len(counts), exponent)
+  deck = jax.tree.map(jnp.asarray, deck)
+  return labels, np.asarray(feature_diffusion.draw_indices(jax.random.key(1), deck, number))
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_classes_are_drawn_by_their_tempered_count(exponent):
+  counts = np.array([100, 30, 10, 2])
+  labels, index = draw_many(counts, exponent)
+  observed = np.bincount(labels[index], minlength=4)
+  expected = counts**exponent / (counts**exponent).sum() * len(index)
+  assert stats.chisquare(observed, expected).pvalue > 1e-3
+  wrong = counts ** (exponent + 0.15)
+  assert stats.chisquare(observed, wrong / wrong.sum() * len(index)).pvalue < 1e-6
+
+
+def test_members_of_a_class_are_drawn_alike():
+  labels, index = draw_many(np.array([40, 15, 5]), 0.0)
+  for label in range(3):
+    members = np.flatnonzero(labels == label)
+    observed = np.bincount(index[labels[index] == label], minlength=len(labels))[members]
+    assert stats.chisquare(observed).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("counts", [[0, 5, 0, 3], [5, 0, 0, 3], [4, 3, 0, 0]])
+def test_empty_classes_are_never_drawn(counts):
+  labels, index = draw_many(np.array(counts), 0.5, 5000)
+  assert set(labels[index]) == {c for c, n in enumerate(counts) if n}
+  np.testing.assert_array_equal(
+    feature_diffusion.draw_probabilities(np.array(counts), 0.0) > 0, np.array(counts) > 0
+  )
+
+
+def draw_batch(mesh, label_dropout, seed=3, batch_size=512):
+  own = make_own(mesh)
+  deck = feature_diffusion.make_deck(LABELS, CLASSES, 0.5)
+  config = dataclasses.replace(CONFIG, label_dropout=label_dropout, batch_size=batch_size)
+  deck = jax.tree.map(jnp.asarray, deck)
+  draw = functools.partial(
+    feature_diffusion.draw_batch, config=config, num_classes=CLASSES, mesh=mesh
+  )
+  batch = jax.jit(draw)(jax.random.key(seed), deck, own)
+  return own, jax.tree.map(np.asarray, batch)
+
+
+def test_a_batch_carries_its_classes_memory_without_itself(mesh):
+  own, batch = draw_batch(mesh, 0.0)
+  features = np.asarray(own.features)
+  for x0, label, slots, mask, prototype, count in zip(
+    batch.x0, batch.label, batch.memory.slots, batch.memory.mask, batch.memory.prototype,
+    batch.memory.count, strict=True,
+  ):  # fmt: skip
+    row = np.flatnonzero((features == x0).all(axis=1))
+    assert len(row) == 1 and LABELS[row[0]] == label
+    context = slots[mask]
+    assert not (context == x0).all(axis=1).any()
+    members = features[label == LABELS]
+    assert all((members == c).all(axis=1).any() for c in context)
+    if label == 2:  # its only member is left out
+      assert not mask.any() and count == 0 and not prototype.any()
+    elif count == COUNTS[label] - 1:
+      others = members[(members != x0).any(axis=1)]
+      np.testing.assert_allclose(prototype, others.mean(axis=0), atol=1e-5)
+    else:
+      assert count == mask.sum() < COUNTS[label]
+      np.testing.assert_allclose(prototype, context.mean(axis=0), atol=1e-5)
+  sizes = set(batch.memory.mask.sum(axis=1)[batch.label == 1])
+  assert {1, 2, 3} <= sizes  # few-exemplar contexts are in distribution
+
+
+def test_label_dropout_takes_class_and_memory_away_together(mesh):
+  _, batch = draw_batch(mesh, 0.3, batch_size=2000)
+  dropped = batch.label == CLASSES
+  assert stats.binomtest(int(dropped.sum()), 2000, 0.3).pvalue > 1e-3
+  assert not batch.memory.mask[dropped].any() and not batch.memory.prototype[dropped].any()
+  assert not batch.memory.slots[dropped].any() and not batch.memory.count[dropped].any()
+  assert batch.memory.mask[batch.label < 2].any(axis=1).all()
+
+
+@pytest.mark.parametrize(("share", "number"), [(0.0, 0), (1.0, 512)])
+def test_label_dropout_of_none_and_of_all(mesh, share, number):
+  _, batch = draw_batch(mesh, share)
+  assert (batch.label == CLASSES).sum() == number
+
+
+def test_anonymous_rows_keep_their_memory_and_lose_their_label(mesh):
+  own = make_own(mesh)
+  deck = jax.tree.map(jnp.asarray, feature_diffusion.make_deck(LABELS, CLASSES, 0.5))
+  config = dataclasses.replace(CONFIG, label_dropout=0.0, anonymous=0.4, batch_size=2000)
+  batch = feature_diffusion.draw_batch(jax.random.key(0), deck, own, config, CLASSES, mesh)
+  hidden = np.asarray(batch.label) == CLASSES
+  assert stats.binomtest(int(hidden.sum()), 2000, 0.4).pvalue > 1e-3
+  kept = np.asarray(batch.memory.count)[hidden] > 0
+  assert kept.mean() > 0.5  # all but the class of one example
+
+
+def test_displacement_moves_feature_and_memory_of_chosen_rows_alike():
+  rng = np.random.default_rng(0)
+  prototype = rng.normal(size=(6, DIM)).astype(np.float32)
+  slots = rng.normal(size=(6, SLOTS, DIM)).astype(np.float32)
+  mask = np.arange(SLOTS)[None] < np.array([6, 3, 1, 0, 6, 2])[:, None]
+  count = mask.sum(axis=1).astype(np.float32)
+  memory = memory_bank.Memory(*map(jnp.asarray, (prototype, slots, mask, count)))
+  x0 = rng.normal(size=(6, DIM)).astype(np.float32)
+  chosen = np.array([True, True, False, True, False, True])
+
+  def displace(strength):
+    key = jax.random.key(4)
+    moved = feature_diffusion.displace(key, jnp.asarray(x0), memory, jnp.asarray(chosen), strength)
+    return jax.tree.map(np.asarray, moved)
+
+  x, m = displace(1.0)
+  shift = x - x0
+  assert not shift[~chosen].any()
+  assert (np.abs(shift[chosen]).max(axis=1) > 1e-3).sum() >= 3  # two prototypes may coincide
+  known = (count > 0)[:, None]
+  np.testing.assert_allclose(m.prototype, prototype + shift * known, atol=1e-6)
+  np.testing.assert_allclose(m.slots, slots + shift[:, None] * mask[:, :, None], atol=1e-6)
+  # along differences of prototypes: shift = amount (p_i - p_j)
+  differences = (prototype[:, None] - prototype[None]).reshape(-1, DIM)
+  norms = np.linalg.norm(differences, axis=1)
+  for row in shift[chosen]:
+    if np.linalg.norm(row) > 1e-3:
+      cosine = differences @ row / np.maximum(norms, 1e-9) / np.linalg.norm(row)
+      assert np.abs(cosine).max() > 1 - 1e-5
+  np.testing.assert_allclose(displace(2.0)[0] - x0, 2 * shift, atol=1e-5)
+  np.testing.assert_array_equal(displace(0.0)[0], x0)
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+def train(stage, num_steps, own):
+  """Plain steps of one seed: the states' params and averages, and the losses."""
+  state = jax.jit(stage.init)(jax.random.key(0), own)
+  history = [(state.params, state.ema_params)]
+  step, losses = jax.jit(stage.step), []
+  for _ in range(num_steps):
+    state, metrics = step(state, stage.shared, own)
+    history.append((state.params, state.ema_params))
+    losses.append(float(metrics["loss"]))
+  return state, history, losses
+
+
+@pytest.fixture(scope="module")
+def trained(mesh):
+  own = make_own(mesh)
+  stage = feature_diffusion.make_stage(CONFIG, first_seed(own), LABELS, CLASSES, mesh)
+  return train(stage, 120, own)
+
+
+def test_the_loss_starts_at_the_noise_and_falls(trained):
+  _, _, losses = trained
+  assert losses[0] == pytest.approx(1.0, abs=0.15)  # nothing is predicted: E eps^2
+  assert np.mean(losses[-30:]) < 0.6 * np.mean(losses[:10])
+
+
+def test_the_average_follows_its_formula_with_warm_up(trained):
+  _, history, _ = trained
+  leaf = jax.tree.leaves
+  for step in (1, 2, 3, 60, 120):
+    rate = min(CONFIG.ema_decay, (1 + step) / (10 + step))
+    triples = zip(leaf(history[step - 1][1]), leaf(history[step][0]), leaf(history[step][1]),
+                  strict=True)  # fmt: skip
+    for before, params, after in triples:
+      expected = rate * np.asarray(before) + (1 - rate) * np.asarray(params)
+      np.testing.assert_allclose(after, expected, atol=1e-6)
+
+
+def test_the_average_differs_from_the_weights_it_averages(mesh, trained):
+  _, history, _ = trained
+  params, average = history[20]
+  gaps = [float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (params, average)),
+                                                      strict=True)]  # fmt: skip
+  assert max(gaps) > 1e-3
+  one, other = history[0]
+  jax.tree.map(np.testing.assert_array_equal, one, other)  # they start alike
+
+
+def test_the_step_counts_itself(trained):
+  assert int(trained[0].step) == 120
+
+
+def test_update_ema_stops_warming_up_at_the_decay():
+  for step, rate in ((0, 0.1), (8, 0.5), (10_000, 0.9)):
+    new = train_state.update_ema({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, jnp.array(step), 0.9)
+    np.testing.assert_allclose(new["w"], 1 - rate, rtol=1e-5)
+
+
+def test_squared_error_is_a_mean_per_sample_of_any_shape():
+  rng = np.random.default_rng(0)
+  a, b = rng.normal(size=(2, 4, 3, 2, 5)).astype(np.float32)
+  expected = ((a - b) ** 2).reshape(4, -1).mean(axis=1)
+  np.testing.assert_allclose(objectives.mean_squared_error(a, b), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", objectives.PREDICTIONS)
+def test_the_target_of_each_prediction_gives_x0_back(prediction):
+  rng = np.random.default_rng(1)
+  x0, eps = rng.normal(size=(2, 5, 3, 2))
+  abar = rng.uniform(0.1, 0.9, size=(5, 1, 1))
+  signal, noise = np.sqrt(abar), np.sqrt(1 - abar)
+  target = objectives.target(prediction, x0, eps, signal, noise)
+  a, b = objectives.x0_weights(prediction, signal, noise)
+  np.testing.assert_allclose(a * (signal * x0 + noise * eps) + b * target, x0, atol=1e-9)
+  if prediction == "v":
+    np.testing.assert_allclose(target, signal * eps - noise * x0)
+
+
+def test_predictions_are_trained_towards_different_targets(mesh):
+  """A denoiser that returns nothing has the mean square of its target for a loss."""
+  images = 3 + jax.random.normal(jax.random.key(0), (1, 4000, 2))
+
+  class Nothing(nn.Module):
+    @nn.compact
+    def __call__(self, x_t, t, label, memory):
+      return self.param("zero", nn.initializers.zeros, ()) * x_t, label
+
+  def draw(key, shared, own):
+    del key, shared
+    return Batch(x0=own, label=jnp.zeros(own.shape[0], int), memory=())
+
+  abar = NoiseSchedule(CONFIG.schedule).alphas_bar
+  power = float(jnp.mean(images**2))
+  expected = {"eps": 1.0, "x0": power, "v": np.mean(abar + (1 - abar) * power)}
+  for prediction, value in expected.items():
+    config = dataclasses.replace(CONFIG, prediction=prediction)
+    stage = training.make_stage(config, Nothing(), draw, (), images, mesh)
+    losses = train(stage, 1, images[0])[2]
+    assert losses[0] == pytest.approx(value, rel=0.06), prediction
+
+
+class Spy(nn.Module):
+  """A denoiser of images that gives back what it was shown, scaled."""
+
+  @nn.compact
+  def __call__(self, x_t, t, label, memory):
+    assert memory == ()
+    scale = self.param("scale", nn.initializers.ones, ())
+    return scale * x_t, label
+
+
+def test_the_engine_trains_on_images_as_on_vectors(mesh):
+  """With the identity for a denoiser the loss is mean((x_t - eps)^2) of the noised images."""
+  images = jax.random.normal(jax.random.key(0), (1, 500, 3, 3, 2))
+
+  def draw(key, shared, own):
+    del key, shared
+    return Batch(x0=own, label=jnp.zeros(own.shape[0], int), memory=())
+
+  stage = training.make_stage(CONFIG, Spy(), draw, (), images, mesh)
+  state, _, losses = train(stage, 5, images[0])
+  abar = NoiseSchedule(CONFIG.schedule).alphas_bar
+  power = float(jnp.mean(images**2))
+  expected = np.mean(abar) * power + np.mean((np.sqrt(1 - abar) - 1) ** 2)
+  assert losses[0] == pytest.approx(expected, rel=0.1)
+  assert float(state.params["scale"]) < 1

@@ -1,0 +1,319 @@
+"""The training loop: nothing is lost by a kill, and what goes wrong is said and contained."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memdiff.errors import NonFiniteError, WorkdirError
+from memdiff.runtime import loop, train_state
+from memdiff.runtime.checkpoint import Checkpointer
+from memdiff.runtime.loop import LoopConfig, Run, Stage
+from memdiff.runtime.progress import Progress
+from memdiff.runtime.random import base_keys, stream
+from memdiff.runtime.train_state import OptimizerConfig
+from memdiff.runtime.writers import History, TensorBoard, read_history
+
+SEEDS = (3, 7)
+STEPS = 23
+OPTIMIZER = train_state.make_optimizer(OptimizerConfig("adamw", 0.05, 0.9, 0.0, 0.1, 1.0), STEPS)
+
+
+class Killed(BaseException):
+  """Stands for the end of the process."""
+
+
+class KilledAt(Progress):
+  """A progress display during whose line for a step the process dies."""
+
+  def __init__(self, at):
+    super().__init__(1, stream=io.StringIO())
+    self.at = at
+
+  def step(self, stage, step, num_steps, metrics):
+    if step >= self.at:
+      raise Killed
+
+
+def make_stage(poison=None, num_steps=STEPS):
+  """Noisy linear regression with shared and own data; `poison` is (step, seed) of a NaN loss."""
+  rng = np.random.default_rng(0)
+  shared = {"x": jnp.asarray(rng.normal(size=(32, 3)), jnp.float32)}
+  own = {
+    "y": jnp.asarray(rng.normal(size=(2, 32)), jnp.float32),
+    "seed": jnp.asarray(SEEDS, jnp.int32),
+  }
+
+  def init(key, own):
+    del own
+    return train_state.create(key, {"w": jax.random.normal(stream(key, "w"), (3,))}, OPTIMIZER)
+
+  def step(state, shared, own):
+    noise = jax.random.normal(stream(state.key, "noise", state.step), (32,))
+
+    def loss_of(params):
+      return jnp.mean((shared["x"] @ params["w"] - own["y"] - 0.1 * noise) ** 2)
+
+    loss, gradients = jax.value_and_grad(loss_of)(state.params)
+    if poison is not None:
+      bad = (state.step == poison[0]) & (own["seed"] == poison[1])
+      loss = jnp.where(bad, jnp.nan, loss)
+    return train_state.apply_gradients(state, gradients, OPTIMIZER), {"loss": loss}
+
+  def evaluate(state, shared, own):
+    return {"error": jnp.mean(jnp.abs(shared["x"] @ state.params["w"] - own["y"]))}
+
+  return Stage("toy", num_steps, init, step, evaluate, shared, own)
+
+
+def make_run(mesh, folder, progress=None, per_dispatch=5, keep=2):
+  progress = progress or Progress(1, stream=io.StringIO())
+  config = LoopConfig(per_dispatch, eval_every=5, checkpoint_every=10, keep_checkpoints=keep)
+  return Run(SEEDS, mesh, config, progress, TensorBoard(folder / "tb", enabled=False))
+
+
+def numbers(state):
+  """The state as plain arrays, keys included."""
+  return jax.tree.leaves(jax.device_get(state.replace(key=jax.random.key_data(state.key))))
+
+
+def check_same(one, other):
+  for a, b in zip(numbers(one), numbers(other), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(mesh, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("uninterrupted")
+  state = loop.train(make_stage(), make_run(mesh, folder), folder)
+  return state, (folder / "metrics.jsonl").read_text()
+
+
+def steps_on_disk(folder):
+  return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+
+
+# --- an undisturbed run ----------------------------------------------------------------------
+
+
+def test_the_loop_equals_plain_steps(mesh, uninterrupted):
+  """Same state and same losses as a Python loop over one seed at a time."""
+  state, text = uninterrupted
+  stage = make_stage()
+  step, evaluate = jax.jit(stage.step), jax.jit(stage.evaluate)
+  trained, losses, errors = [], [], []
+  for number, key in enumerate(base_keys(SEEDS, "toy")):
+    own = jax.tree.map(lambda x, number=number: x[number], stage.own)
+    one = stage.init(key, own)
+    history, errors_of_seed = [], []
+    for i in range(STEPS):
+      if i % 5 == 0:
+        errors_of_seed.append(float(evaluate(one, stage.shared, own)["error"]))
+      one, metrics = step(one, stage.shared, own)
+      history.append(float(metrics["loss"]))
+    errors_of_seed.append(float(evaluate(one, stage.shared, own)["error"]))
+    trained.append(one.params["w"])
+    losses.append(history)
+    errors.append(errors_of_seed)
+  np.testing.assert_allclose(state.params["w"], np.stack(trained), rtol=1e-5)
+  assert state.step.tolist() == [STEPS, STEPS]
+  records = [json.loads(line) for line in text.splitlines()]
+  train = {r["step"]: r["metrics"]["loss"] for r in records if r["kind"] == "train"}
+  evals = {r["step"]: r["metrics"]["error"] for r in records if r["kind"] == "eval"}
+  assert list(train) == [5, 10, 15, 20, 23] and list(evals) == [0, 5, 10, 15, 20, 23]
+  for first, last in ((0, 5), (5, 10), (10, 15), (15, 20), (20, 23)):
+    expected = np.array(losses)[:, first:last].mean(axis=1)
+    np.testing.assert_allclose(train[last], expected, rtol=1e-5)
+  np.testing.assert_allclose(np.array(list(evals.values())), np.array(errors).T, rtol=1e-5)
+
+
+def test_steps_per_dispatch_do_not_change_the_result(mesh, tmp_path, uninterrupted):
+  state, text = uninterrupted
+  other = loop.train(make_stage(), make_run(mesh, tmp_path, per_dispatch=1), tmp_path)
+  for a, b in zip(numbers(state), numbers(other), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  evals = [r for r in map(json.loads, text.splitlines()) if r["kind"] == "eval"]
+  other_evals = [r for r in read_history(tmp_path / "metrics.jsonl") if r["kind"] == "eval"]
+  for one, another in zip(evals, other_evals, strict=True):
+    assert one["step"] == another["step"]
+    np.testing.assert_allclose(one["metrics"]["error"], another["metrics"]["error"], rtol=1e-5)
+
+
+def test_a_finished_stage_is_not_trained_again(mesh, tmp_path, uninterrupted):
+  run = make_run(mesh, tmp_path)
+  loop.train(make_stage(), run, tmp_path)
+  again = loop.train(make_stage(poison=(0, 3)), run, tmp_path)  # a step would fail
+  check_same(again, uninterrupted[0])
+  check_same(loop.load_final(make_stage(), run, tmp_path), uninterrupted[0])
+  assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
+
+
+def test_only_the_newest_checkpoints_are_kept(mesh, tmp_path):
+  loop.train(make_stage(), make_run(mesh, tmp_path, keep=1), tmp_path)
+  assert steps_on_disk(tmp_path) == [23]
+
+
+# --- killed and resumed ----------------------------------------------------------------------
+
+
+def kill_at(mesh, folder, at):
+  with pytest.raises(Killed):
+    loop.train(make_stage(), make_run(mesh, folder, KilledAt(at)), folder)
+
+
+@pytest.mark.parametrize("at", [5, 10, 15, 20, 23])
+def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
+  mesh, tmp_path, uninterrupted, at
+):
+  kill_at(mesh, tmp_path, at)
+  state = loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+  check_same(state, uninterrupted[0])
+  assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
+
+
+def test_a_resumed_run_goes_on_at_its_checkpoint_and_says_so(mesh, tmp_path):
+  kill_at(mesh, tmp_path, 20)
+  assert steps_on_disk(tmp_path) == [10]
+  progress = Progress(1, stream=io.StringIO())
+  poisoned = make_stage(poison=(9, 3))  # steps before the checkpoint are not taken again
+  loop.train(poisoned, make_run(mesh, tmp_path, progress), tmp_path)
+  assert "toy resumes at step 10/23" in progress._stream.getvalue()
+
+
+def test_a_run_killed_many_times_has_no_record_twice(mesh, tmp_path, uninterrupted):
+  for at in (15, 20, 15, 23):
+    kill_at(mesh, tmp_path, at)
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 23, "kind": "tra')  # killed while writing
+  state = loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+  check_same(state, uninterrupted[0])
+  assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
+
+
+def test_history_keeps_what_led_to_the_checkpoint_and_drops_the_rest(tmp_path):
+  history = History(tmp_path / "metrics.jsonl")
+  for step, kind in ((0, "eval"), (5, "train"), (5, "eval"), (10, "train"), (10, "eval")):
+    history.write(step, kind, {"m": np.array([step, 1.0])})
+  history.rewind(5)
+  kept = [(r["step"], r["kind"]) for r in read_history(tmp_path / "metrics.jsonl")]
+  assert kept == [(0, "eval"), (5, "train")]
+  history.rewind(0)
+  assert read_history(tmp_path / "metrics.jsonl") == []
+  assert read_history(tmp_path / "none.jsonl") == []
+
+
+# --- torn checkpoints ------------------------------------------------------------------------
+
+
+def tear(folder, step):
+  """Empties every file of a checkpoint, as a crash of the machine can leave them."""
+  files = [p for p in (folder / "checkpoints" / str(step)).rglob("*") if p.is_file()]
+  assert files
+  for path in files:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "missing"])
+def test_a_torn_newest_checkpoint_falls_back_to_the_older(mesh, tmp_path, uninterrupted, damage):
+  loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+  assert steps_on_disk(tmp_path) == [20, 23]
+  files = [p for p in (tmp_path / "checkpoints" / "23").rglob("*") if p.is_file()]
+  for path in files:
+    if damage == "missing":
+      path.unlink()
+    else:
+      data = path.read_bytes()
+      path.write_bytes(data[: len(data) // 2] if damage == "half" else b"")
+  progress = Progress(1, stream=io.StringIO())
+  state = loop.train(make_stage(), make_run(mesh, tmp_path, progress), tmp_path)
+  assert "toy resumes at step 20/23" in progress._stream.getvalue()
+  check_same(state, uninterrupted[0])
+  assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
+  assert steps_on_disk(tmp_path) == [20, 23]
+  check_same(loop.load_final(make_stage(), make_run(mesh, tmp_path), tmp_path), uninterrupted[0])
+
+
+def test_where_no_checkpoint_can_be_read_the_folder_is_named(mesh, tmp_path):
+  loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+  for step in (20, 23):
+    tear(tmp_path, step)
+  with pytest.raises(WorkdirError, match=r"No checkpoint in .*checkpoints can be read") as caught:
+    loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+  message = str(caught.value)
+  assert "step 23" in message and "step 20" in message and "remove that folder" in message
+  assert "\n" not in message
+
+
+def test_the_end_of_an_unfinished_stage_cannot_be_loaded(mesh, tmp_path):
+  kill_at(mesh, tmp_path, 20)
+  with pytest.raises(WorkdirError, match="no checkpoint of step 23, the end of toy"):
+    loop.load_final(make_stage(), make_run(mesh, tmp_path), tmp_path)
+
+
+# --- non-finite numbers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("step", "seed", "survivor"), [(13, 7, 10), (20, 3, 20), (2, 3, None)])
+def test_a_loss_that_is_no_number_stops_the_run(mesh, tmp_path, step, seed, survivor):
+  with pytest.raises(NonFiniteError) as caught:
+    loop.train(make_stage(poison=(step, seed)), make_run(mesh, tmp_path), tmp_path)
+  message = str(caught.value)
+  assert f"Stage toy: loss became nan at step {step} (seed {seed})" in message
+  assert "\n" not in message and caught.value.exit_code == 1
+  on_disk = steps_on_disk(tmp_path)
+  assert (on_disk[-1] if on_disk else None) == survivor
+  assert all(np.isfinite(r["metrics"].get("loss", [0])).all()
+             for r in read_history(tmp_path / "metrics.jsonl"))  # fmt: skip
+
+
+def test_the_checkpoint_before_a_bad_loss_is_intact(mesh, tmp_path, uninterrupted):
+  with pytest.raises(NonFiniteError):
+    loop.train(make_stage(poison=(13, 7)), make_run(mesh, tmp_path), tmp_path)
+  state = loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)  # goes on from step 10
+  check_same(state, uninterrupted[0])
+  assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
+
+
+def test_the_first_bad_step_is_named(mesh, tmp_path):
+  healthy = make_stage().step
+
+  def step(state, shared, own):
+    state, metrics = healthy(state, shared, own)
+    first = jnp.where(own["seed"] == 3, 14, 12)  # the later seed turns bad first
+    return state, {"loss": jnp.where(state.step > first, jnp.inf, metrics["loss"])}
+
+  stage = dataclasses.replace(make_stage(), step=step)
+  with pytest.raises(NonFiniteError, match=r"loss became inf at step 12 \(seed 7\)"):
+    loop.train(stage, make_run(mesh, tmp_path), tmp_path)
+
+
+# --- checkpoints and streams -----------------------------------------------------------------
+
+
+def test_a_checkpointer_without_checkpoints_restores_nothing(tmp_path):
+  checkpointer = Checkpointer(tmp_path / "c", keep=1)
+  assert checkpointer.latest_step() is None and checkpointer.restore({}) is None
+  checkpointer.close()
+
+
+def test_streams_are_pure_and_differ_by_name_and_step():
+  key = jax.random.key(0)
+
+  def bits(*arguments):
+    return tuple(jax.random.key_data(stream(key, *arguments)).tolist())
+
+  keys = [bits("a"), bits("b"), bits("a", 0), bits("a", 1), bits("b", 0)]
+  assert len(set(keys)) == 5 and bits("a", 1) == keys[3]
+  traced = jax.jit(lambda step: stream(key, "a", step))(jnp.array(1))
+  assert tuple(jax.random.key_data(traced).tolist()) == keys[3]
+  seeds = jax.random.key_data(base_keys((0, 1, 2), "toy"))
+  assert len({tuple(row) for row in seeds.tolist()}) == 3
+
+
+def test_settings_of_the_loop_must_divide():
+  with pytest.raises(ValueError, match=r"eval_every is 7, but must be a multiple of .*, 5"):
+    LoopConfig(5, 7, 10, 1)

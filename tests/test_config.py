@@ -1,0 +1,337 @@
+"""Settings: every wrong value is one sentence that names field, value and what is allowed."""
+
+import ast
+import copy
+import dataclasses
+import pathlib
+import types
+import typing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import digits_lt
+from memdiff import config as config_lib
+from memdiff import pipeline
+from memdiff.config import above, at_least, between, build, each, one_of, some_of
+from memdiff.errors import ConfigError
+from memdiff.pipeline import ExperimentConfig
+
+ROOT = pathlib.Path(__file__).parent.parent
+VALID = digits_lt.get_config().to_dict()
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+  share: float = between(0, 1)
+  rate: float = above(0)
+  limit: float | None = above(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+  count: int = at_least(1)
+  kind: str = one_of(("red", "green"))
+  flag: bool
+  free: str
+  sizes: tuple[int, ...] = each(lambda n: n >= 1, "whole numbers from 1")
+  names: tuple[str, ...] = some_of(("a", "b"))
+  inner: Inner
+
+  def __post_init__(self):
+    if self.count > 100 and self.flag:
+      raise ValueError(f"count is {self.count}, but at most 100 with flag.")
+
+
+GOOD = {
+  "count": 3, "kind": "red", "flag": True, "free": "x", "sizes": (1, 2), "names": ("a",),
+  "inner": {"share": 0.5, "rate": 2, "limit": None},
+}  # fmt: skip
+
+
+def replaced(values, path, value):
+  """A deep copy of `values` with the field at the dotted `path` set to `value`."""
+  values = copy.deepcopy(values)
+  group = values
+  *parents, name = path.split(".")
+  for parent in parents:
+    group = group[parent]
+  group[name] = value
+  return values
+
+
+def refusal(cls, values) -> str:
+  with pytest.raises(ConfigError) as caught:
+    build(cls, values)
+  assert caught.value.exit_code == 2
+  message = str(caught.value)
+  assert "\n" not in message and message.endswith(".")
+  return message
+
+
+# --- types and ranges ------------------------------------------------------------------------
+
+NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+JUNK = st.sampled_from([None, "", "abc", [], {}, object(), b"1", 1j, (), "1"])
+NOT_FINITE = st.sampled_from([float("nan"), float("inf"), -float("inf")])
+WRONG = {
+  "count": JUNK | NOT_FINITE | st.booleans() | st.floats(),
+  "kind": st.sampled_from([None, 1, True, ("red",), 1.5]) | st.text(max_size=5),
+  "flag": JUNK | NUMBERS | NOT_FINITE | st.sampled_from(["True", "false"]),
+  "free": st.sampled_from([None, 1, True, (), 2.0, b"x"]),
+  "sizes": st.sampled_from([None, 1, "12", (1.0,), (True,), ("1",), (1, None), {1}, (), (0,)]),
+  "names": st.sampled_from([None, 1, "a", (1,), ("c",), ("a", "a"), {"a"}, (None,)]),
+  "inner": JUNK.filter(lambda v: v != {}) | NUMBERS,
+  "inner.share": JUNK | NOT_FINITE | st.booleans() | NUMBERS.filter(lambda v: not 0 <= v <= 1),
+  "inner.rate": JUNK | NOT_FINITE | st.booleans() | st.floats(max_value=0),
+  "inner.limit": JUNK.filter(lambda v: v is not None) | NOT_FINITE | st.floats(max_value=0),
+}
+
+
+@given(st.sampled_from(sorted(WRONG)).flatmap(lambda p: st.tuples(st.just(p), WRONG[p])))
+def test_a_wrong_value_is_refused_with_field_and_value(case):
+  path, value = case
+  message = refusal(Outer, replaced(GOOD, path, value))
+  assert message.startswith(f"config.{path} ") and repr(value) in message and "must be" in message
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "words"),
+  [
+    ("count", 0, "at least 1"),
+    ("count", True, "a whole number"),
+    ("count", 2.0, "a whole number"),
+    ("kind", "blue", "one of red, green"),
+    ("flag", 1, "True or False"),
+    ("free", 1, "a text"),
+    ("sizes", (1, 0), "whole numbers from 1"),
+    ("sizes", 3, "a tuple"),
+    ("sizes", (1, 2.5), "a tuple in which each item is a whole number"),
+    ("names", ("a", "c"), "distinct names out of a, b"),
+    ("inner", 3, "a group of fields"),
+    ("inner.share", 1.01, "between 0 and 1"),
+    ("inner.share", float("nan"), "a number"),
+    ("inner.rate", 0, "above 0"),
+    ("inner.rate", True, "a number"),
+    ("inner.limit", "x", "a number or None"),
+    ("inner.limit", -1.0, "above 0"),
+  ],
+)
+def test_a_refusal_says_what_is_allowed(path, value, words):
+  message = refusal(Outer, replaced(GOOD, path, value))
+  assert message.startswith(f"config.{path} ") and words in message and repr(value) in message
+
+
+def test_a_number_too_large_for_a_float_is_refused():
+  message = refusal(Outer, replaced(GOOD, "inner.rate", 10**400))
+  assert message.startswith("config.inner.rate ")
+
+
+@given(
+  st.integers(1, 99), st.sampled_from(["red", "green"]), st.booleans(),
+  st.lists(st.integers(1, 9), min_size=1), st.permutations(["a", "b"]),
+  st.floats(0, 1) | st.sampled_from([0, 1]), st.none() | st.floats(1e-9, 1e9),
+)  # fmt: skip
+def test_right_values_arrive_unchanged(count, kind, flag, sizes, names, share, limit):
+  inner = {"share": share, "rate": 1, "limit": limit}
+  settings = build(Outer, GOOD | {
+    "count": count, "kind": kind, "flag": flag, "sizes": sizes, "names": names, "inner": inner,
+  })  # fmt: skip
+  assert (settings.count, settings.kind, settings.flag) == (count, kind, flag)
+  assert settings.sizes == tuple(sizes) and settings.names == tuple(names)
+  assert settings.inner == Inner(share, 1.0, limit)
+  assert type(settings.inner.share) is float and type(settings.inner.rate) is float
+
+
+@pytest.mark.parametrize("path", ["cuont", "inner.shares"])
+def test_an_unknown_field_is_refused_with_those_that_exist(path):
+  message = refusal(Outer, replaced(GOOD, path, 1))
+  fields = dataclasses.fields(Inner if "." in path else Outer)
+  assert f"config.{path} does not exist" in message
+  assert all(field.name in message for field in fields)
+
+
+@pytest.mark.parametrize("path", ["count", "inner", "inner.limit"])
+def test_a_missing_field_is_named(path):
+  values = copy.deepcopy(GOOD)
+  group = values
+  *parents, name = path.split(".")
+  for parent in parents:
+    group = group[parent]
+  del group[name]
+  assert f"config.{path} is missing" in refusal(Outer, values)
+
+
+def test_a_rule_between_fields_names_their_group():
+  assert refusal(Outer, GOOD | {"count": 101}).startswith("config: count is 101")
+  assert build(Outer, GOOD | {"count": 101, "flag": False}).count == 101
+
+
+def test_settings_go_back_to_plain_values():
+  plain = config_lib.as_dict(build(Outer, GOOD))
+  assert plain == GOOD | {"sizes": [1, 2], "names": ["a"],
+                          "inner": {"share": 0.5, "rate": 2.0, "limit": None}}  # fmt: skip
+  assert config_lib.flatten(plain)["inner.rate"] == 2.0
+  assert config_lib.flatten({"a": {"b": {"c": 1}}, "d": 2}) == {"a.b.c": 1, "d": 2}
+
+
+# --- the experiment's own settings -----------------------------------------------------------
+
+
+def settings_fields(cls=ExperimentConfig, prefix=""):
+  """(path, class, field) of every leaf reachable from `cls`."""
+  for field in dataclasses.fields(cls):
+    if dataclasses.is_dataclass(field.type):
+      yield from settings_fields(field.type, f"{prefix}{field.name}.")
+    else:
+      yield f"{prefix}{field.name}", cls, field
+
+
+LEAVES = {path: field for path, _, field in settings_fields()}
+
+
+@pytest.mark.parametrize("variant", ["default", "smoke"])
+def test_the_shipped_config_is_complete_and_valid(variant):
+  values = digits_lt.get_config(variant).to_dict()
+  assert set(config_lib.flatten(values)) == set(LEAVES)
+  settings = build(ExperimentConfig, values)
+  again = build(ExperimentConfig, config_lib.as_dict(settings))
+  assert settings == again
+
+
+def wrong_for(kind):
+  """A value of the wrong type for a field of this type."""
+  if typing.get_origin(kind) is types.UnionType:
+    return st.sampled_from(["x", True, (), float("nan")])
+  if typing.get_origin(kind) is tuple:
+    return st.sampled_from([None, 1, "ab", (None,), 2.5, ((1,),)])
+  return {
+    int: st.sampled_from([None, "1", True, 1.0, 2.5, float("nan"), (1,)]),
+    float: st.sampled_from([None, "1", False, float("nan"), float("inf"), (0.5,)]),
+    bool: st.sampled_from([None, 0, 1, "True"]),
+    str: st.sampled_from([None, 1, True, ("x",)]),
+  }[kind]
+
+
+@pytest.mark.parametrize("path", sorted(LEAVES))
+@given(data=st.data())
+def test_every_setting_refuses_values_of_other_types(path, data):
+  value = data.draw(wrong_for(LEAVES[path].type))
+  message = refusal(ExperimentConfig, replaced(VALID, path, value))
+  assert message.startswith(f"config.{path} is {value!r}, but must be ")
+
+
+OUT_OF_RANGE = {
+  "seeds": [(), (-1,)], "dataset.name": ["mnist"], "dataset.profile": ["flat"],
+  "dataset.imbalance": [0.5], "dataset.split_seed": [-1],
+  "encoder.backbone.widths": [(), (0, 1, 2)], "encoder.backbone.stage_sizes": [(), (1, 0, 1)],
+  "encoder.loss": ["mse"], "encoder.references": [("mse",), ("csl", "csl")],
+  "encoder.beta": [-0.1, 1], "encoder.defer": [1.1], "encoder.shift": [-1],
+  "encoder.batch_size": [0], "encoder.num_steps": [0], "encoder.optimizer.name": ["lion"],
+  "encoder.optimizer.learning_rate": [0, -1.0], "encoder.optimizer.momentum": [1.0],
+  "encoder.optimizer.weight_decay": [-1e-9], "encoder.optimizer.warmup": [-0.1],
+  "encoder.optimizer.clip_norm": [-1.0], "memory_bank.num_slots": [0], "memory_bank.horizon": [0],
+  "diffusion.schedule.name": ["sigmoid"], "diffusion.schedule.num_steps": [1],
+  "diffusion.denoiser.width": [0], "diffusion.denoiser.num_blocks": [0],
+  "diffusion.denoiser.embedding_dim": [3], "diffusion.denoiser.num_heads": [0],
+  "diffusion.class_exponent": [1.5], "diffusion.label_dropout": [-0.5],
+  "diffusion.ema_decay": [1.0], "hallucination.tail_below": [0], "hallucination.fill_to": [0],
+  "hallucination.sampler": ["euler"], "hallucination.num_steps": [1],
+  "hallucination.guidance": [-0.5], "hallucination.x0_limit": [0.0],
+  "hallucination.chunk_size": [0], "hallucination.confidence": ["entropy"],
+  "hallucination.confidence_power": [0.0], "head.start": ["random"],
+  "head.gamma_counts": ["fake"], "head.added_batch_size": [0], "evaluation.map_per_class": [1],
+  "loop.steps_per_dispatch": [0], "loop.eval_every": [0], "loop.checkpoint_every": [0],
+  "loop.keep_checkpoints": [0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("path", "value"), [(path, value) for path, values in OUT_OF_RANGE.items() for value in values]
+)
+def test_values_out_of_range_are_refused_with_the_range(path, value):
+  message = refusal(ExperimentConfig, replaced(VALID, path, value))
+  words = LEAVES[path].metadata["allowed"].words
+  assert message == f"config.{path} is {build_repr(path, value)}, but must be {words}."
+
+
+def build_repr(path, value):
+  """Numbers are shown as the field's own type."""
+  return repr(float(value)) if LEAVES[path].type is float else repr(value)
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "words"),
+  [
+    ("seeds", (1, 2, 1), "each may stand only once"),
+    ("hallucination.num_steps", 1001, "the diffusion has only 1000 steps"),
+    ("encoder.backbone.widths", (16, 32), "stage_sizes has 3 stages and widths 2"),
+    ("diffusion.denoiser.embedding_dim", 13, "must be even"),
+    ("loop.eval_every", 75, "a multiple of steps_per_dispatch, 50"),
+    ("loop.checkpoint_every", 20, "a multiple of steps_per_dispatch, 50"),
+  ],
+)
+def test_settings_that_contradict_each_other_are_refused(path, value, words):
+  message = refusal(ExperimentConfig, replaced(VALID, path, value))
+  assert message.startswith("config") and words in message
+
+
+@pytest.mark.parametrize(
+  ("path", "value"),
+  [
+    ("seeds", (2**63,)),  # more than a JAX key takes
+    ("seeds", (2**32,)),  # the key of seed 0 once more
+    ("dataset.split_seed", 2**32),  # more than a RandomState takes
+    ("encoder.optimizer.warmup", 1.0),  # leaves no step for the decay
+    ("diffusion.optimizer.warmup", 1.0),
+    ("encoder.backbone.widths", (32, 16, 64)),  # option-A shortcuts can only add channels
+  ],
+)
+def test_values_that_would_break_a_phase_are_refused_before_any_work(path, value):
+  assert path.rsplit(".", 1)[-1] in refusal(ExperimentConfig, replaced(VALID, path, value))
+
+
+# --- no setting without an effect ------------------------------------------------------------
+
+CHECKS = {"__post_init__", "check"}  # functions that look at settings without using them
+
+
+def attributes_read(folder: pathlib.Path) -> set[str]:
+  """Names of all attributes that the modules in `folder` read, outside functions that check."""
+  names = set()
+
+  def visit(node):
+    if isinstance(node, ast.FunctionDef) and node.name in CHECKS:
+      return
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+      names.add(node.attr)
+    for child in ast.iter_child_nodes(node):
+      visit(child)
+
+  for path in folder.rglob("*.py"):
+    visit(ast.parse(path.read_text()))
+  return names
+
+
+@pytest.fixture(scope="module")
+def read_names():
+  return attributes_read(ROOT / "memdiff") | attributes_read(ROOT / "input_pipeline")
+
+
+@pytest.mark.parametrize("path", sorted(LEAVES))
+def test_every_setting_is_read_by_some_code(path, read_names):
+  for name in path.split("."):
+    assert name in read_names, f"config.{path}: nothing reads .{name}"
+
+
+def test_the_search_for_reads_sees_neither_checks_nor_assignments(tmp_path):
+  (tmp_path / "m.py").write_text(
+    "def check(c):\n  return c.checked\ndef f(c):\n  c.written = 1\n  return c.used\n"
+  )
+  assert attributes_read(tmp_path) == {"used"}
+
+
+def test_every_group_of_settings_decides_some_phase():
+  groups = {field.name for field in dataclasses.fields(ExperimentConfig)}
+  assert {name for phase in pipeline.PHASES for name in phase.reads} == groups
