@@ -90,8 +90,9 @@ def draw_batch(
   memory = memory_bank.read(own.bank, label, mesh=mesh)
   memory = memory_bank.thin_out(memory_bank.leave_one_out(memory, x0), thin)
   dropped = jax.random.bernoulli(drop, config.label_dropout, label.shape)
-  hidden = jax.random.bernoulli(hide, config.anonymous, label.shape)
-  x0, memory = displace(stream(key, "displace"), x0, memory, hidden, config.displacement)
+  hidden = jax.random.bernoulli(hide, config.anonymous, label.shape) & ~dropped
+  movable = hidden & (memory.count > 0)
+  x0, memory = displace(stream(key, "displace"), x0, memory, movable, config.displacement)
   return Batch(
     x0=x0,
     label=jnp.where(dropped | hidden, num_classes, label),
@@ -112,7 +113,7 @@ def displace(key: jax.Array, x0: jax.Array, memory: Memory, chosen: jax.Array, s
     key: randomness.
     x0: [B, D] features.
     memory: of B rows.
-    chosen: [B] bool, the rows to move.
+    chosen: [B] bool, the rows to move; their memories must not be empty.
     strength: 0 moves nothing.
 
   Returns:
@@ -123,9 +124,8 @@ def displace(key: jax.Array, x0: jax.Array, memory: Memory, chosen: jax.Array, s
   b = jax.random.permutation(second, memory.prototype)
   amount = strength * jax.random.normal(size, chosen.shape) * chosen
   shift = amount[:, None] * (a - b)
-  known = (memory.count > 0)[:, None]
   return x0 + shift, memory.replace(
-    prototype=jnp.where(known, memory.prototype + shift, memory.prototype),
+    prototype=memory.prototype + shift,
     slots=jnp.where(memory.mask[:, :, None], memory.slots + shift[:, None], memory.slots),
   )
 

@@ -183,7 +183,7 @@ def _uniform_below(key: jax.Array, bound: jax.Array) -> jax.Array:
 
 
 def read(bank: MemoryBank, labels: jax.Array, *, mesh: Mesh) -> Memory:
-  """The bank's rows of `labels` [B], with one collective on a split bank."""
+  """The bank's rows of `labels` [B], which must be rows of it; one collective on a split bank."""
   rows, num_slots, _ = bank.slots.shape
   spec = class_spec(rows, mesh)
 
@@ -216,7 +216,8 @@ def leave_one_out(memory: Memory, features: jax.Array) -> Memory:
 
   A denoiser that finds the feature it must recover in its context learns to copy. Slots that hold
   the feature (or a duplicate of it) are masked, and the prototype is the mean of the others. A
-  class whose only member is left out has an empty memory.
+  class whose only member is left out has an empty memory. The prototype is exact while the class is
+  within the bank's horizon.
   """
   distance = jnp.mean(jnp.square(memory.slots - features[:, None]), axis=-1)
   mask = memory.mask & (distance > _SAME_FEATURE**2)
@@ -268,5 +269,6 @@ def forget(memory: Memory, dropped: jax.Array) -> Memory:
 def standardize(bank: MemoryBank, mean: jax.Array, scale: jax.Array) -> MemoryBank:
   """The same bank in the standardised space (f - mean) / scale; `mean` and `scale` are [D]."""
   prototype = (bank.prototype - mean[None]) / scale[None]
+  prototype = jnp.where((bank.seen > 0)[:, None], prototype, 0.0)
   slots = (bank.slots - mean[None, None]) / scale[None, None]
   return bank.replace(prototype=prototype, slots=slots)

@@ -36,15 +36,15 @@ class EncoderConfig:
 
 def check(config: EncoderConfig, dataset: LongTailDataset) -> None:
   """Raises ConfigError where the settings do not fit the data."""
-  num_examples, height = len(dataset.train_labels), dataset.train_images.shape[1]
+  num_examples, size = len(dataset.train_labels), min(dataset.train_images.shape[1:3])
   if config.batch_size > num_examples:
     raise ConfigError(
       f"config.encoder.batch_size is {config.batch_size}, but the training set has only"
       f" {num_examples} images."
     )
-  if config.shift >= height:
+  if config.shift >= size:
     raise ConfigError(
-      f"config.encoder.shift is {config.shift} pixels, but the images are only {height} high."
+      f"config.encoder.shift is {config.shift} pixels, but the images have only {size}."
     )
 
 

@@ -58,7 +58,7 @@ class Checkpointer:
         args = ocp.args.StandardRestore(abstract_state)
         state = self._manager.restore(step, args=args)
       except Exception as error:  # Orbax raises many types for torn files
-        failures.append(f"step {step}: {str(error).strip().splitlines()[0][:160]}")
+        failures.append(f"step {step}: {_words(error).splitlines()[0][:160]}")
         continue
       for newer in steps[: len(failures)]:  # torn, and in the way of saving that step anew
         self._manager.delete(newer)
@@ -80,8 +80,12 @@ class Checkpointer:
       self._manager.close()
 
 
+def _words(error: Exception) -> str:
+  return str(error).strip() or repr(error)
+
+
 def _cannot_write(directory: pathlib.Path, error: Exception) -> str:
-  reason = str(error).strip().splitlines()[-1][-160:]
+  reason = _words(error).splitlines()[-1][-160:]
   return (
     f"Cannot write a checkpoint to {directory} ({reason}); make room there and run the same"
     " command again, which resumes at the last saved step."

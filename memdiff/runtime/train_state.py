@@ -49,9 +49,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
       0 leaves it alone.
     num_steps: steps until the learning rate reaches zero.
   """
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, config.learning_rate, round(config.warmup * num_steps), num_steps
-  )
+  warmup = min(round(config.warmup * num_steps), num_steps - 1)
+  schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, num_steps)
   if config.name == "sgd":
     rule = [
       optax.add_decayed_weights(config.weight_decay),

@@ -100,7 +100,7 @@ class Workdir:
       return None
     try:
       manifest = json.loads(path.read_text())
-      manifest["config"], manifest["finished"]  # both are there
+      dict(manifest["config"]), manifest["finished"]  # both are there
       return manifest
     except (ValueError, KeyError, TypeError):
       raise WorkdirError(

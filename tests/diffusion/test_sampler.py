@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memdiff.diffusion import sampler
+from memdiff.diffusion import objectives, sampler
 from memdiff.diffusion.sampler import SAMPLERS, coefficients, visited_steps
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 
@@ -245,6 +245,30 @@ def test_the_scan_equals_a_plain_loop_for_a_curved_denoiser(method):
   assert len(first) == 9
   expected = numpy_sample(predict, schedule, first[0].astype(float), method, 9)
   np.testing.assert_allclose(samples, expected, rtol=2e-3, atol=2e-4)
+
+
+def test_noise_velocity_and_clean_sample_are_one_and_the_same_process():
+  """The exact denoiser, asked for either of the three, draws the same samples."""
+  schedule = make_schedule("cosine", 100)
+  predict_noise = exact_denoiser(schedule)
+  table = jnp.asarray(schedule.alphas_bar, jnp.float32)
+
+  def predict(prediction, x, t):
+    abar = table[jnp.round(t / 10).astype(int)][:, None]
+    signal, noise = jnp.sqrt(abar), jnp.sqrt(1 - abar)
+    eps = predict_noise(x, t)
+    x0 = (x - noise * eps) / signal
+    return {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[prediction]
+
+  samples = {}
+  for name in objectives.PREDICTIONS:
+    samples[name] = sampler.sample(
+      functools.partial(predict, name), schedule, (300, 2), jax.random.key(0), method="ddim",
+      num_steps=12, prediction=name,
+    )  # fmt: skip
+  np.testing.assert_allclose(samples["v"], samples["eps"], atol=5e-3)
+  np.testing.assert_allclose(samples["x0"], samples["eps"], atol=5e-3)
+  assert float(samples["v"].std()) == pytest.approx(STD, abs=0.07)  # 12 steps
 
 
 @pytest.mark.parametrize("method", ["ddpm", "dpm++"])

@@ -90,10 +90,12 @@ def test_empty_classes_are_never_drawn(counts):
   )
 
 
-def draw_batch(mesh, label_dropout, seed=3, batch_size=512):
+def draw_batch(mesh, label_dropout, seed=3, batch_size=512, **settings):
   own = make_own(mesh)
   deck = feature_diffusion.make_deck(LABELS, CLASSES, 0.5)
-  config = dataclasses.replace(CONFIG, label_dropout=label_dropout, batch_size=batch_size)
+  config = dataclasses.replace(
+    CONFIG, label_dropout=label_dropout, batch_size=batch_size, **settings
+  )
   deck = jax.tree.map(jnp.asarray, deck)
   draw = functools.partial(
     feature_diffusion.draw_batch, config=config, num_classes=CLASSES, mesh=mesh
@@ -161,7 +163,7 @@ def test_displacement_moves_feature_and_memory_of_chosen_rows_alike():
   count = mask.sum(axis=1).astype(np.float32)
   memory = memory_bank.Memory(*map(jnp.asarray, (prototype, slots, mask, count)))
   x0 = rng.normal(size=(6, DIM)).astype(np.float32)
-  chosen = np.array([True, True, False, True, False, True])
+  chosen = np.array([True, True, False, False, True, True])  # row 3 has no memory to move
 
   def displace(strength):
     key = jax.random.key(4)
@@ -172,8 +174,7 @@ def test_displacement_moves_feature_and_memory_of_chosen_rows_alike():
   shift = x - x0
   assert not shift[~chosen].any()
   assert (np.abs(shift[chosen]).max(axis=1) > 1e-3).sum() >= 3  # two prototypes may coincide
-  known = (count > 0)[:, None]
-  np.testing.assert_allclose(m.prototype, prototype + shift * known, atol=1e-6)
+  np.testing.assert_allclose(m.prototype, prototype + shift, atol=1e-6)
   np.testing.assert_allclose(m.slots, slots + shift[:, None] * mask[:, :, None], atol=1e-6)
   # along differences of prototypes: shift = amount (p_i - p_j)
   differences = (prototype[:, None] - prototype[None]).reshape(-1, DIM)
@@ -184,6 +185,15 @@ def test_displacement_moves_feature_and_memory_of_chosen_rows_alike():
       assert np.abs(cosine).max() > 1 - 1e-5
   np.testing.assert_allclose(displace(2.0)[0] - x0, 2 * shift, atol=1e-5)
   np.testing.assert_array_equal(displace(0.0)[0], x0)
+
+
+def test_the_unconditional_model_is_trained_on_the_data_themselves(mesh):
+  """A row without label and memory has nothing to tell it that its class was moved."""
+  own, batch = draw_batch(mesh, 0.5, anonymous=0.5, displacement=1.0)
+  nothing_known = (batch.label == CLASSES) & ~batch.memory.mask.any(axis=1)
+  features = np.asarray(own.features)
+  distance = np.abs(features[None] - batch.x0[nothing_known][:, None]).max(axis=2).min(axis=1)
+  assert nothing_known.sum() > 100 and (distance < 1e-6).all()
 
 
 # --- training --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from memdiff.errors import NonFiniteError, WorkdirError
+from memdiff.runtime import checkpoint as checkpoints
 from memdiff.runtime import loop, train_state
 from memdiff.runtime.checkpoint import Checkpointer
 from memdiff.runtime.loop import LoopConfig, Run, Stage
@@ -289,6 +290,44 @@ def test_the_first_bad_step_is_named(mesh, tmp_path):
   stage = dataclasses.replace(make_stage(), step=step)
   with pytest.raises(NonFiniteError, match=r"loss became inf at step 12 \(seed 7\)"):
     loop.train(stage, make_run(mesh, tmp_path), tmp_path)
+
+
+# --- a full disk -----------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_said_before_the_save_and_earlier_checkpoints_stay(
+  mesh, tmp_path, uninterrupted, monkeypatch
+):
+  kill_at(mesh, tmp_path, 20)
+  usage = checkpoints.shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+  with pytest.raises(
+    WorkdirError, match=r"Cannot write a checkpoint to .*make room there"
+  ) as caught:
+    loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+  assert "\n" not in str(caught.value) and steps_on_disk(tmp_path) == [10]
+  monkeypatch.undo()
+  state = loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+  check_same(state, uninterrupted[0])
+  assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
+
+
+class Wordless(Exception):
+  """An error without a message, as assertions in libraries raise them."""
+
+
+def test_errors_without_words_still_end_in_a_sentence(mesh, tmp_path, monkeypatch):
+  def fail(*_, **__):
+    raise Wordless
+
+  kill_at(mesh, tmp_path, 20)
+  monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "restore", fail)
+  with pytest.raises(WorkdirError, match="No checkpoint in"):
+    loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+  monkeypatch.undo()
+  monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", fail)
+  with pytest.raises(WorkdirError, match="Cannot write a checkpoint"):
+    loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
 
 
 # --- checkpoints and streams -----------------------------------------------------------------
