@@ -16,7 +16,7 @@ from memdiff import config as config_lib
 from memdiff import pipeline
 from memdiff.config import above, at_least, between, build, each, one_of, some_of
 from memdiff.errors import ConfigError
-from memdiff.pipeline import ExperimentConfig
+from memdiff.experiment import ExperimentConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 VALID = digits_lt.get_config().to_dict()

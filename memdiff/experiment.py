@@ -1,0 +1,212 @@
+"""One experiment: its settings, its stages, and what its finished phases left in the workdir."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from input_pipeline import dataset as dataset_lib
+from memdiff import feature_diffusion, feature_space, hallucination, memory_bank
+from memdiff.classifier import encoder, head
+from memdiff.config import at_least, each
+from memdiff.diffusion.training import DiffusionConfig
+from memdiff.errors import WorkdirError
+from memdiff.runtime import loop
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.checkpoint import Checkpointer, abstract
+from memdiff.runtime.workdir import Workdir, read_arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  map_per_class: int = at_least(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+  """Everything that decides a run's results."""
+
+  name: str
+  seeds: tuple[int, ...] = each(lambda s: 0 <= s < 2**32, "whole numbers from 0 to 2^32 - 1")
+  dataset: dataset_lib.DatasetConfig
+  encoder: encoder.EncoderConfig
+  memory_bank: memory_bank.BankConfig
+  diffusion: DiffusionConfig
+  hallucination: hallucination.HallucinationConfig
+  head: head.HeadConfig
+  evaluation: EvaluationConfig
+  loop: loop.LoopConfig
+
+  def __post_init__(self):
+    if len(set(self.seeds)) != len(self.seeds):
+      raise ValueError(f"seeds are {self.seeds}, but each may stand only once.")
+    if self.hallucination.num_steps > self.diffusion.schedule.num_steps:
+      raise ValueError(
+        f"hallucination.num_steps is {self.hallucination.num_steps}, but the diffusion has only"
+        f" {self.diffusion.schedule.num_steps} steps."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A checked config with its data, devices and folder."""
+
+  config: ExperimentConfig
+  dataset: dataset_lib.LongTailDataset
+  workdir: Workdir
+  run: loop.Run
+  command: str
+
+  @property
+  def mesh(self):
+    return self.run.mesh
+
+  @property
+  def seeds(self) -> tuple[int, ...]:
+    return self.config.seeds
+
+
+def encoder_losses(config: ExperimentConfig) -> tuple[str, ...]:
+  """The losses an encoder is trained with; hallucination builds on the first."""
+  return tuple(dict.fromkeys((config.encoder.loss, *config.encoder.references)))
+
+
+def encoder_stage(e: Experiment, loss: str) -> loop.Stage:
+  shared = encoder.device_data(e.dataset, e.mesh)
+  return encoder.make_stage(e.config.encoder, e.config.memory_bank, loss, e.dataset, shared, e.mesh)
+
+
+def load_bank(e: Experiment) -> memory_bank.MemoryBank:
+  """The refilled bank, in the encoder's units, with a leading axis of seeds."""
+  config = e.config.memory_bank
+  dim = e.config.encoder.backbone.widths[-1]
+  shapes = jax.eval_shape(
+    jax.vmap(lambda _: memory_bank.create(e.dataset.num_classes, config.num_slots, dim)),
+    jax.ShapeDtypeStruct((len(e.seeds),), np.int32),
+  )
+  sharding = feature_space.bank_sharding(e.dataset.num_classes, e.mesh)
+  checkpointer = Checkpointer(e.workdir.folder("memory_bank") / "bank", keep=1)
+  try:
+    restored = checkpointer.restore(abstract(shapes, jax.tree.map(lambda _: sharding, shapes)))
+  finally:
+    checkpointer.close()
+  if restored is None:
+    raise WorkdirError(
+      f"{e.workdir.folder('memory_bank')} holds no bank; remove that folder and run the same"
+      " command again."
+    )
+  return restored[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+  """The feature space as later phases need it: standardised, on the devices, seeds leading."""
+
+  standardizer: feature_space.Standardizer
+  train: jax.Array  # [S, N, D]
+  left_out: jax.Array
+  test: jax.Array
+  head: dict[str, jax.Array]  # the encoder's own head on standardised features
+  bank: memory_bank.MemoryBank
+  test_predictions: dict[str, np.ndarray]  # loss -> [S, T], of the encoders' own heads
+
+
+def load_space(e: Experiment) -> Space:
+  arrays = read_arrays(e.workdir.folder("memory_bank") / "features.npz")
+  raw = mesh_lib.replicate(e.mesh, {n: arrays[n] for n in ("train", "left_out", "test")})
+  own_head = mesh_lib.replicate(e.mesh, {n: arrays[n] for n in ("kernel", "bias")})
+  standardizer = jax.jit(jax.vmap(feature_space.fit_standardizer))(raw["train"])
+  forward = jax.jit(jax.vmap(lambda s, x: s.forward(x)))
+  bank = jax.jit(jax.vmap(lambda b, s: memory_bank.standardize(b, s.mean, s.scale)))
+  return Space(
+    standardizer=standardizer,
+    train=forward(standardizer, raw["train"]),
+    left_out=forward(standardizer, raw["left_out"]),
+    test=forward(standardizer, raw["test"]),
+    head=jax.jit(jax.vmap(head.standardized_head))(own_head, standardizer),
+    bank=bank(load_bank(e), standardizer),
+    test_predictions={
+      name.removeprefix("predictions_"): value
+      for name, value in arrays.items()
+      if name.startswith("predictions_")
+    },
+  )
+
+
+def diffusion_stage(e: Experiment, space: Space) -> loop.Stage:
+  own = feature_diffusion.FeatureData(features=space.train, bank=space.bank)
+  return feature_diffusion.make_stage(
+    e.config.diffusion, own, e.dataset.train_labels, e.dataset.num_classes, e.mesh
+  )
+
+
+def load_synthetic(e: Experiment) -> dict[str, np.ndarray]:
+  """What `hallucinate` wrote; features [S, M, D] in the encoder's units, labels [M], ..."""
+  return read_arrays(e.workdir.folder("hallucination") / "synthetic_features.npz")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+  """Features added to the real ones when a head is trained."""
+
+  description: str
+  features: jax.Array  # [S, M, D] standardised
+  labels: np.ndarray  # [M] int32
+  confidence: np.ndarray  # [S, M]
+
+
+def oracle_rows(left_out_labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+  """Rows of the left-out set: as many per class as were hallucinated, or all there are."""
+  rows = [np.flatnonzero(left_out_labels == c)[:n] for c, n in enumerate(numbers)]
+  return np.concatenate(rows)
+
+
+def make_pools(e: Experiment, space: Space) -> dict[str, Pool]:
+  """The methods that train a head: name -> what is added to the real features."""
+  synthetic = load_synthetic(e)
+  features = jax.jit(jax.vmap(lambda s, x: s.forward(x)))(
+    space.standardizer, mesh_lib.replicate(e.mesh, synthetic["features"])
+  )
+  numbers = hallucination.plan(e.dataset.train_counts, e.config.hallucination)
+  rows = oracle_rows(e.dataset.left_out_labels, numbers)
+  num_seeds = len(e.seeds)
+  return {
+    "csl_retrain": Pool(
+      "the CSL encoder, its head trained again with CSL on real features only",
+      features[:, :0],
+      synthetic["labels"][:0],
+      np.ones((num_seeds, 0), np.float32),
+    ),
+    "memdiff": Pool(
+      "the same head training with hallucinated tail features, trusted by their confidence",
+      features,
+      synthetic["labels"],
+      synthetic["confidence"],
+    ),
+    "oracle": Pool(
+      "the same with real, left-out features instead: the most that hallucination can reach",
+      space.left_out[:, rows],
+      e.dataset.left_out_labels[rows],
+      np.ones((num_seeds, len(rows)), np.float32),
+    ),
+  }
+
+
+def head_stage(e: Experiment, space: Space, name: str, pool: Pool) -> loop.Stage:
+  own = head.HeadData(
+    features=space.train,
+    added=pool.features,
+    confidence=mesh_lib.replicate(e.mesh, pool.confidence),
+    test_features=space.test,
+    start=space.head,
+  )
+  return head.make_stage(
+    name,
+    e.config.head,
+    own,
+    e.dataset.train_labels,
+    pool.labels,
+    e.dataset.test_labels,
+    e.dataset.num_classes,
+    e.mesh,
+  )
