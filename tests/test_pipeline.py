@@ -190,7 +190,7 @@ def test_eight_devices_give_the_same_bank_split_and_curves(undisturbed, tmp_path
     for a, b in zip(curve(workdir, stage), curve(one, stage), strict=True):
       assert (a["step"], a["kind"]) == (b["step"], b["kind"])
       # Sums over devices round differently, and training amplifies that step by step.
-      rtol = 1e-4 if a["step"] <= 10 else 2e-2
+      rtol = 2e-3 if a["step"] <= 10 else 2e-2
       np.testing.assert_allclose(a["metrics"]["loss"], b["metrics"]["loss"], rtol=rtol)
   banks = [load_bank(folder / "memory_bank" / "bank") for folder in (workdir, one)]
   np.testing.assert_array_equal(banks[0]["seen"], banks[1]["seen"])
