@@ -32,8 +32,8 @@ class BackboneConfig:
 class Conv3x3(nn.Module):
   """A 3x3 convolution, padded to keep the size, without bias. [B, H, W, in] -> [B, H', W', out].
 
-  On CPU it is computed as patches times matrix: XLA's CPU convolution is about 15 times slower
-  inside `lax.scan` (benchmarks/convolution.py).
+  On CPU it is computed as patches times matrix: XLA's CPU convolution is 8 to 26 times slower
+  inside `lax.scan` at these sizes (python -m benchmarks.convolution, docs/results).
   """
 
   features: int

@@ -142,7 +142,7 @@ def long_tail_profile(
       _label_bars(axes, position, real, synthetic)
     _name_classes(axes, names, None)
     axes.set_ylabel("examples" + (", log scale" if axes.get_yscale() == "log" else ""))
-    axes.set_title("Training examples per class")
+    axes.set_title("Training examples per class", pad=24)  # the group names stand between
     handles = [Patch(color=REAL, linewidth=0, label="real training examples")]
     if synthetic.any():
       handles.append(
@@ -389,8 +389,8 @@ def _mark_groups(axes: Axes, groups: Sequence[str]) -> None:
       axes.axvspan(start - 0.5, end - 0.5, color=BAND, linewidth=0, zorder=-2)
     if end - start >= len(groups) / 40:
       axes.annotate(
-        groups[start], ((start + end - 1) / 2, 0.965), xycoords=("data", "axes fraction"),
-        ha="center", va="top", color=MUTED, fontsize=10, fontstyle="italic",
+        groups[start], ((start + end - 1) / 2, 1.01), xycoords=("data", "axes fraction"),
+        ha="center", va="bottom", color=MUTED, fontsize=10, fontstyle="italic",
       )  # fmt: skip
 
 
