@@ -242,7 +242,8 @@ def thin_out(memory: Memory, key: jax.Array) -> Memory:
   u = jax.random.uniform(size_key, memory.count.shape)
   wanted = jnp.floor(jnp.exp(u * jnp.log(jnp.maximum(memory.count, 1) + 1)))
   lottery = jnp.where(memory.mask, jax.random.uniform(choice_key, memory.mask.shape), 2.0)
-  rank = jnp.argsort(jnp.argsort(lottery, axis=1), axis=1)
+  # Ranks by comparison: on CPU two argsorts cost a tenth of the denoiser's whole step.
+  rank = jnp.sum(lottery[:, None, :] < lottery[:, :, None], axis=2)
   kept = memory.mask & (rank < wanted[:, None])
   number = kept.sum(axis=1).astype(jnp.float32)
   slots = jnp.where(kept[:, :, None], memory.slots, 0.0)

@@ -1,0 +1,1 @@
+"""Measurements of speed, run by hand; they print numbers and assert nothing."""
