@@ -113,26 +113,31 @@ def test_a_missing_tensorflow_is_said_before_any_work(tmp_path):
   assert not (tmp_path / "run" / "encoder").exists()
 
 
-def test_a_full_disk_is_said_at_once_and_the_run_goes_on_when_there_is_room(tmp_path):
-  run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def interrupted_run(tmp_path_factory):
+  """A run that meets a full disk at its first checkpoint and is called again: (folder, results)."""
+  run = tmp_path_factory.mktemp("smoke") / "run"
   patch = (
     "import collections, shutil\n"
     "Usage = collections.namedtuple('Usage', 'total used free')\n"
     "shutil.disk_usage = lambda path: Usage(1, 1, 0)"
   )
-  expect_sentence(
-    call_patched(patch, run, "--notensorboard"), 1, "0.0 MiB are free", "make room there"
-  )
-  result = call(SMOKE, f"--workdir={run}", "--notensorboard")
-  assert result.returncode == 0, result.stderr
+  first = call_patched(patch, run, "--notensorboard")
+  return run, first, call(SMOKE, f"--workdir={run}", "--notensorboard")
 
 
-@pytest.fixture(scope="module")
-def smoke_run(tmp_path_factory):
-  run = tmp_path_factory.mktemp("smoke") / "run"
-  result = call(SMOKE, f"--workdir={run}", "--notensorboard")
+@pytest.fixture
+def smoke_run(interrupted_run):
+  run, _, result = interrupted_run
   assert result.returncode == 0, result.stderr
   return run
+
+
+def test_a_full_disk_is_said_at_once_and_the_run_goes_on_when_there_is_room(interrupted_run):
+  run, first, second = interrupted_run
+  expect_sentence(first, 1, "0.0 MiB are free", "make room there", str(run))
+  assert second.returncode == 0, second.stderr
+  assert (run / "report.html").exists()
 
 
 def test_a_second_call_repeats_nothing(smoke_run):

