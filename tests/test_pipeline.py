@@ -199,8 +199,11 @@ def test_eight_devices_give_the_same_bank_split_and_curves(undisturbed, tmp_path
       np.testing.assert_allclose(a["metrics"]["loss"], b["metrics"]["loss"], rtol=rtol)
   banks = [load_bank(folder / "memory_bank" / "bank") for folder in (workdir, one)]
   np.testing.assert_array_equal(banks[0]["seen"], banks[1]["seen"])
+  # Other exemplars, or others' rows, would differ by as much as features differ. That the bank is
+  # exactly the same for the same features is tests/test_memory_bank_sharded.py's to show.
   for name in ("prototype", "slots"):
-    np.testing.assert_allclose(banks[0][name], banks[1][name], atol=5e-2)
+    difference = np.abs(banks[0][name] - banks[1][name]).mean()
+    assert difference < 0.01 * np.abs(banks[1][name]).mean(), name
 
 
 def load_bank(folder):
