@@ -195,15 +195,34 @@ def test_eight_devices_give_the_same_bank_split_and_curves(undisturbed, tmp_path
     for a, b in zip(curve(workdir, stage), curve(one, stage), strict=True):
       assert (a["step"], a["kind"]) == (b["step"], b["kind"])
       # Sums over devices round differently, and training amplifies that step by step.
-      rtol = 1e-3 if a["step"] <= 10 else 2e-2
+      rtol = 5e-3 if a["step"] <= 10 else 5e-2
       np.testing.assert_allclose(a["metrics"]["loss"], b["metrics"]["loss"], rtol=rtol)
-  banks = [load_bank(folder / "memory_bank" / "bank") for folder in (workdir, one)]
-  np.testing.assert_array_equal(banks[0]["seen"], banks[1]["seen"])
-  # Other exemplars, or others' rows, would differ by as much as features differ. That the bank is
-  # exactly the same for the same features is tests/test_memory_bank_sharded.py's to show.
-  for name in ("prototype", "slots"):
-    difference = np.abs(banks[0][name] - banks[1][name]).mean()
-    assert difference < 0.01 * np.abs(banks[1][name]).mean(), name
+  counts = np.array(report["dataset"]["train_counts"])
+  ours, theirs = (stored_exemplars(folder, counts) for folder in (workdir, one))
+  np.testing.assert_array_equal(ours, theirs)
+  assert (ours >= 0).sum() == 2 * np.minimum(counts, 32).sum()
+
+
+def stored_exemplars(workdir, counts):
+  """Which training example each slot holds, [S, C, K], -1 where it is empty.
+
+  Also checks that the prototypes are the class means of that run's own features.
+  """
+  bank = load_bank(workdir / "memory_bank" / "bank")
+  with np.load(workdir / "memory_bank" / "features.npz") as arrays:
+    features = arrays["train"]
+  labels = np.repeat(np.arange(len(counts)), counts)
+  held = np.full(bank["slots"].shape[:3], -1)
+  for seed, label in np.ndindex(len(features), len(counts)):
+    assert bank["seen"][seed, label] == counts[label]
+    mean = features[seed][labels == label].mean(axis=0)
+    np.testing.assert_allclose(bank["prototype"][seed, label], mean, atol=1e-4)
+    for slot in range(min(counts[label], held.shape[2])):
+      same = (features[seed] == bank["slots"][seed, label, slot]).all(axis=1)
+      assert same.any()
+      held[seed, label, slot] = same.argmax()
+      assert labels[same.argmax()] == label
+  return held
 
 
 def load_bank(folder):
