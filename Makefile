@@ -1,4 +1,4 @@
-# make run    the main job: long-tailed digits, about four minutes on two cores
+# make run    the main job: long-tailed digits, about two minutes on two cores
 # make test   the test suite
 # Both make .venv from the lock of the Python at hand; choose another with PYTHON=python3.12.
 
@@ -11,16 +11,13 @@ LOCK := requirements/py$(subst .,,$(VERSION)).txt
 READY := $(VENV)/.ready-$(VERSION)
 BIN := $(VENV)/bin
 
-.PHONY: run test test-heavy lint format bench lock clean
+.PHONY: run test lint format bench lock clean
 
 run: $(READY)
 	$(BIN)/python main.py --config=configs/digits_lt.py --workdir=runs/digits_lt $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
-
-test-heavy: $(READY)
-	$(BIN)/python -m pytest -m heavy $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
   python main.py --config=configs/digits_lt.py --workdir=runs/digits_lt
 
-About four minutes on two CPU cores. Variants, as in --config=configs/digits_lt.py:smoke:
+About two minutes on two CPU cores. Variants, as in --config=configs/digits_lt.py:smoke:
   default   five seeds
   smoke     two seeds and a few steps of everything, for tests: runs in seconds, learns little
 """
