@@ -172,7 +172,7 @@ def make_pools(e: Experiment, space: Space) -> dict[str, Pool]:
   num_seeds = len(e.seeds)
   return {
     "csl_retrain": Pool(
-      "the CSL encoder, its head trained again with CSL on real features only",
+      "the encoder's head trained again with CSL on real features only",
       features[:, :0],
       synthetic["labels"][:0],
       np.ones((num_seeds, 0), np.float32),

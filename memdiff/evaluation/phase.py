@@ -12,6 +12,7 @@ from memdiff.classifier import head, losses
 from memdiff.evaluation import classification, plots, quality, report
 from memdiff.experiment import (
   Experiment,
+  Pool,
   Space,
   encoder_losses,
   head_stage,
@@ -24,16 +25,19 @@ from memdiff.runtime.workdir import write_atomically, write_json
 from memdiff.runtime.writers import read_history
 
 SCHEMA = 1
+_TABLE = ("top1", "many", "medium", "few", "macro_f1")
 
 
-def classify(e: Experiment, space: Space) -> tuple[list[dict], dict[str, np.ndarray]]:
+def classify(
+  e: Experiment, space: Space, pools: Mapping[str, Pool]
+) -> tuple[list[dict], dict[str, np.ndarray]]:
   """The table's rows, and per-seed top-1 accuracy [S] by method."""
   labels = e.dataset.test_labels
   described = {
     loss: (f"encoder and head trained with {losses.LOSSES[loss].description}", predictions)
     for loss, predictions in space.test_predictions.items()
   }
-  for name, pool in make_pools(e, space).items():
+  for name, pool in pools.items():
     folder = e.workdir.folder("classifier") / name
     state = loop.load_final(head_stage(e, space, name, pool), e.run, folder)
     logits = jax.jit(jax.vmap(head.logits_of))(state.params, space.test)
@@ -130,19 +134,18 @@ def draw(e: Experiment, space: Space, rows: list[dict], synthetic: Mapping[str, 
 
 
 def evaluate(e: Experiment) -> dict:
-  """Writes report.json, report.html, the figures, and TensorBoard's pictures and table."""
+  """Writes result.json, the figures, and TensorBoard's pictures and table."""
   space, synthetic, data = load_space(e), load_synthetic(e), e.dataset
+  pools = make_pools(e, space)
   e.run.progress.say("scoring the methods on the test set")
-  rows, top1 = classify(e, space)
+  rows, top1 = classify(e, space, pools)
   e.run.progress.say("measuring the hallucinated features against unseen real ones")
-  forward = jax.jit(jax.vmap(lambda s, x: s.forward(x)))
-  made = np.asarray(forward(space.standardizer, synthetic["features"]))
   measured = quality.measure(
     np.asarray(space.train),
     data.train_labels,
     np.asarray(space.left_out),
     data.left_out_labels,
-    made,
+    np.asarray(pools["memdiff"].features),
     synthetic["labels"],
     data.num_classes,
   )
@@ -177,8 +180,8 @@ def evaluate(e: Experiment) -> dict:
     write_atomically(folder / f"{name}.png", plots.to_png(figure, dpi=150))
     e.run.tensorboard.pictures(0, {f"report/{name}": plots.to_rgb(figure, dpi=100)})
   for row in rows:
-    scores = {k: v["mean"] for k, v in row.items() if k in ("top1", "many", "few", "macro_f1")}
-    e.run.tensorboard.scalars(0, {f"table/{row['method']}/{k}": v for k, v in scores.items()})
+    names = [n for n in _TABLE if row[n]["mean"] is not None]  # a group may have no class
+    e.run.tensorboard.scalars(0, {f"table/{row['method']}/{n}": row[n]["mean"] for n in names})
   e.run.tensorboard.hparams(config_lib.flatten(config_lib.as_dict(e.config)))
   write_json(folder / "result.json", result)
   return {row["method"]: row["top1"] for row in rows}
