@@ -1,15 +1,16 @@
 """The one training loop: classifier, feature diffusion and (later) pixel diffusion run on it.
 
 A stage gives an initial state, a pure step and optionally an evaluation, all written for one seed.
-The loop runs every seed at once under `vmap`, several steps per dispatch by `lax.scan` over data
-that already lies on the devices, and fetches the metrics of a dispatch while the next one works.
+The loop runs every seed at once under `vmap`, several steps per dispatch by `lax.scan`, over data
+that already lies on the devices or over batches that a host iterator gives, and fetches the metrics
+and the next batches while a dispatch works.
 The order is fixed, so that state, history and checkpoint agree: restore, evaluate, save, step,
 write.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -53,6 +54,8 @@ class Stage:
     evaluate: (state, shared, own) -> {name: scalar}, or None.
     shared: arrays on the devices that all seeds use.
     own: arrays with a leading axis of seeds, each seed's own.
+    batches: (seed, first step) -> an iterator over the host's part of each step's batch, for data
+      too large for the devices; `step` then gets (own, batch) in place of `own`.
     partition: abstract TrainState of one seed -> the same tree of PartitionSpecs; None replicates.
   """
 
@@ -64,6 +67,7 @@ class Stage:
   shared: Any
   own: Any
   partition: Callable[[Any], Any] | None = None
+  batches: Callable[[int, int], Iterator[Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,16 +104,42 @@ def abstract_state(stage: Stage, run: Run) -> Any:
   return checkpoint_lib.abstract(shapes, state_shardings(stage, run.mesh))
 
 
-def _dispatch(state, shared, own, *, stage: Stage, num_steps: int):
-  """`num_steps` steps of every seed. Returns the state and metrics [S, num_steps]."""
+def _dispatch(state, shared, own, batches, *, stage: Stage, num_steps: int):
+  """`num_steps` steps of every seed. Returns the state and metrics [S, num_steps].
 
-  def one_seed(state, own):
-    def body(state, _):
-      return stage.step(state, shared, own)
+  `batches` is None or has arrays that lead with [S, num_steps].
+  """
 
-    return jax.lax.scan(body, state, length=num_steps)
+  def one_seed(state, own, batches):
+    def body(state, batch):
+      return stage.step(state, shared, own if batch is None else (own, batch))
 
-  return jax.vmap(one_seed)(state, own)
+    return jax.lax.scan(body, state, batches, length=num_steps)
+
+  return jax.vmap(one_seed)(state, own, batches)
+
+
+class _Feed:
+  """The batches of the next dispatches, on the devices: every seed's, several steps stacked."""
+
+  def __init__(self, stage: Stage, run: Run, first_step: int):
+    self._mesh = run.mesh
+    self._iterators = stage.batches and [stage.batches(seed, first_step) for seed in run.seeds]
+
+  def take(self, num_steps: int) -> Any:
+    """Arrays [S, num_steps, B, ...], B split over the devices; None where the stage has none."""
+    if self._iterators is None:
+      return None
+    seeds = [[next(iterator) for _ in range(num_steps)] for iterator in self._iterators]
+    stacked = jax.tree.map(
+      lambda *leaves: np.stack(leaves).reshape(len(seeds), num_steps, *leaves[0].shape),
+      *[batch for batches in seeds for batch in batches],
+    )
+    return jax.tree.map(lambda x: mesh_lib.place_batches(self._mesh, x), stacked)
+
+  def close(self) -> None:
+    for iterator in self._iterators or ():
+      iterator.close()
 
 
 def _check_finite(metrics: dict[str, np.ndarray], stage: Stage, first: int, seeds) -> None:
@@ -177,9 +207,9 @@ def train(stage: Stage, run: Run, directory) -> Any:
     progress.say(f"{stage.name} resumes at step {step}/{stage.num_steps}")
   history.rewind(step)
 
+  feed = _Feed(stage, run, step)
   pending = None
   compiled = {}
-  started = step
   progress.start_stage(step)
   try:
     while True:
@@ -191,23 +221,25 @@ def train(stage: Stage, run: Run, directory) -> Any:
         pending = None
       if evaluates:
         write(step, "eval", jax.device_get(evaluate(state, stage.shared, stage.own)))
-      if saves and step > started:
+      if done or (saves and step > 0):
         checkpointer.save(step, state)
       if done:
         return state
       count = min(config.steps_per_dispatch, stage.num_steps - step)
+      batches = feed.take(count)
       if count not in compiled:
         with progress.compiling(f"{stage.name} step ({count} steps per dispatch)"):
-          lowered = dispatch.lower(state, stage.shared, stage.own, num_steps=count)
+          lowered = dispatch.lower(state, stage.shared, stage.own, batches, num_steps=count)
           compiled[count] = lowered.compile()
         progress.start_stage(step)
       with jax.transfer_guard("disallow"):
-        state, metrics = compiled[count](state, stage.shared, stage.own)
+        state, metrics = compiled[count](state, stage.shared, stage.own, batches)
       if pending:
         collect(*pending)
       pending = (step, step + count, metrics)
       step += count
   finally:
+    feed.close()
     checkpointer.close()
 
 

@@ -29,6 +29,13 @@ def replicate(mesh: Mesh, tree):
   return jax.tree.map(lambda x: jax.device_put(np.asarray(x), replicated(mesh)), tree)
 
 
+def place_batches(mesh: Mesh, array: np.ndarray) -> jax.Array:
+  """This process's part of batches [S, k, B, ...] as one global array, B split over the devices."""
+  whole = array.shape[2] * jax.process_count()
+  spec = PartitionSpec(None, None, split_over_data(whole, mesh))
+  return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
+
+
 def split_over_data(size: int, mesh: Mesh) -> str | None:
   """The mesh axis for a dimension of `size`: `data`, or None where it does not divide evenly."""
   return DATA_AXIS if size % mesh.shape[DATA_AXIS] == 0 else None

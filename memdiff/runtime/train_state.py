@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memdiff.config import above, at_least, between, one_of
+from memdiff.config import above, at_least, between, each_if_any, one_of
 
 
 @flax.struct.dataclass
@@ -22,48 +22,97 @@ class TrainState:
   model_state: Any = None  # batch-norm statistics
   ema_params: Any = None  # exponential average of params, where a stage asks for one
   bank: Any = None  # the memory bank, class axis split over the mesh
+  loss_state: Any = None  # what a loss carries from step to step
 
 
 OPTIMIZERS = ("sgd", "adamw")
 
 
+SCHEDULES = ("cosine", "step", "constant")
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Optimiser with linear warm-up and cosine decay to zero."""
+  """Optimiser with linear warm-up and a schedule; all times are shares of the steps."""
 
   name: str = one_of(OPTIMIZERS)
   learning_rate: float = above(0)
+  schedule: str = one_of(SCHEDULES)
+  milestones: tuple[float, ...] = each_if_any(lambda m: 0 < m < 1, "shares between 0 and 1")
+  factors: tuple[float, ...] = each_if_any(lambda f: f > 0, "numbers above 0")
   momentum: float = between(0, 0.9999)
+  nesterov: bool
   weight_decay: float = at_least(0)
   warmup: float = between(0, 0.9)
   clip_norm: float = at_least(0)
+
+  def __post_init__(self):
+    if len(self.milestones) != len(self.factors):
+      raise ValueError(
+        f"there are {len(self.milestones)} milestones and {len(self.factors)} factors; each"
+        " milestone needs the factor of the learning rate that holds after it."
+      )
+    if (self.schedule == "step") != bool(self.milestones):
+      raise ValueError(
+        f"schedule is {self.schedule!r} with {len(self.milestones)} milestones; milestones and"
+        " factors go with the schedule step, and with it alone."
+      )
+    if list(self.milestones) != sorted(set(self.milestones)):
+      raise ValueError(f"milestones are {self.milestones}, but must rise.")
+    if any(milestone < self.warmup for milestone in self.milestones):
+      raise ValueError(
+        f"milestones are {self.milestones}, but the warm-up lasts until {self.warmup}."
+      )
+
+
+def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+  """The learning rate at each step.
+
+  Linear from 0 over `warmup`; then `constant`; or `cosine` down to 0 at `num_steps`; or `step`,
+  where the peak is multiplied by `factors[i]` from the share `milestones[i]` on (not cumulative, as
+  the LDAM recipe states it: x 0.01 after epoch 160 of 200, x 0.0001 after 180).
+  """
+  peak, warmup = config.learning_rate, min(round(config.warmup * num_steps), num_steps - 1)
+  if config.schedule == "cosine":
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, num_steps)
+  starts = [warmup, *(round(share * num_steps) for share in config.milestones)]
+  return optax.join_schedules(
+    [
+      optax.linear_schedule(0.0, peak, max(warmup, 1)),
+      *(optax.constant_schedule(peak * factor) for factor in (1.0, *config.factors)),
+    ],
+    starts,
+  )
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
   """Builds the optimiser.
 
   Args:
-    config: `momentum` is Nesterov's momentum of sgd and b1 of adamw; `weight_decay` is added to
-      the gradient in sgd (L2, as the LDAM recipe has it) and decoupled in adamw; `warmup` is the
-      share of the steps with a rising learning rate; `clip_norm` caps the global gradient norm,
-      0 leaves it alone.
-    num_steps: steps until the learning rate reaches zero.
+    config: `momentum` is that of sgd (Nesterov's if `nesterov`) and b1 of adamw; `weight_decay` is
+      added to the gradient in sgd (L2 of every parameter, as the LDAM recipe has it) and decoupled
+      in adamw; `warmup` and `schedule` as in `learning_rate`; `clip_norm` caps the global gradient
+      norm, 0 leaves it alone.
+    num_steps: of the whole training.
   """
-  warmup = min(round(config.warmup * num_steps), num_steps - 1)
-  schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, num_steps)
+  schedule = learning_rate(config, max(num_steps, 1))
   if config.name == "sgd":
     rule = [
       optax.add_decayed_weights(config.weight_decay),
-      optax.sgd(schedule, momentum=config.momentum, nesterov=True),
+      optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
     ]
   else:
-    rule = [optax.adamw(schedule, b1=config.momentum, weight_decay=config.weight_decay)]
+    rule = [
+      optax.adamw(
+        schedule, b1=config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
+      )
+    ]
   clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
   return optax.chain(*clip, *rule)
 
 
 def create(key: jax.Array, params: Any, optimizer: optax.GradientTransformation, **extra) -> Any:
-  """A state at step zero; `extra` fills model_state, ema_params and bank."""
+  """A state at step zero; `extra` fills the further fields of TrainState."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     key=key,

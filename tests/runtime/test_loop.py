@@ -21,7 +21,9 @@ from memdiff.runtime.writers import History, TensorBoard, read_history
 
 SEEDS = (3, 7)
 STEPS = 23
-OPTIMIZER = train_state.make_optimizer(OptimizerConfig("adamw", 0.05, 0.9, 0.0, 0.1, 1.0), STEPS)
+OPTIMIZER = train_state.make_optimizer(
+  OptimizerConfig("adamw", 0.05, "cosine", (), (), 0.9, False, 0.0, 0.1, 1.0), STEPS
+)
 
 
 class Killed(BaseException):
