@@ -1,7 +1,11 @@
 """Batches as pure functions of (key, step), for data that lies on the devices; used inside jit."""
 
+from typing import Any
+
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def epoch_indices(key: jax.Array, step: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
@@ -26,15 +30,36 @@ def epoch_indices(key: jax.Array, step: jax.Array, num_examples: int, batch_size
   return orders[position // num_examples - epoch, position % num_examples]
 
 
-def random_shift(key: jax.Array, images: jax.Array, pixels: int) -> jax.Array:
-  """Shifts each image [B, H, W, ch] by up to `pixels` in both directions, filling with zeros."""
-  if pixels == 0:
-    return images
-  batch, height, width, channels = images.shape
-  padded = jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)))
-  corners = jax.random.randint(key, (batch, 2), 0, 2 * pixels + 1)
+@flax.struct.dataclass
+class ByClass:
+  """Where the examples of each class are."""
 
-  def crop(image, corner):
-    return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (height, width, channels))
+  order: Any  # [N] indices, class by class
+  starts: Any  # [C] where a class begins in `order`
+  counts: Any  # [C] at least 1
 
-  return jax.vmap(crop)(padded, corners)
+
+def group_by_class(labels: np.ndarray) -> ByClass:
+  """Of labels [N] in which every class up to the largest occurs."""
+  counts = np.bincount(labels)
+  return ByClass(
+    order=np.argsort(labels, kind="stable").astype(np.int32),
+    starts=(np.cumsum(counts) - counts).astype(np.int32),
+    counts=counts.astype(np.int32),
+  )
+
+
+def balanced_indices(
+  key: jax.Array, step: jax.Array, by_class: ByClass, batch_size: int
+) -> jax.Array:
+  """The `step`-th batch of class-balanced sampling: a class at random, then one of its examples.
+
+  Kang et al. 2020, section 3, with q = 0.
+
+  Returns:
+    Indices, [B] int32.
+  """
+  class_key, example_key = jax.random.split(jax.random.fold_in(key, step))
+  label = jax.random.randint(class_key, (batch_size,), 0, by_class.counts.shape[0])
+  offset = jax.random.randint(example_key, (batch_size,), 0, by_class.counts[label])
+  return by_class.order[by_class.starts[label] + offset]

@@ -1,23 +1,58 @@
-"""Data sets by name, made long-tailed and checked."""
+"""Data sets by name, made long-tailed and checked.
+
+To add one: a function from DatasetConfig to Source, and its name in SOURCES (a set that TFDS has: a
+row in tfds_sources.SETS).
+"""
 
 import dataclasses
+import functools
 
 import numpy as np
 
-from input_pipeline import digits, long_tail
+from input_pipeline import digits, folder, index_lists, long_tail, tfds_sources
+from input_pipeline.lazy_images import LazyImages, subset
 from input_pipeline.source import Source
 from memdiff.config import at_least, between, one_of
-from memdiff.errors import DataError
+from memdiff.errors import ConfigError, DataError
 
-SOURCES = {"digits": digits.load}
+PROFILES = (*long_tail.PROFILES, "natural", "list")
+
+
+def _digits(config: "DatasetConfig") -> Source:
+  if config.image_size:
+    raise ConfigError(
+      f"config.dataset.image_size is {config.image_size}, but digits are used as they are stored;"
+      " set it to 0."
+    )
+  return digits.load()
+
+
+def _folder(config: "DatasetConfig") -> Source:
+  return folder.load(config.data_dir, config.image_size, config.skip_unreadable)
+
+
+def _tfds(name: str, config: "DatasetConfig") -> Source:
+  return tfds_sources.load(name, config.data_dir, config.image_size)
+
+
+SOURCES = {
+  "digits": _digits,
+  "folder": _folder,
+  **{name: functools.partial(_tfds, name) for name in tfds_sources.SETS},
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
   name: str = one_of(SOURCES)
-  profile: str = one_of(long_tail.PROFILES)
+  data_dir: str
+  profile: str = one_of(PROFILES)
   imbalance: float = at_least(1)
   split_seed: int = between(0, 2**32 - 1)
+  list_path: str
+  holdout: float = between(0, 0.5)
+  image_size: int = at_least(0)
+  skip_unreadable: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,23 +60,32 @@ class LongTailDataset:
   """A long-tailed training set, its test set, and what the long tail left out.
 
   The left-out images are real, unseen members of the tail. Nothing trains on them but the oracle;
-  they judge the hallucinations.
+  they judge the hallucinations. The held-out images are taken from the training set for selection.
+  Both may be empty.
   """
 
   name: str
   class_names: tuple[str, ...]
-  imbalance: float
-  train_images: np.ndarray  # [N, H, W, ch] uint8
+  profile: str
+  imbalance: float  # training images of the largest class / of the smallest, as asked or counted
+  train_images: np.ndarray | LazyImages  # [N, H, W, ch] uint8
   train_labels: np.ndarray  # [N] int32
-  left_out_images: np.ndarray
+  holdout_images: np.ndarray | LazyImages
+  holdout_labels: np.ndarray
+  left_out_images: np.ndarray | LazyImages
   left_out_labels: np.ndarray
-  test_images: np.ndarray
+  test_images: np.ndarray | LazyImages
   test_labels: np.ndarray
-  split_sha256: str  # of the kept training indices
+  split_sha256: str  # of the training indices, those held out included
 
   @property
   def num_classes(self) -> int:
     return len(self.class_names)
+
+  @property
+  def streamed(self) -> bool:
+    """Whether the training images stay on disk."""
+    return isinstance(self.train_images, LazyImages)
 
   @property
   def train_counts(self) -> np.ndarray:
@@ -89,26 +133,54 @@ def check(source: Source, name: str) -> None:
     )
 
 
+def split(config: DatasetConfig, source: Source) -> tuple[np.ndarray, np.ndarray, float]:
+  """(kept, left out) indices into the training set, and the imbalance of what is kept.
+
+  With the profiles exponential and step the largest class keeps as many images as the smallest
+  class of the source has, so that every class can follow; on balanced sets that is LDAM's rule.
+  """
+  labels, num_classes = source.train_labels, len(source.class_names)
+  if config.profile in long_tail.PROFILES:
+    n_max = int(np.bincount(labels).min())
+    counts = long_tail.class_counts(n_max, num_classes, config.imbalance, config.profile)
+    return *long_tail.select(labels, counts, config.split_seed), config.imbalance
+  if config.profile == "list":
+    kept = index_lists.read(config.list_path, labels, source.train_names)
+  else:
+    kept = np.argsort(labels, kind="stable")
+  counts = np.bincount(labels[kept], minlength=num_classes)
+  if not counts.all():
+    missing = np.flatnonzero(counts == 0)
+    raise DataError(
+      f"{len(missing)} classes have no image in {config.list_path}, the first is"
+      f" {source.class_names[missing[0]]!r}; every class needs at least one."
+    )
+  left_out = np.setdiff1d(np.arange(len(labels)), kept)
+  return kept, left_out, float(counts.max() / counts.min())
+
+
 def load(config: DatasetConfig) -> LongTailDataset:
   """Loads a data set by name and cuts its long tail.
 
-  The largest class keeps as many images as the smallest class of the source has, so that every
-  class can follow the profile; on balanced sets that is LDAM's rule.
+  Raises:
+    ConfigError, DataError: with a sentence that says what to do.
   """
-  source = SOURCES[config.name]()
+  source = SOURCES[config.name](config)
   check(source, config.name)
-  num_classes = len(source.class_names)
-  n_max = int(np.bincount(source.train_labels).min())
-  counts = long_tail.class_counts(n_max, num_classes, config.imbalance, config.profile)
-  kept, left_out = long_tail.select(source.train_labels, counts, config.split_seed)
+  kept, left_out, imbalance = split(config, source)
+  labels = source.train_labels.astype(np.int32)
+  train, held_out = long_tail.hold_out(kept, labels[kept], config.holdout, config.split_seed)
   return LongTailDataset(
     name=config.name,
     class_names=source.class_names,
-    imbalance=config.imbalance,
-    train_images=source.train_images[kept],
-    train_labels=source.train_labels[kept].astype(np.int32),
-    left_out_images=source.train_images[left_out],
-    left_out_labels=source.train_labels[left_out].astype(np.int32),
+    profile=config.profile,
+    imbalance=imbalance,
+    train_images=subset(source.train_images, train),
+    train_labels=labels[train],
+    holdout_images=subset(source.train_images, held_out),
+    holdout_labels=labels[held_out],
+    left_out_images=subset(source.train_images, left_out),
+    left_out_labels=labels[left_out],
     test_images=source.test_images,
     test_labels=source.test_labels.astype(np.int32),
     split_sha256=long_tail.fingerprint(kept),

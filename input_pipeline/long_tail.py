@@ -72,6 +72,29 @@ def select(labels: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarra
   return np.concatenate(kept), np.concatenate(left_out)
 
 
+def hold_out(
+  kept: np.ndarray, labels: np.ndarray, share: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Splits training indices into those that train and those held out for selection.
+
+  Args:
+    kept: [N] indices.
+    labels: [N] of them.
+    share: of each class that is held out, rounded down; at least one example always trains.
+    seed: of a generator of its own, so that the same examples are kept whatever is held out.
+
+  Returns:
+    (training, held out), each in the order of `kept`.
+  """
+  generator = np.random.RandomState(seed)
+  held = np.zeros(len(kept), bool)
+  for label in np.unique(labels):
+    positions = np.flatnonzero(labels == label)
+    number = int(share * len(positions))
+    held[generator.permutation(positions)[:number]] = True
+  return kept[~held], kept[held]
+
+
 def fingerprint(*indices: np.ndarray) -> str:
   """SHA-256 of index lists, as little-endian int64, in order."""
   digest = hashlib.sha256()

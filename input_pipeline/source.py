@@ -4,13 +4,16 @@ import dataclasses
 
 import numpy as np
 
+from input_pipeline.lazy_images import LazyImages
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
   """A whole labelled set in its official order."""
 
   class_names: tuple[str, ...]  # C names
-  train_images: np.ndarray  # [N, H, W, ch] uint8
+  train_images: np.ndarray | LazyImages  # [N, H, W, ch] uint8
   train_labels: np.ndarray  # [N] int in [0, C)
-  test_images: np.ndarray
+  test_images: np.ndarray | LazyImages
   test_labels: np.ndarray
+  train_names: np.ndarray | None = None  # [N] file names, where official lists speak of them

@@ -1,19 +1,16 @@
-"""Long tails by the published rule, data that break the rules, and batches as pure functions."""
+"""Long tails by the published rule, and data that break the rules."""
 
 import dataclasses
 import hashlib
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 from sklearn.datasets import load_digits
 
-from input_pipeline import batches, dataset, digits, long_tail
+from input_pipeline import dataset, digits, long_tail
 from input_pipeline.dataset import DatasetConfig
 from input_pipeline.source import Source
 from memdiff.errors import ConfigError, DataError, MemdiffError
@@ -128,7 +125,10 @@ def test_the_fingerprint_is_sha256_of_little_endian_int64():
 
 # --- digits ----------------------------------------------------------------------------------
 
-DIGITS = DatasetConfig("digits", "exponential", 50.0, 0)
+DIGITS = DatasetConfig(
+  name="digits", data_dir="", profile="exponential", imbalance=50.0, split_seed=0, list_path="",
+  holdout=0.0, image_size=0, skip_unreadable=False,
+)  # fmt: skip
 DIGITS_SHA256 = "9fe34e9e60d4c7781329599719eeed6bc8735d5689ce3579750262c2b7ac786b"
 
 
@@ -232,91 +232,11 @@ def test_train_and_test_images_of_different_shape_are_refused():
 
 def test_every_data_set_by_name_is_checked_before_it_is_cut(monkeypatch):
   broken = make_source(train_labels=np.zeros(6, int))
-  monkeypatch.setitem(dataset.SOURCES, "digits", lambda: broken)
+  monkeypatch.setitem(dataset.SOURCES, "digits", lambda _: broken)
   with pytest.raises(DataError, match="no image of class 'dog'"):
     dataset.load(DIGITS)
   assert issubclass(DataError, MemdiffError) and DataError.exit_code == 1
   assert ConfigError.exit_code == 2
-
-
-# --- batches ---------------------------------------------------------------------------------
-
-
-def epochs(num_examples, batch_size, num_epochs, seed=0):
-  """The stream of indices of the steps that touch the first epochs."""
-  steps = -(-num_examples * num_epochs // batch_size)
-  key = jax.random.key(seed)
-  pick = jax.vmap(lambda s: batches.epoch_indices(key, s, num_examples, batch_size))
-  return np.asarray(jax.jit(pick)(jnp.arange(steps, dtype=jnp.int32)))
-
-
-@pytest.mark.parametrize(
-  ("num_examples", "batch_size"),
-  [(1, 1), (2, 1), (5, 5), (7, 3), (16, 8), (17, 16), (30, 7), (23, 22), (40, 9)],
-)
-def test_every_example_comes_exactly_once_per_epoch(num_examples, batch_size):
-  stream = epochs(num_examples, batch_size, 4).ravel()
-  for epoch in range(4):
-    own = stream[epoch * num_examples : (epoch + 1) * num_examples]
-    assert sorted(own) == list(range(num_examples))
-
-
-@pytest.mark.parametrize(("num_examples", "batch_size"), [(16, 16), (30, 7), (20, 5)])
-def test_epochs_are_shuffled_differently(num_examples, batch_size):
-  stream = epochs(num_examples, batch_size, 3).ravel()[: 3 * num_examples]
-  orders = stream.reshape(3, num_examples)
-  assert len({tuple(order) for order in orders}) == 3
-  other = epochs(num_examples, batch_size, 3, seed=1).ravel()[:num_examples]
-  assert not np.array_equal(orders[0], other)
-
-
-def test_a_batch_is_a_pure_function_of_key_and_step():
-  together = epochs(23, 5, 6)
-  key = jax.random.key(0)
-  pick = jax.jit(lambda s: batches.epoch_indices(key, s, 23, 5))
-  for step in (20, 3, 0):  # in any order
-    np.testing.assert_array_equal(pick(step), together[step])
-
-
-def test_every_position_of_an_epoch_is_uniform():
-  first = jax.jit(jax.vmap(lambda k: batches.epoch_indices(k, 0, 6, 2)))
-  index = np.asarray(first(jax.random.split(jax.random.key(0), 3000)))
-  for position in range(2):
-    assert stats.chisquare(np.bincount(index[:, position], minlength=6)).pvalue > 1e-3
-
-
-def test_random_shift_moves_each_image_by_its_own_whole_pixels():
-  images = np.arange(1, 40 * 5 * 4 * 2 + 1).reshape(40, 5, 4, 2).astype(np.int32)
-  shifted = np.asarray(batches.random_shift(jax.random.key(0), jnp.asarray(images), 2))
-  found = []
-  for image, result in zip(images, shifted, strict=True):
-    padded = np.zeros((9, 8, 2), int)
-    padded[2:7, 2:6] = image
-    matches = [
-      (i, j) for i in range(5) for j in range(5)
-      if np.array_equal(padded[i : i + 5, j : j + 4], result)
-    ]  # fmt: skip
-    assert len(matches) == 1
-    found += matches
-  assert len(set(found)) > 12  # out of 25, and not all alike
-
-
-def test_every_shift_is_equally_likely():
-  images = jnp.zeros((4000, 3, 3, 1)).at[:, 1, 1].set(1)
-  shifted = np.asarray(batches.random_shift(jax.random.key(1), images, 1))
-  where = shifted.reshape(4000, 9).argmax(axis=1)
-  assert stats.chisquare(np.bincount(where, minlength=9)).pvalue > 1e-3
-
-
-def test_no_shift_is_the_image_itself():
-  images = jnp.ones((2, 3, 3, 1), jnp.uint8)
-  np.testing.assert_array_equal(batches.random_shift(jax.random.key(0), images, 0), images)
-
-
-def test_shifting_keeps_bytes():
-  images = jnp.full((2, 3, 3, 1), 255, jnp.uint8)
-  shifted = batches.random_shift(jax.random.key(0), images, 1)
-  assert shifted.dtype == jnp.uint8 and shifted.shape == images.shape
 
 
 def test_the_digits_need_no_download():

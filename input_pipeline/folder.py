@@ -1,0 +1,132 @@
+"""A folder of images per class: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg (or DIR/val)."""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from input_pipeline.lazy_images import LazyImages, resize_and_crop
+from input_pipeline.source import Source
+from memdiff.errors import DataError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_IN_MEMORY = 2 * 2**30  # bytes of decoded images up to which they are kept
+
+
+class FolderImages:
+  """Whole images by number, RGB."""
+
+  def __init__(self, paths: Sequence[pathlib.Path]):
+    self._paths = list(paths)
+
+  def __len__(self) -> int:
+    return len(self._paths)
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    try:
+      with Image.open(self._paths[index]) as image:
+        return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises
+      raise DataError(f"Cannot read the image {self._paths[index]} ({error}).") from error
+
+
+def load(data_dir: str, image_size: int, skip_unreadable: bool) -> Source:
+  """Reads a folder.
+
+  Args:
+    data_dir: holds train/CLASS and test/CLASS, or val/CLASS where there is no test.
+    image_size: side of the square that is cut out of each image after its shorter side was made
+      as long; 0 takes the images as they are, which must then all have one size.
+    skip_unreadable: leave out images that cannot be read, and say how many on stderr.
+
+  Returns:
+    Classes in alphabetical order, their images too. Images in memory, or LazyImages where they
+    would take more than 2 GiB.
+
+  Raises:
+    DataError: naming the folder, class or image.
+  """
+  root = pathlib.Path(data_dir).expanduser()
+  train, test = root / "train", root / "test"
+  if not test.is_dir() and (root / "val").is_dir():
+    test = root / "val"
+  for folder, what in ((train, "train"), (test, "test (or val)")):
+    if not folder.is_dir():
+      raise DataError(
+        f"config.dataset.data_dir is {data_dir or repr('')}, which has no folder {what}; it needs"
+        " train/CLASS/ and test/CLASS/ with images."
+      )
+  class_names = tuple(sorted(path.name for path in train.iterdir() if path.is_dir()))
+  unknown = sorted({p.name for p in test.iterdir() if p.is_dir()} - set(class_names))
+  if unknown:
+    raise DataError(f"{test} has a folder {unknown[0]!r} for a class that {train} does not have.")
+  parts = {}
+  for folder in (train, test):
+    paths, labels = _find(folder, class_names)
+    readable = _readable(paths, skip_unreadable)
+    paths = [path for path, ok in zip(paths, readable, strict=True) if ok]
+    parts[folder] = _images(paths, image_size), labels[readable]
+  return Source(class_names, *parts[train], *parts[test])
+
+
+def _find(folder: pathlib.Path, class_names: Sequence[str]):
+  """Paths of the images of all classes, and their labels [N]."""
+  paths, labels = [], []
+  for label, name in enumerate(class_names):
+    own = folder / name
+    found = (
+      sorted(p for p in own.rglob("*") if p.suffix.lower() in SUFFIXES) if own.is_dir() else []
+    )
+    if not found:
+      raise DataError(
+        f"The class {name!r} has no image in {own}; every class needs at least one"
+        f" ({', '.join(SUFFIXES)})."
+      )
+    paths += found
+    labels += [label] * len(found)
+  return paths, np.array(labels, np.int32)
+
+
+def _readable(paths: Sequence[pathlib.Path], skip: bool) -> np.ndarray:
+  """[N] bool. Raises DataError for images that cannot be read, or says that they are skipped."""
+  ok = np.array([_opens(path) for path in paths])
+  broken = [str(path) for path, good in zip(paths, ok, strict=True) if not good]
+  if broken and not skip:
+    more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+    raise DataError(
+      f"Cannot read the image {broken[0]}{more}; repair or remove it, or leave such images out with"
+      " --config.dataset.skip_unreadable=True."
+    )
+  if broken:
+    print(f"memdiff: left out {len(broken)} unreadable images: {', '.join(broken[:5])}"
+          + (", ..." if len(broken) > 5 else ""), file=sys.stderr)  # fmt: skip
+  return ok
+
+
+def _opens(path: pathlib.Path) -> bool:
+  try:
+    with Image.open(path) as image:
+      image.load()
+  except (OSError, SyntaxError, ValueError):
+    return False
+  return True
+
+
+def _images(paths: Sequence[pathlib.Path], image_size: int):
+  """[N, S, S, 3] uint8 in memory, or LazyImages where that is too much."""
+  reader = FolderImages(paths)
+  if image_size and len(paths) * image_size**2 * 3 > _IN_MEMORY:
+    return LazyImages(reader, image_size)
+  images = [reader[i] for i in range(len(reader))]
+  if image_size:
+    return np.stack([resize_and_crop(image, image_size) for image in images])
+  shapes = {image.shape for image in images}
+  if len(shapes) > 1:
+    some = ", ".join(f"{w} x {h}" for h, w, _ in sorted(shapes)[:3])
+    raise DataError(
+      f"The images have different sizes ({some}{', ...' if len(shapes) > 3 else ''} pixels); give"
+      " one with --config.dataset.image_size."
+    )
+  return np.stack(images)

@@ -1,0 +1,89 @@
+"""Images that are read when they are asked for, for sets too large for memory."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+_MARGIN = 256 / 224  # the evaluation view cuts the centre out of an image this much larger
+_THREADS = 8  # decoding releases Python's lock
+
+
+class Reader(Protocol):
+  """Whole images by number; picklable where worker processes are used."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    """uint8 [h, w, 3]."""
+    ...
+
+
+def resize_and_crop(image: np.ndarray, size: int, margin: float = 1.0) -> np.ndarray:
+  """The centre square of side `size`, of an image whose shorter side is made `size` x `margin`.
+
+  Bilinear with antialiasing, as Pillow resizes. uint8 [h, w, 3] -> [size, size, 3].
+  """
+  height, width = image.shape[:2]
+  ratio = round(size * margin) / min(height, width)
+  new_width, new_height = max(size, round(width * ratio)), max(size, round(height * ratio))
+  picture = Image.fromarray(image)
+  if (new_width, new_height) != (width, height):
+    picture = picture.resize((new_width, new_height), Image.Resampling.BILINEAR)
+  left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+  return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+
+class LazyImages:
+  """Looks like uint8 [N, size, size, 3] when it is sliced; holds no image.
+
+  Indexing gives evaluation views; `read` gives the whole image, for random crops.
+  """
+
+  dtype = np.dtype(np.uint8)
+  ndim = 4
+
+  def __init__(self, reader: Reader, size: int, indices: np.ndarray | None = None):
+    self._reader = reader
+    self._size = size
+    self._indices = np.arange(len(reader)) if indices is None else np.asarray(indices)
+
+  @property
+  def size(self) -> int:
+    """Side of the views, pixels."""
+    return self._size
+
+  @property
+  def shape(self) -> tuple[int, int, int, int]:
+    return (len(self), self._size, self._size, 3)
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def take(self, indices: Sequence[int]) -> "LazyImages":
+    """The images at `indices`, still unread."""
+    return LazyImages(self._reader, self._size, self._indices[np.asarray(indices, np.int64)])
+
+  def read(self, index: int) -> np.ndarray:
+    """The whole image. uint8 [h, w, 3]."""
+    return self._reader[int(self._indices[index])]
+
+  def _view(self, index: int) -> np.ndarray:
+    return resize_and_crop(self.read(index), self._size, _MARGIN)
+
+  def __getitem__(self, key) -> np.ndarray:
+    """Evaluation views: [size, size, 3] of one number, [n, size, size, 3] of a slice or array."""
+    if isinstance(key, (int, np.integer)):
+      return self._view(int(key))
+    chosen = np.arange(len(self))[key]
+    if len(chosen) == 0:
+      return np.zeros((0, *self.shape[1:]), np.uint8)
+    with ThreadPoolExecutor(_THREADS) as pool:
+      return np.stack(list(pool.map(self._view, chosen.tolist())))
+
+
+def subset(images, indices: np.ndarray):
+  """The images at `indices`, of an array or of LazyImages."""
+  return images.take(indices) if isinstance(images, LazyImages) else images[indices]

@@ -1,0 +1,143 @@
+"""Training batches of sets that stay on disk, read and cropped on the host by grain.
+
+The batch of a step is a function of (seed, step) alone, whatever the number of threads and workers,
+so that a run resumes at its step without a saved iterator. Hosts read disjoint rows of each batch.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from input_pipeline.lazy_images import LazyImages
+from memdiff.config import at_least
+from memdiff.errors import ConfigError
+
+_SCALE, _RATIO, _ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+  num_threads: int = at_least(1)
+  num_workers: int = at_least(0)
+  prefetch: int = at_least(1)
+
+
+def stream_seed(seed: int, name: str) -> int:
+  """The seed of a stage's stream; below 2^32."""
+  return zlib.crc32(f"{seed}/{name}".encode())
+
+
+def random_resized_crop(image: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+  """A random part of an image, resized to a square (Szegedy et al. 2015).
+
+  Its area is 8 to 100 % of the image's, its ratio of width to height 3/4 to 4/3, log-uniform; after
+  ten attempts that do not fit, the largest central part of an allowed ratio. Bilinear with
+  antialiasing. These are torchvision's rules.
+
+  Args:
+    image: uint8 [h, w, 3].
+    size: side of the result.
+    generator: decides the part.
+
+  Returns:
+    uint8 [size, size, 3].
+  """
+  left, top, width, height = _random_box(image.shape[1], image.shape[0], generator)
+  box = (left, top, left + width, top + height)
+  part = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
+  return np.asarray(part)
+
+
+def _random_box(width: int, height: int, generator: np.random.Generator):
+  """(left, top, width, height) within an image of `width` x `height`."""
+  for _ in range(_ATTEMPTS):
+    area = width * height * generator.uniform(*_SCALE)
+    ratio = math.exp(generator.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
+    w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    if 0 < w <= width and 0 < h <= height:
+      return (
+        int(generator.integers(0, width - w + 1)),
+        int(generator.integers(0, height - h + 1)),
+        w,
+        h,
+      )
+  w = min(width, max(1, round(height * _RATIO[1])))
+  h = min(height, max(1, round(width / _RATIO[0])))
+  return (width - w) // 2, (height - h) // 2, w, h
+
+
+@dataclasses.dataclass(frozen=True)
+class _Crops:
+  """Example number -> a random crop and its label; picklable for worker processes."""
+
+  images: LazyImages
+  labels: np.ndarray
+
+  def __call__(self, index: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    crop = random_resized_crop(self.images.read(index), self.images.size, generator)
+    return {"images": crop, "labels": self.labels[index]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfAnyClass:
+  """Whatever number -> an example of a class that is drawn first."""
+
+  by_class: tuple[np.ndarray, ...]
+
+  def __call__(self, _: int, generator: np.random.Generator) -> int:
+    own = self.by_class[generator.integers(len(self.by_class))]
+    return int(own[generator.integers(len(own))])
+
+
+def train_batches(
+  images: LazyImages,
+  labels: np.ndarray,
+  batch_size: int,
+  seed: int,
+  first_step: int,
+  config: StreamConfig,
+  *,
+  balanced: bool = False,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+  """An endless iterator over this host's part of the batches; close it when done.
+
+  Args:
+    images, labels: N of them, labels int32.
+    batch_size: B of all hosts together.
+    seed: of order and crops, below 2^32.
+    first_step: of the first batch.
+    config: threads and worker processes; they do not change the batches.
+    balanced: draws a class, then one of its examples, in place of shuffled epochs.
+    process_index, process_count: of this host.
+
+  Yields:
+    {"images" uint8 [B / process_count, S, S, 3], "labels" int32 [B / process_count]}.
+  """
+  if batch_size % process_count:
+    raise ConfigError(
+      f"config.classifier.batch_size is {batch_size}, but must be a multiple of the"
+      f" {process_count} processes."
+    )
+  numbers = grain.MapDataset.range(len(images)).seed(seed)
+  if balanced:
+    by_class = tuple(np.flatnonzero(labels == c) for c in range(labels.max() + 1))
+    numbers = numbers.repeat().random_map(_OfAnyClass(by_class))
+  else:
+    numbers = numbers.shuffle().repeat()
+  examples = numbers.random_map(_Crops(images, labels))[process_index::process_count]
+  batches = examples.batch(batch_size // process_count)[first_step:]
+  threads = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
+  stream = batches.to_iter_dataset(threads)
+  if config.num_workers:
+    if not flags.FLAGS.is_parsed():  # grain asks for its own; outside main.py nobody parsed them
+      flags.FLAGS.mark_as_parsed()
+    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
+  return iter(stream)
