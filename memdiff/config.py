@@ -58,6 +58,11 @@ def each(accepts: Callable[[Any], bool], words: str) -> Any:
   return _setting(lambda v: len(v) > 0 and all(accepts(item) for item in v), words)
 
 
+def each_if_any(accepts: Callable[[Any], bool], words: str) -> Any:
+  """A tuple, possibly empty, whose every item is accepted."""
+  return _setting(lambda v: all(accepts(item) for item in v), words)
+
+
 _TYPE_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 
 

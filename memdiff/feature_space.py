@@ -43,22 +43,23 @@ def fit_standardizer(features: jax.Array) -> Standardizer:
   return Standardizer(mean=features.mean(axis=0), scale=jnp.where(constant, 1.0, scale))
 
 
-def encode(encode_chunk, images: np.ndarray) -> np.ndarray:
-  """Features of `images` [N, ...] in chunks of one compiled size.
+def encode(encode_chunk, images):
+  """What `encode_chunk` makes of `images` [N, ...], in chunks of one compiled size.
 
   Args:
-    encode_chunk: jitted, uint8 [chunk, ...] -> features [S, chunk, D].
-    images: [N, H, W, ch] uint8.
+    encode_chunk: jitted, uint8 [chunk, ...] -> arrays [S, chunk, ...], for example features.
+    images: [N, H, W, ch] uint8, in memory or read when sliced.
 
   Returns:
-    [S, N, D] float32.
+    The same tree of NumPy arrays, [S, N, ...].
   """
   chunks = []
   for start in range(0, len(images), _CHUNK):
     chunk = images[start : start + _CHUNK]
     padded = np.concatenate([chunk, np.zeros((_CHUNK - len(chunk), *chunk.shape[1:]), chunk.dtype)])
-    chunks.append(np.asarray(encode_chunk(padded))[:, : len(chunk)])
-  return np.concatenate(chunks, axis=1)
+    made, size = jax.device_get(encode_chunk(padded)), len(chunk)
+    chunks.append(jax.tree.map(lambda x, n=size: x[:, :n], made))
+  return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *chunks)
 
 
 def fill_bank(

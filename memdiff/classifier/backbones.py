@@ -1,100 +1,212 @@
-"""Image encoders with a linear head.
+"""Image encoders with a head, by name.
 
-`ResNet` is the CIFAR family of He et al., "Deep residual learning for image recognition", 2015,
-section 4.2: 3x3 convolutions, batch norm, option-A shortcuts without parameters, global average
-pooling. Stage sizes (5, 5, 5) with widths (16, 32, 64) make ResNet-32.
+resnet8, 20, 32, 44, 56: the CIFAR family of He et al., "Deep residual learning for image
+recognition", 2015, section 4.2: widths 16, 32, 64, shortcuts without parameters (option A).
+ResNet-32 has 0.46 million parameters; networks of width 64 that go by that name do not compare.
+
+resnet10, 18, 50: the ImageNet family of the same paper, for 224 px: 7x7 stem and pooling,
+projection shortcuts (option B), the stride of a bottleneck in its 3x3 convolution.
+
+To add one: write a module with the same call and a row in BACKBONES.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memdiff.config import each
+from memdiff.classifier.convolution import Conv
+from memdiff.config import above, one_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """What tells one ResNet from another."""
+
+  stage_sizes: tuple[int, ...]  # residual blocks per stage
+  widths: tuple[int, ...]  # channels of the 3x3 convolutions per stage
+  for_small_images: bool  # 3x3 stem and option-A shortcuts; else 7x7 stem, pooling, projections
+  bottleneck: bool = False  # blocks of 1x1, 3x3, 1x1 convolutions, four times as wide at the end
+
+  @property
+  def feature_dim(self) -> int:
+    return self.widths[-1] * (4 if self.bottleneck else 1)
+
+
+_CIFAR, _IMAGENET = (16, 32, 64), (64, 128, 256, 512)
+
+BACKBONES = {
+  "resnet8": Architecture((1, 1, 1), _CIFAR, True),
+  "resnet20": Architecture((3, 3, 3), _CIFAR, True),
+  "resnet32": Architecture((5, 5, 5), _CIFAR, True),
+  "resnet44": Architecture((7, 7, 7), _CIFAR, True),
+  "resnet56": Architecture((9, 9, 9), _CIFAR, True),
+  "resnet10": Architecture((1, 1, 1, 1), _IMAGENET, False),
+  "resnet18": Architecture((2, 2, 2, 2), _IMAGENET, False),
+  "resnet50": Architecture((3, 4, 6, 3), _IMAGENET, False, bottleneck=True),
+}
+
+HEADS = ("auto", "linear", "cosine")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-  stage_sizes: tuple[int, ...] = each(lambda n: n >= 1, "whole numbers from 1")
-  widths: tuple[int, ...] = each(lambda n: n >= 1, "whole numbers from 1")
-
-  def __post_init__(self):
-    if len(self.stage_sizes) != len(self.widths):
-      raise ValueError(
-        f"stage_sizes has {len(self.stage_sizes)} stages and widths {len(self.widths)}; they must"
-        " agree."
-      )
-    if sorted(self.widths) != list(self.widths):
-      raise ValueError(f"widths are {self.widths}, but must not fall: shortcuts only add channels.")
+  name: str = one_of(BACKBONES)
+  head: str = one_of(HEADS)
+  scale: float = above(0)
+  dtype: str = one_of(DTYPES)
 
 
-class Conv3x3(nn.Module):
-  """A 3x3 convolution, padded to keep the size, without bias. [B, H, W, in] -> [B, H', W', out].
-
-  On CPU it is computed as patches times matrix: XLA's CPU convolution is 8 to 26 times slower
-  inside `lax.scan` at these sizes (python -m benchmarks.convolution, docs/results).
-  """
-
-  features: int
-  stride: int = 1
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    _, height, width, channels = x.shape
-    shape = (3, 3, channels, self.features)
-    fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-    kernel = self.param("kernel", fan_out, shape)
-    s = self.stride
-    if jax.default_backend() != "cpu":
-      return jax.lax.conv_general_dilated(
-        x, kernel, (s, s), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-      )
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    patches = [padded[:, i : i + height : s, j : j + width : s] for i in range(3) for j in range(3)]
-    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, self.features)
+def feature_dim(name: str) -> int:
+  """Length of the features of a backbone."""
+  return BACKBONES[name].feature_dim
 
 
-def batch_norm(train: bool) -> nn.BatchNorm:
-  """Batch norm whose variance is computed around the mean.
+def make_backbone(config: BackboneConfig, num_classes: int, *, cosine: bool) -> "ResNet":
+  """The network that `config` names; `cosine` settles its head, `auto` included."""
+  return ResNet(
+    num_classes,
+    BACKBONES[config.name],
+    cosine_scale=config.scale if cosine else None,
+    dtype=DTYPES[config.dtype],
+  )
+
+
+def batch_norm(train: bool, dtype: Any, name: str) -> nn.BatchNorm:
+  """Batch norm whose variance is computed around the mean; statistics in float32.
 
   Flax's default, E[x^2] - E[x]^2, cancels where a channel's mean is large, and then turns the last
-  bits, which differ between numbers of devices, into visible differences of the loss.
+  bits, which differ between numbers of devices, into visible differences of the loss. The running
+  variance is the biased one, where PyTorch keeps the unbiased: a factor of (n - 1) / n, with n the
+  batch size times the pixels.
   """
-  return nn.BatchNorm(use_running_average=not train, momentum=0.9, use_fast_variance=False)
+  return nn.BatchNorm(
+    use_running_average=not train, momentum=0.9, use_fast_variance=False, dtype=dtype, name=name
+  )
 
 
-class ResidualBlock(nn.Module):
-  """Two 3x3 convolutions and an identity; where the shape changes, strided and zero-padded."""
+class Shortcut(nn.Module):
+  """The input of a block in the shape of its output."""
 
   features: int
   stride: int
+  projected: bool
+  dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    y = Conv3x3(self.features, self.stride)(x)
-    y = nn.relu(batch_norm(train)(y))
-    y = batch_norm(train)(Conv3x3(self.features)(y))
-    shortcut = x[:, :: self.stride, :: self.stride]
+    if self.stride == 1 and x.shape[-1] == self.features:
+      return x
+    if self.projected:
+      x = Conv(self.features, 1, self.stride, self.dtype, name="conv")(x)
+      return batch_norm(train, self.dtype, "bn")(x)
     added = self.features - x.shape[-1]
-    shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (added // 2, added - added // 2)))
-    return nn.relu(y + shortcut)
+    x = x[:, :: self.stride, :: self.stride]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (added // 2, added - added // 2)))
+
+
+class BasicBlock(nn.Module):
+  """Two 3x3 convolutions beside a shortcut."""
+
+  features: int
+  stride: int
+  projected: bool
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    y = Conv(self.features, 3, self.stride, self.dtype, name="conv1")(x)
+    y = nn.relu(batch_norm(train, self.dtype, "bn1")(y))
+    y = Conv(self.features, 3, 1, self.dtype, name="conv2")(y)
+    y = batch_norm(train, self.dtype, "bn2")(y)
+    shortcut = Shortcut(self.features, self.stride, self.projected, self.dtype, name="downsample")
+    return nn.relu(y + shortcut(x, train))
+
+
+class BottleneckBlock(nn.Module):
+  """1x1, 3x3 and 1x1 convolutions beside a shortcut; 4 x `features` channels come out."""
+
+  features: int
+  stride: int
+  projected: bool
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    y = Conv(self.features, 1, 1, self.dtype, name="conv1")(x)
+    y = nn.relu(batch_norm(train, self.dtype, "bn1")(y))
+    y = Conv(self.features, 3, self.stride, self.dtype, name="conv2")(y)
+    y = nn.relu(batch_norm(train, self.dtype, "bn2")(y))
+    y = Conv(4 * self.features, 1, 1, self.dtype, name="conv3")(y)
+    y = batch_norm(train, self.dtype, "bn3")(y)
+    shortcut = Shortcut(
+      4 * self.features, self.stride, self.projected, self.dtype, name="downsample"
+    )
+    return nn.relu(y + shortcut(x, train))
+
+
+def _unit_columns(key, shape, dtype=jnp.float32):
+  kernel = jax.random.normal(key, shape, dtype)
+  return kernel / jnp.linalg.norm(kernel, axis=0, keepdims=True)
+
+
+def unit_length(x: jax.Array, axis: int) -> jax.Array:
+  """`x` divided by its Euclidean length along `axis`; zero stays zero, also for gradients."""
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=axis, keepdims=True), 1e-24))
+
+
+class CosineHead(nn.Module):
+  """`scale` times the cosine between feature and class weight (NormedLinear of Cao et al. 2019)."""
+
+  num_classes: int
+  scale: float
+
+  @nn.compact
+  def __call__(self, features: jax.Array) -> jax.Array:
+    """[B, D] -> [B, C]."""
+    kernel = self.param("kernel", _unit_columns, (features.shape[-1], self.num_classes))
+    return self.scale * (unit_length(features, 1) @ unit_length(kernel, 0))
 
 
 class ResNet(nn.Module):
-  """Encoder and linear head; the features are those the head sees, after the last ReLU."""
+  """Encoder and head; the features are those the head sees, after the last ReLU and pooling.
+
+  Computes in `dtype`; parameters, batch statistics, features and head are float32.
+  """
 
   num_classes: int
-  stage_sizes: tuple[int, ...]
-  widths: tuple[int, ...]
+  architecture: Architecture
+  cosine_scale: float | None = None  # of a cosine head; None: a linear head
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
     """Normalised images [B, H, W, ch] -> (logits [B, C], features [B, D]), both float32."""
-    x = Conv3x3(self.widths[0])(x)
-    x = nn.relu(batch_norm(train)(x))
-    for stage, (size, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True)):
-      for block in range(size):
-        x = ResidualBlock(width, 2 if stage > 0 and block == 0 else 1)(x, train)
-    features = x.mean(axis=(1, 2))
-    return nn.Dense(self.num_classes, name="head")(features), features
+    shape = self.architecture
+    if shape.for_small_images:
+      x = Conv(shape.widths[0], 3, 1, self.dtype, name="conv1")(x)
+      x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
+    else:
+      x = Conv(shape.widths[0], 7, 2, self.dtype, name="conv1")(x)
+      x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
+      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    block = BottleneckBlock if shape.bottleneck else BasicBlock
+    for stage, (size, width) in enumerate(zip(shape.stage_sizes, shape.widths, strict=True)):
+      for number in range(size):
+        stride = 2 if stage > 0 and number == 0 else 1
+        x = block(
+          width,
+          stride,
+          not shape.for_small_images,
+          self.dtype,
+          name=f"layer{stage + 1}_{number}",
+        )(x, train)
+    features = x.astype(jnp.float32).mean(axis=(1, 2))
+    if self.cosine_scale is None:
+      head = nn.Dense(self.num_classes, name="head")
+    else:
+      head = CosineHead(self.num_classes, self.cosine_scale, name="head")
+    return head(features), features

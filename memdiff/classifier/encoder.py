@@ -1,165 +1,167 @@
-"""The encoder stage: images to features, with the memory bank inside the jitted step."""
+"""The encoder: a backbone with its head, how it sees pixels, and weights to start from."""
 
 import dataclasses
+import hashlib
+import pathlib
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from input_pipeline import batches
 from input_pipeline.dataset import LongTailDataset
-from memdiff import memory_bank
-from memdiff.classifier import losses
-from memdiff.classifier.backbones import BackboneConfig, ResNet
-from memdiff.config import at_least, between, one_of, some_of
-from memdiff.errors import ConfigError
+from memdiff.classifier import backbones, losses, pretrained
+from memdiff.classifier.backbones import BackboneConfig
+from memdiff.config import each_if_any, one_of
+from memdiff.errors import ConfigError, DataError
 from memdiff.runtime import mesh as mesh_lib
-from memdiff.runtime import train_state
-from memdiff.runtime.loop import Stage
-from memdiff.runtime.random import stream
-from memdiff.runtime.train_state import OptimizerConfig, TrainState
+from memdiff.runtime.train_state import TrainState
+
+CHANNEL_ORDERS = ("rgb", "bgr")
+_EVAL_CHUNK = 500  # images at a time while scoring inside jit
+
+
+@dataclasses.dataclass(frozen=True)
+class InputConfig:
+  """How pixels become the encoder's input."""
+
+  mean: tuple[float, ...] = each_if_any(lambda m: 0 <= m <= 1, "numbers from 0 to 1")
+  std: tuple[float, ...] = each_if_any(lambda s: 0 < s <= 1, "numbers above 0, up to 1")
+  channels: str = one_of(CHANNEL_ORDERS)
+
+  def __post_init__(self):
+    if len(self.mean) != len(self.std):
+      raise ValueError(
+        f"mean has {len(self.mean)} channels and std {len(self.std)}; they must agree."
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
   backbone: BackboneConfig
-  loss: str = one_of(losses.LOSSES)
-  references: tuple[str, ...] = some_of(losses.LOSSES)
-  beta: float = between(0, 0.999999)
-  defer: float = between(0, 1)
-  shift: int = at_least(0)
-  batch_size: int = at_least(1)
-  num_steps: int = at_least(1)
-  optimizer: OptimizerConfig
+  input: InputConfig
+  init_from: str
+  init_head: bool
+
+  @property
+  def feature_dim(self) -> int:
+    return backbones.feature_dim(self.backbone.name)
 
 
 def check(config: EncoderConfig, dataset: LongTailDataset) -> None:
   """Raises ConfigError where the settings do not fit the data."""
-  num_examples, size = len(dataset.train_labels), min(dataset.train_images.shape[1:3])
-  if config.batch_size > num_examples:
+  channels = dataset.train_images.shape[-1]
+  if config.input.mean and len(config.input.mean) != channels:
     raise ConfigError(
-      f"config.encoder.batch_size is {config.batch_size}, but the training set has only"
-      f" {num_examples} images."
+      f"config.encoder.input.mean has {len(config.input.mean)} channels, but the images have"
+      f" {channels}."
     )
-  if config.shift >= size:
+  if dataset.streamed and not config.input.mean:
     raise ConfigError(
-      f"config.encoder.shift is {config.shift} pixels, but the images have only {size}."
+      "config.encoder.input.mean and std are empty, which asks for the statistics of the training"
+      f" images; {dataset.name} is too large for that, give them (ImageNet's are (0.485, 0.456,"
+      " 0.406) and (0.229, 0.224, 0.225))."
     )
+  if config.input.channels == "bgr" and channels != 3:
+    raise ConfigError(
+      f"config.encoder.input.channels is bgr, but the images have {channels} channels."
+    )
+  if config.init_from and not pathlib.Path(config.init_from).is_file():
+    raise DataError(f"config.encoder.init_from: there is no file {config.init_from}.")
 
 
-def make_model(config: BackboneConfig, num_classes: int) -> ResNet:
-  return ResNet(num_classes, config.stage_sizes, config.widths)
+def weights_sha256(config: EncoderConfig) -> str | None:
+  """SHA-256 of the file the encoder starts from, for manifests; None where there is none."""
+  if not config.init_from:
+    return None
+  return hashlib.sha256(pathlib.Path(config.init_from).read_bytes()).hexdigest()
 
 
-def device_data(dataset: LongTailDataset, mesh: Mesh) -> dict[str, jax.Array]:
-  """The images as uint8 on every device, and the pixel statistics of the training set."""
-  pixels = dataset.train_images.astype(np.float64)
-  arrays = {
-    "images": dataset.train_images,
-    "labels": dataset.train_labels,
-    "test_images": dataset.test_images,
-    "test_labels": dataset.test_labels,
-    "pixel_mean": pixels.mean(axis=(0, 1, 2)).astype(np.float32),
-    "pixel_std": np.maximum(pixels.std(axis=(0, 1, 2)), 1.0).astype(np.float32),
-  }
+def has_cosine_head(config: BackboneConfig, loss: str) -> bool:
+  """Whether the head that `loss` trains compares directions; `auto` does as the loss asks."""
+  return losses.LOSSES[loss].cosine_head if config.head == "auto" else config.head == "cosine"
+
+
+def make_model(config: EncoderConfig, loss: str, num_classes: int) -> nn.Module:
+  """The network that `loss` (a name out of losses.LOSSES) trains."""
+  return backbones.make_backbone(
+    config.backbone, num_classes, cosine=has_cosine_head(config.backbone, loss)
+  )
+
+
+def initial_variables(
+  config: EncoderConfig, model: nn.Module, image_shape: tuple[int, ...], key: jax.Array
+) -> dict[str, Any]:
+  """{"params", "batch_stats"}: drawn, or read from `init_from`."""
+  images = jnp.zeros((1, *image_shape))
+  variables = model.init(key, images, train=False)
+  if config.init_from:
+    variables = pretrained.load(config.init_from, variables, head=config.init_head)
+  return variables
+
+
+def pixel_statistics(config: InputConfig, images: np.ndarray) -> dict[str, np.ndarray]:
+  """Mean and deviation per channel, in 0..255 and the encoder's order: configured, or measured."""
+  if config.mean:
+    mean, std = 255 * np.array(config.mean), 255 * np.array(config.std)
+  else:
+    counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
+    values, counts = np.arange(256.0)[None], np.stack(counts)
+    mean = (counts * values).sum(axis=1) / counts.sum(axis=1)
+    variance = (counts * np.square(values - mean[:, None])).sum(axis=1) / counts.sum(axis=1)
+    std = np.maximum(np.sqrt(variance), 1.0)
+    if config.channels == "bgr":
+      mean, std = mean[::-1], std[::-1]
+  return {"pixel_mean": mean.astype(np.float32), "pixel_std": std.astype(np.float32)}
+
+
+def device_data(config: InputConfig, dataset: LongTailDataset, mesh: Mesh) -> dict[str, jax.Array]:
+  """Pixel statistics and, of sets that fit, the images as uint8, on every device."""
+  arrays = pixel_statistics(config, dataset.train_images)
+  if not dataset.streamed:
+    arrays |= {
+      "images": dataset.train_images,
+      "labels": dataset.train_labels,
+      "test_images": dataset.test_images,
+      "test_labels": dataset.test_labels,
+      "holdout_images": dataset.holdout_images,
+      "holdout_labels": dataset.holdout_labels,
+    }
   return mesh_lib.replicate(mesh, arrays)
 
 
-def normalize(images: jax.Array, shared: dict[str, jax.Array]) -> jax.Array:
-  """uint8 [B, H, W, ch] -> float32 with the training set's mean 0 and deviation 1 per channel."""
+def normalize(config: InputConfig, images: jax.Array, shared: dict[str, jax.Array]) -> jax.Array:
+  """uint8 RGB [B, H, W, ch] -> float32, mean 0 and deviation 1, in the encoder's channel order."""
   mean, std = (shared[n].reshape(1, 1, 1, -1) for n in ("pixel_mean", "pixel_std"))
+  images = images[..., ::-1] if config.channels == "bgr" else images
   return (images.astype(jnp.float32) - mean) / std
 
 
-def apply_eval(model: ResNet, state: TrainState, images: jax.Array):
+def apply_eval(model: nn.Module, state: TrainState, images: jax.Array):
   """(logits, features) of normalised images in evaluation mode."""
   variables = {"params": state.params, "batch_stats": state.model_state}
   return model.apply(variables, images, train=False)
 
 
-def make_stage(
-  config: EncoderConfig,
-  bank_config: memory_bank.BankConfig,
-  loss: str,
-  dataset: LongTailDataset,
-  shared: dict[str, jax.Array],
-  mesh: Mesh,
-) -> Stage:
-  """Trains encoder, head and memory bank with `loss` (a name out of losses.LOSSES)."""
-  num_examples = len(dataset.train_labels)
-  model = make_model(config.backbone, dataset.num_classes)
-  optimizer = train_state.make_optimizer(config.optimizer, config.num_steps)
-  gamma = losses.effective_number(jnp.asarray(dataset.train_counts, jnp.float32), config.beta)
-  start = round(config.defer * config.num_steps)
-  weighted = losses.LOSSES[loss].uses_gamma
+def score(predict, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+  """Cross-entropy and accuracy on uint8 `images` [T, ...], inside jit, a chunk at a time.
 
-  def init(key, _):
-    images = jnp.zeros((1, *dataset.train_images.shape[1:]))
-    variables = model.init(stream(key, "params"), images, train=False)
-    bank = memory_bank.create(
-      dataset.num_classes, bank_config.num_slots, config.backbone.widths[-1]
-    )
-    return train_state.create(
-      key, variables["params"], optimizer, model_state=variables["batch_stats"], bank=bank
-    )
+  Args:
+    predict: uint8 images [chunk, ...] -> logits [chunk, C].
+    images, labels: T of them, T at least 1.
+  """
+  num_chunks = -(-len(labels) // _EVAL_CHUNK)
+  size = -(-len(labels) // num_chunks)
+  index = jnp.arange(num_chunks * size).reshape(num_chunks, size)
 
-  def step(state, shared, _):
-    indices = batches.epoch_indices(
-      stream(state.key, "order"), state.step, num_examples, config.batch_size
-    )
-    images, labels = mesh_lib.shard_batch(
-      (shared["images"][indices], shared["labels"][indices]), mesh
-    )
-    images = batches.random_shift(stream(state.key, "shift", state.step), images, config.shift)
-    images = normalize(images, shared)
-    weights = losses.deferred(gamma, state.step, start) if weighted else jnp.ones_like(gamma)
+  def of_chunk(index):
+    inside = jnp.minimum(index, len(labels) - 1)
+    logits, targets = predict(images[inside]), labels[inside]
+    valid = (index < len(labels)).astype(jnp.float32)
+    hits = (logits.argmax(axis=-1) == targets).astype(jnp.float32)
+    return (valid * losses.cross_entropy(logits, targets)).sum(), (valid * hits).sum()
 
-    def loss_of(params):
-      variables = {"params": params, "batch_stats": state.model_state}
-      (logits, features), updates = model.apply(
-        variables, images, train=True, mutable=["batch_stats"]
-      )
-      value = losses.weighted_cross_entropy(logits, labels, weights[labels])
-      return value, (logits, features, updates["batch_stats"])
-
-    (value, (logits, features, model_state)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-      state.params
-    )
-    bank = memory_bank.update(
-      state.bank,
-      features,
-      labels,
-      jnp.ones(labels.shape, bool),
-      stream(state.key, "reservoir", state.step),
-      horizon=bank_config.horizon,
-      mesh=mesh,
-    )
-    metrics = {"loss": value, "accuracy": jnp.mean(logits.argmax(axis=-1) == labels)}
-    state = train_state.apply_gradients(
-      state, gradients, optimizer, model_state=model_state, bank=bank
-    )
-    return state, metrics
-
-  def evaluate(state, shared, _):
-    logits, _ = apply_eval(model, state, normalize(shared["test_images"], shared))
-    value = losses.cross_entropy(logits, shared["test_labels"]).mean()
-    return {"loss": value, "accuracy": jnp.mean(logits.argmax(-1) == shared["test_labels"])}
-
-  def partition(state):
-    specs = jax.tree.map(lambda _: PartitionSpec(), state)
-    rows = state.bank.seen.shape[0]
-    return specs.replace(
-      bank=jax.tree.map(lambda _: memory_bank.class_spec(rows, mesh), state.bank)
-    )
-
-  return Stage(
-    name=f"encoder/{loss}",
-    num_steps=config.num_steps,
-    init=init,
-    step=step,
-    evaluate=evaluate,
-    shared=shared,
-    own=(),
-    partition=partition,
-  )
+  loss, hits = jax.lax.map(of_chunk, index)
+  return {"loss": loss.sum() / len(labels), "accuracy": hits.sum() / len(labels)}

@@ -157,7 +157,7 @@ def make_stage(
     return {"accuracy": jnp.mean(logits.argmax(axis=-1) == shared["test_labels"])}
 
   return Stage(
-    name=f"classifier/{name}",
+    name=f"heads/{name}",
     num_steps=config.num_steps,
     init=init,
     step=step,

@@ -1,15 +1,46 @@
-"""Cross-entropy with class weights, and the rules that give the weights.
+"""The losses by name: a per-example objective, weights of the classes, and when they set in.
 
-The cost-sensitive loss (CSL) of a row with label y is gamma_y CE; synthetic rows are trusted as
-far as their confidence, gamma_y conf CE.
+LOSSES is the table. A row is read from left to right: `ldam_drw` is the objective `ldam` on cosine
+logits, weighted by the effective number, deferred. To add a loss, write one function of logits and
+labels here, give it a name in OBJECTIVES and a row in LOSSES.
+
+`normalized` says how a batch is averaged. PyTorch's weighted cross-entropy, which the published
+repositories call, divides by the sum of the batch's weights; the rows that reproduce them do too.
+memdiff's own cost-sensitive loss (CSL) is the plain mean of gamma_y CE, and of gamma_y conf CE
+where a synthetic row is trusted as far as its confidence.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from memdiff.classifier import contrastive, stateful_losses
+from memdiff.config import above, at_least, between
+from memdiff.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """What the losses are tuned by; a row reads what its formula has."""
+
+  beta: float = between(0, 0.999999)
+  power: float = between(0, 2)
+  focusing: float = at_least(0)
+  margin: float = at_least(0)
+  tau: float = at_least(0)
+  defer: float = between(0, 1)
+  tail_share: float = between(0, 1)
+  contrastive_weight: float = at_least(0)
+  embedding_dim: int = at_least(1)
+  temperature: float = above(0)
+
+
+# --- weights of the classes ------------------------------------------------------------------
 
 
 def effective_number(counts, beta: float):
@@ -25,18 +56,21 @@ def effective_number(counts, beta: float):
     [..., C] float32.
   """
   weights = (1 - beta) / -jnp.expm1(counts * np.log(beta)) if beta > 0 else jnp.ones_like(counts)
-  weights = jnp.asarray(weights, jnp.float32)
+  return _with_mean_one(jnp.asarray(weights, jnp.float32))
+
+
+def _with_mean_one(weights):
   return weights / weights.mean(axis=-1, keepdims=True)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """-log softmax(logits)[label]. [B, C] and [B] int -> [B]."""
-  return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
-def weighted_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
-  """Mean over the rows of weight times cross-entropy; `weights` is [B]. Returns a scalar."""
-  return jnp.mean(weights * cross_entropy(logits, labels))
+# Rule -> (counts [C] float32, config) -> gamma [C].
+CLASS_WEIGHTS: dict[str, Callable[[jax.Array, LossConfig], jax.Array]] = {
+  "effective_number": lambda n, config: effective_number(n, config.beta),
+  "inverse": lambda n, config: _with_mean_one(1 / n),
+  "inverse_sqrt": lambda n, config: _with_mean_one(jax.lax.rsqrt(n)),
+  # Weights of at most 1, as "Bag of tricks" (Zhang et al. 2021) has its cost-sensitive CE.
+  "power": lambda n, config: (n.min() / n) ** config.power,
+}
 
 
 def deferred(weights: jax.Array, step: jax.Array, start: int) -> jax.Array:
@@ -44,15 +78,270 @@ def deferred(weights: jax.Array, step: jax.Array, start: int) -> jax.Array:
   return jnp.where(step < start, jnp.ones_like(weights), weights)
 
 
+# --- objectives: logits [B, C] and labels [B] int -> [B] --------------------------------------
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """-log softmax(logits)[label]. [B, C] and [B] int -> [B]."""
+  return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def focal(logits: jax.Array, labels: jax.Array, focusing: float) -> jax.Array:
+  """(1 - p_y)^focusing times -log p_y. Lin et al., "Focal loss", 2017, eq. 4, with softmax.
+
+  p_y is the network's own probability; the LDAM repository computes it from the weighted loss.
+  """
+  loss = cross_entropy(logits, labels)
+  # 1 - p = -expm1(-loss); its power has no gradient at 0, so stay a little above.
+  return jnp.maximum(-jnp.expm1(-loss), 1e-12) ** focusing * loss
+
+
+def ldam(
+  logits: jax.Array, labels: jax.Array, counts: jax.Array, margin: float, scale: float
+) -> jax.Array:
+  """Cross-entropy of s (cos - Delta_y at the label), Delta_c = margin n_c^(-1/4) / max n^(-1/4).
+
+  Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", 2019,
+  eq. 13. `logits` are s cos already, `scale` is that s, `counts` is [C].
+  """
+  margins = margin * (counts.min() / counts) ** 0.25
+  at_label = jax.nn.one_hot(labels, logits.shape[-1])
+  return cross_entropy(logits - scale * at_label * margins[None], labels)
+
+
+def logit_adjusted(
+  logits: jax.Array, labels: jax.Array, counts: jax.Array, tau: float
+) -> jax.Array:
+  """Cross-entropy of logits + tau log prior, prior = counts / sum(counts), `counts` [C].
+
+  Menon et al., "Long-tail learning via logit adjustment", 2021, eq. 10. tau = 1 is the balanced
+  softmax of Ren et al., "Balanced meta-softmax for long-tailed visual recognition", 2020, eq. 4.
+  """
+  return cross_entropy(logits + tau * jnp.log(counts / counts.sum())[None], labels)
+
+
+# Name -> (logits, labels, counts, scale, config) -> [B].
+OBJECTIVES = {
+  "cross_entropy": lambda z, y, n, s, config: cross_entropy(z, y),
+  "focal": lambda z, y, n, s, config: focal(z, y, config.focusing),
+  "ldam": lambda z, y, n, s, config: ldam(z, y, n, config.margin, s),
+  "balanced_softmax": lambda z, y, n, s, config: logit_adjusted(z, y, n, 1.0),
+  "logit_adjustment": lambda z, y, n, s, config: logit_adjusted(z, y, n, config.tau),
+}
+
+
+# --- averages over a batch -------------------------------------------------------------------
+
+
+def weighted_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+  """Mean over the rows of weight times cross-entropy; `weights` is [B]. Returns a scalar."""
+  return jnp.mean(weights * cross_entropy(logits, labels))
+
+
+def average(losses: jax.Array, weights: jax.Array, normalized: bool) -> jax.Array:
+  """Weighted sum of [B] over B, or over the sum of the weights. Returns a scalar."""
+  total = jnp.sum(weights * losses)
+  return total / (weights.sum() if normalized else losses.shape[0])
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Loss:
-  """A loss of the encoder: whether gamma weighs the classes, and what it is in words."""
+  """A row of the table.
 
-  uses_gamma: bool
+  Attributes:
+    description: for reports, after "trained with".
+    objective: a name in OBJECTIVES.
+    weights: a name in CLASS_WEIGHTS, or `semantic_scale`; None weighs all classes alike.
+    deferred: whether the weights set in at the share `defer` of the steps, or from the start.
+    normalized: whether the batch's mean divides by the sum of its weights.
+    cosine_head: whether the objective is made for a cosine head.
+    term: what is added to the mean and remembers earlier steps: a name in stateful_losses.TERMS.
+    contrastive: whether balanced contrastive learning of two further views is added.
+  """
+
   description: str
+  objective: str = "cross_entropy"
+  weights: str | None = None
+  deferred: bool = False
+  normalized: bool = True
+  cosine_head: bool = False
+  term: str | None = None
+  contrastive: bool = False
+
+  @property
+  def views(self) -> int:
+    """Augmented views of each image."""
+    return 3 if self.contrastive else 1
+
+  @property
+  def needs_bank(self) -> bool:
+    return self.weights == "semantic_scale"
+
+  @property
+  def stateful(self) -> bool:
+    return self.needs_bank or self.term is not None
 
 
-LOSSES = {
-  "cross_entropy": Loss(False, "plain cross-entropy"),
-  "csl": Loss(True, "the cost-sensitive loss, deferred"),
+_PUBLISHED = {
+  "cross_entropy": Loss("plain cross-entropy"),
+  "cs_inverse": Loss("cross-entropy weighted by 1/n", weights="inverse"),
+  "cs_inverse_sqrt": Loss("cross-entropy weighted by 1/sqrt(n)", weights="inverse_sqrt"),
+  "cs_power": Loss("cost-sensitive cross-entropy, (n_min/n)^power", weights="power"),
+  "class_balanced": Loss(
+    "cross-entropy weighted by the effective number", weights="effective_number"
+  ),
+  "semantic_scale": Loss("cross-entropy weighted by semantic scale", weights="semantic_scale"),
+  "focal": Loss("the focal loss", "focal", normalized=False),
+  "class_balanced_focal": Loss(
+    "the focal loss weighted by the effective number", "focal", "effective_number", normalized=False
+  ),
+  "ldam": Loss("LDAM's margins on cosines", "ldam", cosine_head=True),
+  "balanced_softmax": Loss("balanced softmax", "balanced_softmax"),
+  "logit_adjustment": Loss("the logit-adjusted loss", "logit_adjustment"),
 }
+
+_DEFERRED = {
+  f"{name}_drw": dataclasses.replace(
+    row,
+    description=f"{row.description}, re-weighting deferred",
+    weights=row.weights or "effective_number",
+    deferred=True,
+  )
+  for name, row in _PUBLISHED.items()
+  if name not in ("cross_entropy", "logit_adjustment")
+}
+
+_OTHERS = {
+  "csl": Loss(
+    "the cost-sensitive loss, deferred",
+    weights="effective_number",
+    deferred=True,
+    normalized=False,
+  ),
+  "csl_paper": Loss(
+    "the additive CSL term as its paper's text has it (features, predictive entropy)",
+    term="csl_paper",
+  ),
+  "csl_code": Loss(
+    "the additive CSL term as its published code computes it (logits, cancelling entropy)",
+    term="csl_code",
+  ),
+  "focal_tail": Loss(
+    "inverse-frequency cross-entropy and the tail-boosting focal term of CSL's later rewrite",
+    weights="inverse",
+    term="focal_tail",
+  ),
+  "bcl": Loss(
+    "balanced contrastive learning beside the logit-adjusted loss",
+    "logit_adjustment",
+    cosine_head=True,
+    contrastive=True,
+  ),
+}
+
+LOSSES: dict[str, Loss] = _PUBLISHED | _DEFERRED | _OTHERS
+
+
+def check(name: str, *, mixup: bool) -> None:
+  """Raises ConfigError where a loss cannot be trained as asked."""
+  row = LOSSES[name]
+  if mixup and (row.stateful or row.contrastive):
+    raise ConfigError(
+      f"The loss {name} needs one label per image, which mixup takes away; set"
+      " config.classifier.augment.mixup to 0.0 or choose another loss."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """A row of the table, made ready for one training set; pure, for use inside jit."""
+
+  row: Loss
+  config: LossConfig
+  counts: np.ndarray  # [C] training examples
+  scale: float  # of cosine logits
+  num_steps: int
+  steps_per_epoch: int
+
+  def init(self) -> dict[str, Any]:
+    """What the loss carries from step to step; arrays of fixed shapes, perhaps none."""
+    state = {}
+    if self.row.weights == "semantic_scale":
+      state["weights"] = stateful_losses.init_semantic_scale(len(self.counts))
+    if self.row.term is not None:
+      state["term"] = stateful_losses.TERMS[self.row.term].init(len(self.counts))
+    return state
+
+  def __call__(
+    self,
+    logits: jax.Array,
+    features: jax.Array,
+    labels: jax.Array,
+    state: dict[str, Any],
+    step: jax.Array,
+    *,
+    bank=None,
+    partner_labels: jax.Array | None = None,
+    share: jax.Array | None = None,
+  ) -> tuple[jax.Array, dict[str, Any]]:
+    """The loss of a batch and the next state.
+
+    Args:
+      logits: [B, C].
+      features: [B, D], before the head.
+      labels: [B] int.
+      state: of `init` or the last call.
+      step: int32 [].
+      bank: the memory bank, for rows that need it.
+      partner_labels, share: of mixup: [B] int and [] in [0, 1].
+    """
+    counts = jnp.asarray(self.counts, jnp.float32)
+    state = dict(state)
+    gamma = jnp.ones_like(counts)
+    if self.row.weights == "semantic_scale":
+      gamma, state["weights"] = stateful_losses.semantic_scale(
+        state["weights"], logits, labels, step, bank, self.steps_per_epoch
+      )
+    elif self.row.weights is not None:
+      gamma = CLASS_WEIGHTS[self.row.weights](counts, self.config)
+    if self.row.deferred:
+      gamma = deferred(gamma, step, round(self.config.defer * self.num_steps))
+
+    def of_labels(labels):
+      losses = OBJECTIVES[self.row.objective](logits, labels, counts, self.scale, self.config)
+      return average(losses, gamma[labels], self.row.normalized)
+
+    value = of_labels(labels)
+    if partner_labels is not None:
+      value = share * value + (1 - share) * of_labels(partner_labels)
+    if self.row.term is not None:
+      tail = stateful_losses.tail_classes(self.counts, self.config.tail_share)
+      added, state["term"] = stateful_losses.TERMS[self.row.term].value(
+        state["term"], logits, features, labels, step, tail, self.steps_per_epoch
+      )
+      value = value + added
+    return value, state
+
+  def contrastive_term(
+    self, embeddings: jax.Array, centres: jax.Array, labels: jax.Array
+  ) -> jax.Array:
+    """What a contrastive row adds: embeddings [V * B, P], view by view; centres [C, P]."""
+    views = embeddings.reshape(-1, labels.shape[0], embeddings.shape[-1])
+    value = contrastive.balanced_contrastive(views, labels, centres, self.config.temperature)
+    return self.config.contrastive_weight * value
+
+
+def make(
+  name: str,
+  config: LossConfig,
+  counts: np.ndarray,
+  *,
+  scale: float,
+  num_steps: int,
+  steps_per_epoch: int,
+) -> Objective:
+  """The loss `name` for a training set with `counts` [C] examples per class."""
+  return Objective(LOSSES[name], config, np.asarray(counts), scale, num_steps, steps_per_epoch)

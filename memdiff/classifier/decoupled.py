@@ -1,0 +1,125 @@
+"""Heads on a frozen, trained encoder: cRT, LWS, tau-normalisation, NCM, post-hoc adjustment.
+
+Kang et al., "Decoupling representation and classifier for long-tailed recognition", 2020, and
+Menon et al., "Long-tail learning via logit adjustment", 2021. cRT and LWS are trained, with
+class-balanced sampling, on augmented images through the frozen encoder in evaluation mode; the
+others need no training (`posthoc`).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from input_pipeline import batches
+from input_pipeline.dataset import LongTailDataset
+from memdiff.classifier import encoder, losses, posthoc, training
+from memdiff.classifier.encoder import EncoderConfig
+from memdiff.classifier.training import ClassifierConfig
+from memdiff.config import at_least, between, some_of
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime import train_state
+from memdiff.runtime.loop import Stage
+from memdiff.runtime.random import stream
+from memdiff.runtime.train_state import OptimizerConfig, TrainState
+
+TRAINED = ("crt", "lws")
+METHODS = {
+  "logit_adjustment": "own head, logits adjusted by the class prior after training",
+  "tau_norm": "own head, tau-normalised",
+  "ncm": "nearest class mean of the training features, by cosine",
+  "crt": "a new linear head, trained with class-balanced sampling (cRT)",
+  "lws": "own head with a learned scale per class, trained with class-balanced sampling (LWS)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoupledConfig:
+  methods: tuple[str, ...] = some_of(METHODS)
+  adjustment: float = at_least(0)
+  tau: float = between(0, 2)
+  num_epochs: float = at_least(0)
+  optimizer: OptimizerConfig
+
+
+def make_stage(
+  method: str,
+  config: DecoupledConfig,
+  classifier: ClassifierConfig,
+  encoder_config: EncoderConfig,
+  loss: str,
+  frozen: TrainState,
+  dataset: LongTailDataset,
+  shared: dict[str, jax.Array],
+  mesh: Mesh,
+) -> Stage:
+  """Trains the head of `method`, crt or lws, on the encoder that `loss` trained.
+
+  Args:
+    method: one of TRAINED.
+    config: `num_epochs` counts drawn examples: an epoch draws as many as the training set has.
+    classifier: its augmentation and batch size are used here too, mixup excepted.
+    encoder_config, loss: of the trained classifier.
+    frozen: its final state, seeds leading.
+    dataset, shared, mesh: as for the classifier's own stage.
+  """
+  num_examples, num_classes = len(dataset.train_labels), dataset.num_classes
+  num_steps = round(config.num_epochs * num_examples / classifier.batch_size)
+  optimizer = train_state.make_optimizer(config.optimizer, num_steps)
+  model = encoder.make_model(encoder_config, loss, num_classes)
+  by_class = mesh_lib.replicate(mesh, batches.group_by_class(dataset.train_labels))
+
+  def init(key, own):
+    if method == "lws":
+      return train_state.create(key, {"scale": jnp.ones((num_classes,))}, optimizer)
+    kernel = jax.nn.initializers.lecun_normal()(
+      stream(key, "params"), (encoder_config.feature_dim, num_classes)
+    )
+    return train_state.create(key, {"kernel": kernel, "bias": jnp.zeros((num_classes,))}, optimizer)
+
+  def draw(state, shared, own):
+    if dataset.streamed:
+      own, batch = own
+      return own, batch["images"], batch["labels"]
+    index = batches.balanced_indices(
+      stream(state.key, "order"), state.step, shared["by_class"], classifier.batch_size
+    )
+    images, labels = mesh_lib.shard_batch((shared["images"][index], shared["labels"][index]), mesh)
+    return own, images, labels
+
+  def step(state, shared, own):
+    frozen, images, labels = draw(state, shared, own)
+    images = training.augmented(
+      stream(state.key, "views", state.step),
+      images,
+      classifier.augment,
+      encoder_config.input,
+      shared,
+    )
+    _, features = model.apply(frozen, images, train=False)
+
+    def loss_of(params):
+      logits = trained_logits(method, params, frozen["params"]["head"], features)
+      return losses.cross_entropy(logits, labels).mean()
+
+    value, gradients = jax.value_and_grad(loss_of)(state.params)
+    return train_state.apply_gradients(state, gradients, optimizer), {"loss": value}
+
+  return Stage(
+    name=f"heads/{method}",
+    num_steps=num_steps,
+    init=init,
+    step=step,
+    evaluate=None,
+    shared=shared | {"by_class": by_class},
+    own={"params": frozen.params, "batch_stats": frozen.model_state},
+    batches=training.host_batches(dataset, classifier, f"heads/{method}", balanced=True),
+  )
+
+
+def trained_logits(method: str, params, own_head, features: jax.Array) -> jax.Array:
+  """Logits [N, C] of a head that `make_stage` trained; `own_head` is the encoder's."""
+  if method == "lws":
+    return posthoc.scaled_logits(own_head, params["scale"], features)
+  return posthoc.linear_logits(params, features)

@@ -1,0 +1,245 @@
+"""The classifier stage: encoder, head and memory bank trained on long-tailed images."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from input_pipeline import augment, batches, streaming
+from input_pipeline.augment import AugmentConfig
+from input_pipeline.dataset import LongTailDataset
+from input_pipeline.streaming import StreamConfig
+from memdiff import memory_bank
+from memdiff.classifier import encoder, losses, projection
+from memdiff.classifier.encoder import EncoderConfig
+from memdiff.classifier.losses import LossConfig
+from memdiff.config import at_least, one_of, some_of
+from memdiff.errors import ConfigError
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime import train_state
+from memdiff.runtime.loop import Stage
+from memdiff.runtime.random import stream
+from memdiff.runtime.train_state import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+  loss: str = one_of(losses.LOSSES)
+  references: tuple[str, ...] = some_of(losses.LOSSES)
+  loss_parameters: LossConfig
+  augment: AugmentConfig
+  stream: StreamConfig
+  batch_size: int = at_least(1)
+  num_epochs: float = at_least(0)
+  optimizer: OptimizerConfig
+
+  def num_steps(self, num_examples: int) -> int:
+    return round(self.num_epochs * num_examples / self.batch_size)
+
+
+def trained_losses(config: ClassifierConfig) -> tuple[str, ...]:
+  """The losses a classifier is trained with, each once; what follows builds on the first."""
+  return tuple(dict.fromkeys((config.loss, *config.references)))
+
+
+def check(
+  config: ClassifierConfig, encoder_config: EncoderConfig, dataset: LongTailDataset
+) -> None:
+  """Raises ConfigError where the settings do not fit the data or each other."""
+  num_examples = len(dataset.train_labels)
+  if config.batch_size > num_examples:
+    raise ConfigError(
+      f"config.classifier.batch_size is {config.batch_size}, but the training set has only"
+      f" {num_examples} images."
+    )
+  augment.check(config.augment, dataset.train_images.shape[1:])
+  for loss in trained_losses(config):
+    losses.check(loss, mixup=config.augment.mixup > 0)
+    if losses.LOSSES[loss].cosine_head and encoder_config.backbone.head == "linear":
+      raise ConfigError(
+        f"The loss {loss} is defined on cosines, but config.encoder.backbone.head is linear; use"
+        " auto or cosine."
+      )
+
+
+def augmented(
+  key: jax.Array,
+  images: jax.Array,
+  config: AugmentConfig,
+  input_config: encoder.InputConfig,
+  shared: dict[str, jax.Array],
+) -> jax.Array:
+  """One random view of uint8 images [B, H, W, ch], normalised."""
+  images = augment.augment(stream(key, "augment"), images, config)
+  images = encoder.normalize(input_config, images, shared)
+  return augment.cutout(stream(key, "cutout"), images, config.cutout)
+
+
+def host_batches(
+  dataset: LongTailDataset, config: ClassifierConfig, name: str, *, balanced: bool = False
+):
+  """`Stage.batches` of the stage `name` for a set that is too large for the devices, else None."""
+  if not dataset.streamed:
+    return None
+  process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+  def make(seed: int, first_step: int):
+    return streaming.train_batches(
+      dataset.train_images, dataset.train_labels, config.batch_size,
+      streaming.stream_seed(seed, name), first_step, config.stream, balanced=balanced, **process,
+    )  # fmt: skip
+
+  return make
+
+
+def make_stage(
+  config: ClassifierConfig,
+  encoder_config: EncoderConfig,
+  bank_config: memory_bank.BankConfig | None,
+  loss: str,
+  dataset: LongTailDataset,
+  shared: dict[str, jax.Array],
+  mesh: Mesh,
+) -> Stage:
+  """Trains encoder, head and, where it is configured, memory bank with `loss`.
+
+  Args:
+    config, encoder_config, bank_config: see there; without `bank_config` there is no bank.
+    loss: a name out of losses.LOSSES.
+    dataset: the long-tailed set.
+    shared: of `encoder.device_data`.
+    mesh: the device mesh.
+  """
+  name = f"classifier/{loss}"
+  num_examples, num_classes = len(dataset.train_labels), dataset.num_classes
+  num_steps = config.num_steps(num_examples)
+  model = encoder.make_model(encoder_config, loss, num_classes)
+  optimizer = train_state.make_optimizer(config.optimizer, num_steps)
+  row = losses.LOSSES[loss]
+  objective = losses.make(
+    loss,
+    config.loss_parameters,
+    dataset.train_counts,
+    scale=encoder_config.backbone.scale,
+    num_steps=num_steps,
+    steps_per_epoch=max(num_examples // config.batch_size, 1),
+  )
+
+  def init(key, _):
+    variables = encoder.initial_variables(
+      encoder_config, model, dataset.train_images.shape[1:], stream(key, "params")
+    )
+    if row.contrastive:
+      variables = projection.extend(variables, config.loss_parameters, stream(key, "projection"))
+    bank = bank_config and memory_bank.create(
+      num_classes, bank_config.num_slots, encoder_config.feature_dim
+    )
+    return train_state.create(
+      key,
+      variables["params"],
+      optimizer,
+      model_state=variables["batch_stats"],
+      bank=bank,
+      loss_state=objective.init(),
+    )
+
+  def draw(state, shared, own):
+    """A batch of uint8 images and labels, split over the devices."""
+    if dataset.streamed:
+      _, batch = own
+      return batch["images"], batch["labels"]
+    index = batches.epoch_indices(
+      stream(state.key, "order"), state.step, num_examples, config.batch_size
+    )
+    return mesh_lib.shard_batch((shared["images"][index], shared["labels"][index]), mesh)
+
+  def prepare(state, images, shared):
+    """The loss's views of a batch, one after the other, and mixup's partners."""
+    key = stream(state.key, "views", state.step)
+    views = [
+      augmented(jax.random.fold_in(key, view), images, config.augment, encoder_config.input, shared)
+      for view in range(row.views)
+    ]
+    partner = share = None
+    if config.augment.mixup > 0:
+      views[0], partner, share = augment.mixup(stream(key, "mixup"), views[0], config.augment.mixup)
+    return jnp.concatenate(views), partner, share
+
+  def step(state, shared, own):
+    images, labels = draw(state, shared, own)
+    images, partner, share = prepare(state, images, shared)
+    batch = len(labels)
+
+    def loss_of(params):
+      variables = {"params": params, "batch_stats": state.model_state}
+      (logits, features), updates = model.apply(
+        variables, images, train=True, mutable=["batch_stats"]
+      )
+      value, loss_state = objective(
+        logits[:batch],
+        features[:batch],
+        labels,
+        state.loss_state,
+        state.step,
+        bank=state.bank,
+        partner_labels=None if partner is None else labels[partner],
+        share=share,
+      )
+      statistics = updates["batch_stats"]
+      if row.contrastive:
+        embeddings, centres, statistics = projection.project(
+          params, statistics, features[batch:], config.loss_parameters
+        )
+        value = value + objective.contrastive_term(embeddings, centres, labels)
+      return value, (logits[:batch], features[:batch], statistics, loss_state)
+
+    (value, (logits, features, model_state, loss_state)), gradients = jax.value_and_grad(
+      loss_of, has_aux=True
+    )(state.params)
+    bank = state.bank and memory_bank.update(
+      state.bank,
+      features,
+      labels,
+      jnp.ones(labels.shape, bool),
+      stream(state.key, "reservoir", state.step),
+      horizon=bank_config.horizon,
+      mesh=mesh,
+    )
+    metrics = {"loss": value, "accuracy": jnp.mean(logits.argmax(axis=-1) == labels)}
+    state = train_state.apply_gradients(
+      state, gradients, optimizer, model_state=model_state, bank=bank, loss_state=loss_state
+    )
+    return state, metrics
+
+  def evaluate(state, shared, _):
+    def predict(images):
+      images = encoder.normalize(encoder_config.input, images, shared)
+      return encoder.apply_eval(model, state, images)[0]
+
+    scores = encoder.score(predict, shared["test_images"], shared["test_labels"])
+    if len(dataset.holdout_labels):
+      held_out = encoder.score(predict, shared["holdout_images"], shared["holdout_labels"])
+      scores |= {f"holdout_{name}": value for name, value in held_out.items()}
+    return scores
+
+  def partition(state):
+    specs = jax.tree.map(lambda _: PartitionSpec(), state)
+    if state.bank is None:
+      return specs
+    rows = state.bank.seen.shape[0]
+    return specs.replace(
+      bank=jax.tree.map(lambda _: memory_bank.class_spec(rows, mesh), state.bank)
+    )
+
+  return Stage(
+    name=name,
+    num_steps=num_steps,
+    init=init,
+    step=step,
+    evaluate=None if dataset.streamed else evaluate,
+    shared=shared,
+    own=(),
+    partition=partition,
+    batches=host_batches(dataset, config, name),
+  )

@@ -1,0 +1,85 @@
+"""The CPU convolution against XLA's, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memdiff.classifier.convolution import Conv, _as_matrix_products, conv2d
+
+
+def reference(x, kernel, stride):
+  half = kernel.shape[0] // 2
+  return jax.lax.conv_general_dilated(
+    x, kernel, (stride, stride), ((half, half), (half, half)),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )  # fmt: skip
+
+
+def arrays(size, height=7, width=10, channels=3, features=5, lead=()):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(*lead, 2, height, width, channels))
+  kernel = rng.normal(size=(*lead, size, size, channels, features))
+  return jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(("height", "width"), [(7, 10), (8, 8), (9, 5)])
+def test_values_and_gradients_are_those_of_xla(size, stride, height, width):
+  x, kernel = arrays(size, height, width)
+  weight = jnp.asarray(np.random.default_rng(1).normal(size=reference(x, kernel, stride).shape))
+
+  def total(convolve):
+    return jax.value_and_grad(
+      lambda x, kernel: jnp.sum(weight * convolve(x, kernel, stride)), argnums=(0, 1)
+    )(x, kernel)
+
+  np.testing.assert_allclose(
+    _as_matrix_products(x, kernel, stride), reference(x, kernel, stride), rtol=1e-5, atol=2e-5
+  )
+  (value, gradients), (expected, of_xla) = total(_as_matrix_products), total(reference)
+  np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
+  for ours, theirs in zip(gradients, of_xla, strict=True):
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_several_kernels_at_once_inside_a_scan():
+  """As the training loop does it: seeds under vmap, steps under scan."""
+  x, kernel = arrays(3, lead=(4,), features=3)
+
+  def steps(convolve):
+    def body(kernel, _):
+      value, gradient = jax.value_and_grad(lambda k, x: jnp.mean(jnp.square(convolve(x, k, 1))))(
+        kernel, body.x
+      )
+      return kernel - 0.1 * gradient, value
+
+    def run(x, kernel):
+      body.x = x
+      return jax.lax.scan(body, kernel, length=3)
+
+    return jax.jit(jax.vmap(run))(x, kernel)
+
+  for ours, theirs in zip(steps(conv2d), steps(reference), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_module_computes_in_its_type_and_keeps_its_kernel_in_float32():
+  x, _ = arrays(3)
+  module = Conv(6, kernel_size=5, stride=2, dtype=jnp.bfloat16)
+  variables = module.init(jax.random.key(0), x)
+  kernel = variables["params"]["kernel"]
+  assert kernel.dtype == jnp.float32 and kernel.shape == (5, 5, 3, 6)
+  made = module.apply(variables, x)
+  assert made.dtype == jnp.bfloat16
+  np.testing.assert_allclose(
+    made.astype(jnp.float32), reference(x, kernel, 2), rtol=0.05, atol=0.05
+  )
+
+
+def test_kernels_are_drawn_for_the_fan_out():
+  module = Conv(64)
+  kernel = module.init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))["params"]["kernel"]
+  np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (9 * 64)), rtol=0.05)
