@@ -1,20 +1,24 @@
-"""One experiment: its settings, its stages, and what its finished phases left in the workdir."""
+"""The memdiff experiment: settings, stages, and what finished phases left in the workdir."""
 
 import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
 from input_pipeline import dataset as dataset_lib
 from memdiff import feature_diffusion, feature_space, hallucination, memory_bank
-from memdiff.classifier import encoder, head
-from memdiff.config import at_least, each
+from memdiff.classifier import encoder, head, training
+from memdiff.config import at_least, each, one_of
 from memdiff.diffusion.training import DiffusionConfig
 from memdiff.errors import WorkdirError
 from memdiff.runtime import loop
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.checkpoint import Checkpointer, abstract
 from memdiff.runtime.workdir import Workdir, read_arrays
+from memdiff.runtime.writers import read_history
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +26,26 @@ class EvaluationConfig:
   map_per_class: int = at_least(2)
 
 
+def seeds_field() -> Any:
+  return each(lambda s: 0 <= s < 2**32, "whole numbers from 0 to 2^32 - 1")
+
+
+def check_seeds(seeds: tuple[int, ...]) -> None:
+  """Raises ValueError where a seed stands twice."""
+  if len(set(seeds)) != len(seeds):
+    raise ValueError(f"seeds are {seeds}, but each may stand only once.")
+
+
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
   """Everything that decides a run's results."""
 
+  experiment: str = one_of(("memdiff",))
   name: str
-  seeds: tuple[int, ...] = each(lambda s: 0 <= s < 2**32, "whole numbers from 0 to 2^32 - 1")
+  seeds: tuple[int, ...] = seeds_field()
   dataset: dataset_lib.DatasetConfig
   encoder: encoder.EncoderConfig
+  classifier: training.ClassifierConfig
   memory_bank: memory_bank.BankConfig
   diffusion: DiffusionConfig
   hallucination: hallucination.HallucinationConfig
@@ -38,8 +54,7 @@ class ExperimentConfig:
   loop: loop.LoopConfig
 
   def __post_init__(self):
-    if len(set(self.seeds)) != len(self.seeds):
-      raise ValueError(f"seeds are {self.seeds}, but each may stand only once.")
+    check_seeds(self.seeds)
     if self.hallucination.num_steps > self.diffusion.schedule.num_steps:
       raise ValueError(
         f"hallucination.num_steps is {self.hallucination.num_steps}, but the diffusion has only"
@@ -51,7 +66,7 @@ class ExperimentConfig:
 class Experiment:
   """A checked config with its data, devices and folder."""
 
-  config: ExperimentConfig
+  config: Any  # ExperimentConfig, or the settings of another kind of experiment
   dataset: dataset_lib.LongTailDataset
   workdir: Workdir
   run: loop.Run
@@ -66,20 +81,55 @@ class Experiment:
     return self.config.seeds
 
 
-def encoder_losses(config: ExperimentConfig) -> tuple[str, ...]:
-  """The losses an encoder is trained with; hallucination builds on the first."""
-  return tuple(dict.fromkeys((config.encoder.loss, *config.encoder.references)))
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """A part of an experiment that is done once, and whose result stays in the workdir."""
+
+  name: str
+  title: str  # for the user, when it starts
+  work: Callable[[Experiment], dict]  # returns metrics for the manifest
+  reads: tuple[str, ...]  # parts of the config that decide its result, beyond earlier phases'
 
 
-def encoder_stage(e: Experiment, loss: str) -> loop.Stage:
-  shared = encoder.device_data(e.dataset, e.mesh)
-  return encoder.make_stage(e.config.encoder, e.config.memory_bank, loss, e.dataset, shared, e.mesh)
+def classifier_stage(e: Experiment, loss: str, with_bank: bool = True) -> loop.Stage:
+  config = e.config
+  shared = encoder.device_data(config.encoder.input, e.dataset, e.mesh)
+  bank = config.memory_bank if with_bank else None
+  return training.make_stage(
+    config.classifier, config.encoder, bank, loss, e.dataset, shared, e.mesh
+  )
+
+
+def frozen_encoder(e: Experiment, loss: str, with_bank: bool = True):
+  """The finished classifier of `loss`: its state, and uint8 [chunk, ...] -> features [S, chunk, D].
+
+  The images of a chunk are split over the devices.
+  """
+  stage = classifier_stage(e, loss, with_bank)
+  state = loop.load_final(stage, e.run, e.workdir.folder("classifier") / loss)
+  model = encoder.make_model(e.config.encoder, loss, e.dataset.num_classes)
+
+  @jax.jit
+  def encode_chunk(images, state=state, shared=stage.shared):
+    images = encoder.normalize(e.config.encoder.input, mesh_lib.shard_batch(images, e.mesh), shared)
+    return jax.vmap(lambda s: encoder.apply_eval(model, s, images)[1])(state)
+
+  return state, encode_chunk
+
+
+def last_metrics(folder: pathlib.Path) -> dict[str, float]:
+  """The mean over seeds of every metric's last value, of a finished stage."""
+  last = {}
+  for record in read_history(folder / "metrics.jsonl"):
+    for name, values in record["metrics"].items():
+      last[f"{record['kind']}_{name}"] = float(np.mean(values))
+  return last
 
 
 def load_bank(e: Experiment) -> memory_bank.MemoryBank:
   """The refilled bank, in the encoder's units, with a leading axis of seeds."""
   config = e.config.memory_bank
-  dim = e.config.encoder.backbone.widths[-1]
+  dim = e.config.encoder.feature_dim
   shapes = jax.eval_shape(
     jax.vmap(lambda _: memory_bank.create(e.dataset.num_classes, config.num_slots, dim)),
     jax.ShapeDtypeStruct((len(e.seeds),), np.int32),

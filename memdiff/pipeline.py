@@ -1,16 +1,15 @@
-"""The phases of an experiment, in order: what each reads and what it writes.
+"""Runs an experiment phase by phase; the phases of memdiff itself: what each reads and writes.
 
-encoder        images -> encoder, head and a moving bank           encoder/<loss>/checkpoints
+classifier     images -> encoder, head and a moving bank           classifier/<loss>/checkpoints
 memory_bank    frozen encoder -> features and the refilled bank    memory_bank/features.npz, bank
 diffusion      features, bank -> denoiser                          diffusion/checkpoints
 hallucination  denoiser, bank -> synthetic features                hallucination/*.npz
-classifier     real and synthetic features -> heads                classifier/<method>/checkpoints
+heads          real and synthetic features -> heads                heads/<method>/checkpoints
 evaluation     everything -> report.json, report.html              evaluation/
 """
 
 import dataclasses
 import functools
-import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,19 +18,22 @@ import jax
 import numpy as np
 
 from input_pipeline import dataset as dataset_lib
+from memdiff import classification, feature_diffusion, feature_space, hallucination
 from memdiff import config as config_lib
-from memdiff import feature_diffusion, feature_space, hallucination
-from memdiff.classifier import encoder
+from memdiff.classifier import encoder, training
 from memdiff.diffusion.schedules import NoiseSchedule
+from memdiff.errors import ConfigError
 from memdiff.evaluation import phase as evaluation
-from memdiff.evaluation import report
+from memdiff.evaluation import report, result
 from memdiff.experiment import (
   Experiment,
   ExperimentConfig,
+  Phase,
+  classifier_stage,
   diffusion_stage,
-  encoder_losses,
-  encoder_stage,
+  frozen_encoder,
   head_stage,
+  last_metrics,
   load_space,
   make_pools,
 )
@@ -41,40 +43,25 @@ from memdiff.runtime.checkpoint import Checkpointer
 from memdiff.runtime.progress import CompileClock, Progress
 from memdiff.runtime.random import base_keys
 from memdiff.runtime.workdir import Workdir, write_arrays
-from memdiff.runtime.writers import TensorBoard, read_history
+from memdiff.runtime.writers import TensorBoard
 
 
-def train_encoder(e: Experiment) -> dict:
+def train_classifier(e: Experiment) -> dict:
   summary = {}
-  for loss in encoder_losses(e.config):
-    folder = e.workdir.folder("encoder") / loss
-    loop.train(encoder_stage(e, loss), e.run, folder)
+  for loss in training.trained_losses(e.config.classifier):
+    folder = e.workdir.folder("classifier") / loss
+    loop.train(classifier_stage(e, loss), e.run, folder)
     summary[loss] = last_metrics(folder)
   return summary
-
-
-def last_metrics(folder: pathlib.Path) -> dict[str, float]:
-  """The mean over seeds of every metric's last value, of a finished stage."""
-  last = {}
-  for record in read_history(folder / "metrics.jsonl"):
-    for name, values in record["metrics"].items():
-      last[f"{record['kind']}_{name}"] = float(np.mean(values))
-  return last
 
 
 def build_memory_bank(e: Experiment) -> dict:
   """Encodes every image with the frozen encoders and refills the bank."""
   folder = e.workdir.folder("memory_bank")
-  model = encoder.make_model(e.config.encoder.backbone, e.dataset.num_classes)
   test_predictions = {}
-  for loss in reversed(encoder_losses(e.config)):  # the encoder that is built upon comes last
-    stage = encoder_stage(e, loss)
-    state = loop.load_final(stage, e.run, e.workdir.folder("encoder") / loss)
-
-    @jax.jit
-    def encode_chunk(images, state=state, shared=stage.shared):
-      images = encoder.normalize(mesh_lib.shard_batch(images, e.mesh), shared)
-      return jax.vmap(lambda s: encoder.apply_eval(model, s, images)[1])(state)
+  losses = training.trained_losses(e.config.classifier)
+  for loss in reversed(losses):  # the encoder that is built upon comes last
+    state, encode_chunk = frozen_encoder(e, loss)
 
     test = feature_space.encode(encode_chunk, e.dataset.test_images)
     own_head = jax.device_get(state.params["head"])
@@ -144,51 +131,82 @@ def hallucinate(e: Experiment) -> dict:
   }
 
 
-def train_classifier(e: Experiment) -> dict:
+def train_heads(e: Experiment) -> dict:
   space, summary = load_space(e), {}
   for name, pool in make_pools(e, space).items():
-    folder = e.workdir.folder("classifier") / name
+    folder = e.workdir.folder("heads") / name
     loop.train(head_stage(e, space, name, pool), e.run, folder)
     summary[name] = last_metrics(folder)
   return summary
 
 
-@dataclasses.dataclass(frozen=True)
-class Phase:
-  name: str
-  title: str  # for the user, when it starts
-  work: Callable[[Experiment], dict]  # returns metrics for the manifest
-  reads: tuple[str, ...]  # parts of the config that decide its result, beyond earlier phases'
-
-
 PHASES = (
   Phase(
-    "encoder",
+    "classifier",
     "training the image classifiers",
-    train_encoder,
-    ("seeds", "dataset", "encoder", "memory_bank", "loop"),
+    train_classifier,
+    ("seeds", "dataset", "encoder", "classifier", "memory_bank", "loop"),
   ),
   Phase("memory_bank", "encoding all images, filling the bank", build_memory_bank, ()),
   Phase("diffusion", "training the denoiser on the features", train_diffusion, ("diffusion",)),
   Phase("hallucination", "sampling features for the tail", hallucinate, ("hallucination",)),
-  Phase("classifier", "training the heads again", train_classifier, ("head",)),
+  Phase("heads", "training the heads again", train_heads, ("head",)),
   Phase("evaluation", "scoring and drawing", evaluation.evaluate, ("name", "evaluation")),
 )
 
 
-def phase_config(e: Experiment, phase: Phase) -> dict[str, Any]:
+def check(settings: ExperimentConfig, data: dataset_lib.LongTailDataset) -> None:
+  """Raises ConfigError where the settings of a memdiff experiment do not fit its data."""
+  for loss in training.trained_losses(settings.classifier):
+    if encoder.has_cosine_head(settings.encoder.backbone, loss):
+      raise ConfigError(
+        f"memdiff trains linear heads on features, but the loss {loss} has a cosine head; choose"
+        " another config.classifier.loss, or set config.encoder.backbone.head to linear."
+      )
+  hallucination.plan(data.train_counts, settings.hallucination)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A kind of experiment: its settings, its rules, its phases in order."""
+
+  settings: type
+  check: Callable[[Any, dataset_lib.LongTailDataset], None]
+  phases: tuple[Phase, ...]
+
+
+KINDS = {
+  "memdiff": Kind(ExperimentConfig, check, PHASES),
+  "classification": Kind(
+    classification.ClassificationConfig, classification.check, classification.PHASES
+  ),
+}
+
+
+def kind_of(config: Mapping[str, Any]) -> Kind:
+  """The kind that `config.experiment` names."""
+  name = config.get("experiment")
+  if name not in KINDS:
+    raise ConfigError(f"config.experiment is {name!r}, but must be one of {', '.join(KINDS)}.")
+  return KINDS[name]
+
+
+def phase_config(e: Experiment, phases: tuple[Phase, ...], phase: Phase) -> dict[str, Any]:
   """The flat config that the phase's manifest is held against, earlier phases' included."""
-  read = [name for p in PHASES[: PHASES.index(phase) + 1] for name in p.reads]
+  read = [name for p in phases[: phases.index(phase) + 1] for name in p.reads]
   everything = config_lib.as_dict(e.config)
   flat = config_lib.flatten({name: everything[name] for name in read})
-  return flat | {"split_sha256": e.dataset.split_sha256}
+  return flat | {
+    "split_sha256": e.dataset.split_sha256,
+    "init_from_sha256": encoder.weights_sha256(e.config.encoder),
+  }
 
 
 def run(config: Mapping[str, Any], workdir: str, *, tensorboard: bool, command: str) -> dict:
   """Runs an experiment from where its workdir stands to the report.
 
   Args:
-    config: the values of an ExperimentConfig.
+    config: the values of the settings of its kind, which `config["experiment"]` names.
     workdir: folder of the run; made if it does not exist.
     tensorboard: whether to write TensorBoard events (needs TensorFlow).
     command: what the user typed, for the report.
@@ -199,14 +217,16 @@ def run(config: Mapping[str, Any], workdir: str, *, tensorboard: bool, command: 
   Raises:
     MemdiffError: with a sentence for the user.
   """
-  settings = config_lib.build(ExperimentConfig, config)
+  kind = kind_of(config)
+  settings = config_lib.build(kind.settings, config)
   data = dataset_lib.load(settings.dataset)
   encoder.check(settings.encoder, data)
-  hallucination.plan(data.train_counts, settings.hallucination)
+  training.check(settings.classifier, settings.encoder, data)
+  kind.check(settings, data)
   folder = Workdir(workdir)
   writer = TensorBoard(folder.path / "tensorboard", tensorboard)
   try:
-    progress = Progress(len(PHASES))
+    progress = Progress(len(kind.phases))
     e = Experiment(
       config=settings,
       dataset=data,
@@ -214,20 +234,20 @@ def run(config: Mapping[str, Any], workdir: str, *, tensorboard: bool, command: 
       run=loop.Run(settings.seeds, mesh_lib.make_mesh(), settings.loop, progress, writer),
       command=command,
     )
-    return _run_phases(e)
+    return _run_phases(e, kind.phases)
   finally:
     writer.close()
     folder.close()
 
 
-def _run_phases(e: Experiment) -> dict:
+def _run_phases(e: Experiment, phases: tuple[Phase, ...]) -> dict:
   clock, progress = CompileClock(), e.run.progress
-  for phase in PHASES:  # a changed config is refused before any work
+  for phase in phases:  # a changed config is refused before any work
     if e.workdir.manifest(phase.name) is not None:
-      e.workdir.begin(phase.name, phase_config(e, phase))
-  for number, phase in enumerate(PHASES, 1):
+      e.workdir.begin(phase.name, phase_config(e, phases, phase))
+  for number, phase in enumerate(phases, 1):
     progress.phase(number, phase.name)
-    if e.workdir.begin(phase.name, phase_config(e, phase)):
+    if e.workdir.begin(phase.name, phase_config(e, phases, phase)):
       progress.say("finished earlier")
       continue
     progress.say(phase.title)
@@ -244,8 +264,8 @@ def _run_phases(e: Experiment) -> dict:
       },
     )
     progress.say(f"finished in {seconds:.1f} s, of which compiling {compile_seconds:.1f} s")
-  manifests = {phase.name: e.workdir.manifest(phase.name) for phase in PHASES}
-  result = evaluation.write_report(e, manifests)
-  print(report.text_table(result))
+  manifests = {phase.name: e.workdir.manifest(phase.name) for phase in phases}
+  written = result.write_report(e, manifests)
+  print(report.text_table(written))
   print(f"\nreport: {e.workdir.path / 'report.html'}")
-  return result
+  return written

@@ -225,13 +225,22 @@ def test_every_setting_refuses_values_of_other_types(path, data):
 OUT_OF_RANGE = {
   "seeds": [(), (-1,)], "dataset.name": ["mnist"], "dataset.profile": ["flat"],
   "dataset.imbalance": [0.5], "dataset.split_seed": [-1],
-  "encoder.backbone.widths": [(), (0, 1, 2)], "encoder.backbone.stage_sizes": [(), (1, 0, 1)],
-  "encoder.loss": ["mse"], "encoder.references": [("mse",), ("csl", "csl")],
-  "encoder.beta": [-0.1, 1], "encoder.defer": [1.1], "encoder.shift": [-1],
-  "encoder.batch_size": [0], "encoder.num_steps": [0], "encoder.optimizer.name": ["lion"],
-  "encoder.optimizer.learning_rate": [0, -1.0], "encoder.optimizer.momentum": [1.0],
-  "encoder.optimizer.weight_decay": [-1e-9], "encoder.optimizer.warmup": [-0.1],
-  "encoder.optimizer.clip_norm": [-1.0], "memory_bank.num_slots": [0], "memory_bank.horizon": [0],
+  "dataset.holdout": [-0.1, 0.6], "dataset.image_size": [-1],
+  "encoder.backbone.name": ["resnet31"], "encoder.backbone.head": ["arc"],
+  "encoder.backbone.scale": [0.0], "encoder.backbone.dtype": ["float16"],
+  "encoder.input.mean": [(1.5,)], "encoder.input.std": [(0.0,)], "encoder.input.channels": ["rbg"],
+  "classifier.loss": ["mse"], "classifier.references": [("mse",), ("csl", "csl")],
+  "classifier.loss_parameters.beta": [-0.1, 1], "classifier.loss_parameters.defer": [1.1],
+  "classifier.loss_parameters.temperature": [0.0], "classifier.loss_parameters.tail_share": [2.0],
+  "classifier.augment.padding": [-1], "classifier.augment.policy": ["trivial"],
+  "classifier.augment.magnitude": [31.0], "classifier.augment.num_layers": [0],
+  "classifier.augment.cutout": [-1], "classifier.augment.mixup": [-0.5],
+  "classifier.stream.num_threads": [0], "classifier.batch_size": [0],
+  "classifier.num_epochs": [-1.0], "classifier.optimizer.name": ["lion"],
+  "classifier.optimizer.learning_rate": [0, -1.0], "classifier.optimizer.momentum": [1.0],
+  "classifier.optimizer.schedule": ["linear"], "classifier.optimizer.weight_decay": [-1e-9],
+  "classifier.optimizer.warmup": [-0.1], "classifier.optimizer.clip_norm": [-1.0],
+  "memory_bank.num_slots": [0], "memory_bank.horizon": [0],
   "diffusion.schedule.name": ["sigmoid"], "diffusion.schedule.num_steps": [1],
   "diffusion.denoiser.width": [0], "diffusion.denoiser.num_blocks": [0],
   "diffusion.denoiser.embedding_dim": [3], "diffusion.denoiser.num_heads": [0],
@@ -268,7 +277,8 @@ def build_repr(path, value):
   [
     ("seeds", (1, 2, 1), "each may stand only once"),
     ("hallucination.num_steps", 1001, "the diffusion has only 1000 steps"),
-    ("encoder.backbone.widths", (16, 32), "stage_sizes has 3 stages and widths 2"),
+    ("encoder.input.mean", (0.5,), "mean has 1 channels and std 0"),
+    ("classifier.optimizer.milestones", (0.5,), "1 milestones and 0 factors"),
     ("diffusion.denoiser.embedding_dim", 13, "must be even"),
     ("loop.eval_every", 75, "a multiple of steps_per_dispatch, 50"),
     ("loop.checkpoint_every", 20, "a multiple of steps_per_dispatch, 50"),
@@ -285,9 +295,8 @@ def test_settings_that_contradict_each_other_are_refused(path, value, words):
     ("seeds", (2**63,)),  # more than a JAX key takes
     ("seeds", (2**32,)),  # the key of seed 0 once more
     ("dataset.split_seed", 2**32),  # more than a RandomState takes
-    ("encoder.optimizer.warmup", 1.0),  # leaves no step for the decay
+    ("classifier.optimizer.warmup", 1.0),  # leaves no step for the decay
     ("diffusion.optimizer.warmup", 1.0),
-    ("encoder.backbone.widths", (32, 16, 64)),  # option-A shortcuts can only add channels
   ],
 )
 def test_values_that_would_break_a_phase_are_refused_before_any_work(path, value):
@@ -335,5 +344,6 @@ def test_the_search_for_reads_sees_neither_checks_nor_assignments(tmp_path):
 
 
 def test_every_group_of_settings_decides_some_phase():
-  groups = {field.name for field in dataclasses.fields(ExperimentConfig)}
-  assert {name for phase in pipeline.PHASES for name in phase.reads} == groups
+  for kind in pipeline.KINDS.values():
+    groups = {field.name for field in dataclasses.fields(kind.settings)} - {"experiment"}
+    assert {name for phase in kind.phases for name in phase.reads} == groups

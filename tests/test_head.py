@@ -18,7 +18,8 @@ CLASSES, DIM = 3, 4
 LABELS = np.array([0] * 7 + [1] * 3 + [2] * 2, np.int32)
 CONFIG = HeadConfig(
   start="encoder", beta=0.0, gamma_counts="effective", defer=0.0, batch_size=6,
-  added_batch_size=4, num_steps=20, optimizer=OptimizerConfig("sgd", 0.1, 0.0, 0.0, 0.0, 0.0),
+  added_batch_size=4, num_steps=20,
+  optimizer=OptimizerConfig("sgd", 0.1, "cosine", (), (), 0.0, True, 0.0, 0.0, 0.0),
 )  # fmt: skip
 
 

@@ -77,7 +77,8 @@ LABELS = np.array([0] * 8 + [1] * 3 + [2], np.int32)
 ADDED_LABELS = np.array([2, 1, 2], np.int32)
 CONFIG = HeadConfig(
   start="encoder", beta=0.9, gamma_counts="real", defer=0.0, batch_size=12, added_batch_size=3,
-  num_steps=10, optimizer=OptimizerConfig("sgd", 0.1, 0.0, 0.0, 0.0, 0.0),
+  num_steps=10,
+  optimizer=OptimizerConfig("sgd", 0.1, "cosine", (), (), 0.0, True, 0.0, 0.0, 0.0),
 )  # fmt: skip
 
 

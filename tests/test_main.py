@@ -41,12 +41,12 @@ def expect_sentence(result, code, *parts):
   [
     ([], ["--config", "--workdir"]),
     (["--config=configs/nope.py", "--workdir=x"], ["configs/nope.py", "Cannot read"]),
-    (["--config=configs/digits_lt.py:huge", "--workdir=x"], ["huge", "default and smoke"]),
+    (["--config=configs/digits_lt.py:huge", "--workdir=x"], ["huge", "default", "smoke"]),
     ([SMOKE, "--workdir=x", "stray"], ["stray"]),
     ([SMOKE, "--workdir=x", "--stray"], ["stray"]),
     ([SMOKE, "--workdir=x", "--config.encoder.stray=1"], ["config.encoder.stray"]),
     ([SMOKE, "--workdir=x", "--config.stray.field=1"], ["config.stray.field"]),
-    ([SMOKE, "--workdir=x", "--config.encoder.num_steps=many"], ["encoder.num_steps", "many"]),
+    ([SMOKE, "--workdir=x", "--config.encoder.backbone.scale=many"], ["backbone.scale", "many"]),
   ],
 )
 def test_wrong_command_lines_are_usage_errors(arguments, parts, tmp_path):
@@ -59,7 +59,7 @@ def test_wrong_command_lines_are_usage_errors(arguments, parts, tmp_path):
   [
     ("--config.hallucination.sampler=euler", ["hallucination.sampler", "'euler'", "ddim"]),
     ("--config.dataset.name=cifar", ["dataset.name", "digits"]),
-    ("--config.encoder.batch_size=4096", ["encoder.batch_size", "4096"]),
+    ("--config.classifier.batch_size=4096", ["classifier.batch_size", "4096"]),
     ("--config.hallucination.num_steps=2000", ["hallucination.num_steps", "2000"]),
     ("--config.hallucination.fill_to=1", ["fill_to"]),
     ("--config.loop.eval_every=7", ["eval_every", "multiple of steps_per_dispatch"]),
@@ -110,7 +110,7 @@ def test_a_missing_tensorflow_is_said_before_any_work(tmp_path):
     "u.find_spec = lambda name, *a: None if name == 'tensorflow' else find(name, *a)"
   )
   expect_sentence(call_patched(patch, tmp_path / "run"), 2, "tensorflow", "--notensorboard")
-  assert not (tmp_path / "run" / "encoder").exists()
+  assert not (tmp_path / "run" / "classifier").exists()
 
 
 @pytest.fixture(scope="module")
@@ -153,14 +153,14 @@ def test_a_second_call_repeats_nothing(smoke_run):
 def test_a_changed_config_for_a_finished_phase_is_refused_with_the_field_named(smoke_run):
   override = "--config.head.num_steps=31"
   result = call(SMOKE, f"--workdir={smoke_run}", "--notensorboard", override)
-  expect_sentence(result, 1, "classifier", "head.num_steps was 30 and is now 31")
+  expect_sentence(result, 1, "heads", "head.num_steps was 30 and is now 31")
 
 
 def test_damaged_files_of_finished_phases_are_named(smoke_run):
   run = smoke_run
   damaged = run / "hallucination" / "synthetic_features.npz"
   damaged.write_bytes(damaged.read_bytes()[:1000])
-  (run / "classifier" / "manifest.json").unlink()
+  (run / "heads" / "manifest.json").unlink()
   result = call(SMOKE, f"--workdir={run}", "--notensorboard")
   expect_sentence(result, 1, "synthetic_features.npz", "remove the folder")
   np.savez(damaged, features=np.array([{}], dtype=object))

@@ -85,7 +85,7 @@ def test_the_report_holds_what_it_promises(undisturbed):
     *("diversity", "kl_gaussian", "mmd", "separation", "memorization_ratio", "truth_test")
   }
   assert set(report["timing"]["phases"]) == {
-    *("encoder", "memory_bank", "diffusion", "hallucination", "classifier", "evaluation")
+    *("classifier", "memory_bank", "diffusion", "hallucination", "heads", "evaluation")
   }
   assert all(p["compile_seconds"] <= p["seconds"] for p in report["timing"]["phases"].values())
   json.dumps(report, allow_nan=False)
@@ -109,11 +109,11 @@ def test_the_table_is_what_the_saved_arrays_say(undisturbed):
 def test_the_run_tells_what_it_does(undisturbed):
   _, _, result = undisturbed
   for number, phase in enumerate(
-    ("encoder", "memory_bank", "diffusion", "hallucination", "classifier", "evaluation"), 1
+    ("classifier", "memory_bank", "diffusion", "hallucination", "heads", "evaluation"), 1
   ):
     assert f"[{number}/6 {phase}]" in result.stderr
   assert re.search(r"step 30/30 +100% +0:00 left +accuracy", result.stderr)
-  assert re.search(r"compiling encoder/csl step .* \.\.\.", result.stderr)
+  assert re.search(r"compiling classifier/csl step .* \.\.\.", result.stderr)
   assert "Traceback" not in result.stderr
 
 
@@ -143,11 +143,11 @@ def test_hallucination_leaves_the_bank_as_it_was(undisturbed):
 
 
 MOMENTS = {
-  "encoder": "encoder/csl/checkpoints/10",
+  "classifier": "classifier/csl/checkpoints/10",
   "memory_bank": "memory_bank/manifest.json",
   "diffusion": "diffusion/checkpoints/20",
   "hallucination": "hallucination/manifest.json",
-  "classifier": "classifier/memdiff/checkpoints/10",
+  "heads": "heads/memdiff/checkpoints/10",
   "evaluation": "evaluation/manifest.json",
 }
 
@@ -175,7 +175,7 @@ def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(undisturbed, tmp
   _, expected, _ = undisturbed
   for part in EXACT:
     assert report[part] == expected[part], part
-  for path in ("encoder/csl", "diffusion", "classifier/memdiff"):
+  for path in ("classifier/csl", "diffusion", "heads/memdiff"):
     killed = (workdir / path / "metrics.jsonl").read_text()
     assert killed == (undisturbed[0] / path / "metrics.jsonl").read_text()
 
@@ -191,7 +191,7 @@ def test_eight_devices_give_the_same_bank_split_and_curves(undisturbed, tmp_path
     lines = (folder / stage / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
-  for stage in ("encoder/csl", "diffusion"):
+  for stage in ("classifier/csl", "diffusion"):
     for a, b in zip(curve(workdir, stage), curve(one, stage), strict=True):
       assert (a["step"], a["kind"]) == (b["step"], b["kind"])
       # Sums over devices round differently, and training amplifies that step by step.

@@ -17,7 +17,7 @@ import jinja2
 from scipy.special import stdtrit
 
 _TEMPLATE = "report.html.j2"
-_COLUMNS = (
+HEADLINE_COLUMNS = (
   ("top1", "top-1"),
   ("many", "many"),
   ("medium", "medium"),
@@ -73,11 +73,11 @@ def text_table(report: Mapping[str, Any]) -> str:
   Lines above the table say what was run and by which rule classes are called many, medium or few.
   With a single seed there is no spread, and only the mean is printed.
   """
-  header = ["method", *(title for _, title in _COLUMNS)]
+  header = ["method", *(title for _, title in HEADLINE_COLUMNS)]
   table = [header]
   for row in report.get("classification") or []:
     seeds = len(row.get("seeds") or [])
-    table.append([row["method"], *(_mean_std(row.get(key), seeds) for key, _ in _COLUMNS)])
+    table.append([row["method"], *(_mean_std(row.get(key), seeds) for key, _ in HEADLINE_COLUMNS)])
   widths = [max(map(len, column)) for column in zip(*table, strict=True)]
   lines = []
   for cells in table:
@@ -369,7 +369,7 @@ def _view(report: Mapping[str, Any], figures: Mapping[str, bytes]) -> dict[str, 
     "cards": _cards(report),
     "seeds": seeds,
     "reference": comparison.get("reference"),
-    "columns": _COLUMNS,
+    "columns": HEADLINE_COLUMNS,
     "rows": _result_rows(report),
     "axis": [_percent(end) for end in _top1_range(report)],
     "groups": _groups(report),
@@ -481,7 +481,7 @@ def _result_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
   reference = (report.get("comparison") or {}).get("reference")
   best = {
     key: max((_percent_value(r, key) for r in rows if r["method"] != reference), default=-1.0)
-    for key, _ in _COLUMNS
+    for key, _ in HEADLINE_COLUMNS
   }
   low, high = _top1_range(report)
   result = []
@@ -492,9 +492,10 @@ def _result_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
       "method": row["method"],
       "description": row.get("description") or "",
       "kind": _kind(report, row["method"]),
-      "cells": [_mean_std(row.get(key), seeds) for key, _ in _COLUMNS],
+      "cells": [_mean_std(row.get(key), seeds) for key, _ in HEADLINE_COLUMNS],
       "best": [
-        not is_reference and _percent_value(row, key) == best[key] >= 0 for key, _ in _COLUMNS
+        not is_reference and _percent_value(row, key) == best[key] >= 0
+        for key, _ in HEADLINE_COLUMNS
       ],
       "strip": _strip(row.get("top1") or {}, low, high),
     })  # fmt: skip

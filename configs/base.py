@@ -1,0 +1,246 @@
+"""Every field of a config, with its unit or meaning; the other files here change what they need.
+
+`classification` trains and scores image classifiers; `memdiff` goes on to the memory bank, the
+denoiser, hallucinated features and heads trained with them. The values here are the field's
+standard recipe for CIFAR-sized images (Cao et al. 2019, LDAM-DRW) and memdiff's defaults.
+"""
+
+from ml_collections import ConfigDict
+
+
+def dataset() -> ConfigDict:
+  config = ConfigDict()
+  config.name = "cifar100"  # digits | folder | the TFDS sets that input_pipeline.prepare lists
+  config.data_dir = ""  # where TFDS keeps its sets, "" for its default; of folder: the folder
+  config.profile = "exponential"  # exponential | step (as LDAM) | natural (all) | list (of a file)
+  config.imbalance = 100.0  # exponential, step: images of the largest class / of the smallest
+  config.split_seed = 0  # which images the tail keeps; 0 is the field's standard
+  config.list_path = ""  # list: indices (.npz, .npz:key) or an official list (path label per line)
+  config.holdout = 0.0  # share of each class's training images kept for selection; 0: none
+  config.image_size = 0  # side in pixels of large sets and folders; 0: as stored
+  config.skip_unreadable = False  # folder: leave out images that cannot be read, and say so
+  return config
+
+
+def optimizer() -> ConfigDict:
+  config = ConfigDict()
+  config.name = "sgd"  # sgd | adamw
+  config.learning_rate = 0.1  # peak, after warm-up
+  config.schedule = "step"  # step | cosine (to 0) | constant
+  config.milestones = (0.8, 0.9)  # step: shares of the steps at which the rate changes ...
+  config.factors = (0.01, 0.0001)  # ... to the peak times these
+  config.momentum = 0.9  # of sgd, b1 of adamw
+  config.nesterov = False  # Nesterov's momentum
+  config.weight_decay = 2e-4  # L2 in sgd, decoupled in adamw
+  config.warmup = 0.025  # share of the steps with a rising rate
+  config.clip_norm = 0.0  # cap of the gradient norm; 0: none
+  return config
+
+
+def cosine(learning_rate: float, weight_decay: float, warmup: float = 0.05) -> ConfigDict:
+  """sgd with Nesterov's momentum and cosine decay."""
+  config = optimizer()
+  config.learning_rate, config.weight_decay, config.warmup = learning_rate, weight_decay, warmup
+  config.schedule, config.milestones, config.factors = "cosine", (), ()
+  config.nesterov = True
+  return config
+
+
+def encoder() -> ConfigDict:
+  config = ConfigDict()
+  config.backbone = ConfigDict()
+  config.backbone.name = "resnet32"  # resnet8, 20, 32, 44, 56: small images; 10, 18, 50: 224 px
+  config.backbone.head = "auto"  # auto (as the loss asks) | linear | cosine
+  config.backbone.scale = 30.0  # of cosine logits
+  config.backbone.dtype = "float32"  # of the computation: float32 | bfloat16; weights are float32
+  config.input = ConfigDict()
+  config.input.mean = ()  # of pixels in [0, 1], per channel, RGB; (): of the training images
+  config.input.std = ()
+  config.input.channels = "rgb"  # rgb | bgr, the order the encoder expects
+  config.init_from = ""  # weights to start from: a PyTorch state dict as .npz or .safetensors
+  config.init_head = True  # whether its head is read too; False: drawn anew
+  return config
+
+
+def classifier() -> ConfigDict:
+  config = ConfigDict()
+  config.loss = "cross_entropy"  # a row of memdiff.classifier.losses.LOSSES: ldam_drw, csl, ...
+  config.references = ()  # further losses, trained as rows of the table
+  config.loss_parameters = ConfigDict()  # each is read by the losses whose formula has it
+  config.loss_parameters.beta = 0.9999  # effective number: 0 weighs classes alike, 1 by 1 / count
+  config.loss_parameters.power = 1.0  # cs_power: (n_min / n)^power
+  config.loss_parameters.focusing = 1.0  # focal: (1 - p)^focusing
+  config.loss_parameters.margin = 0.5  # ldam: of the smallest class, as a cosine
+  config.loss_parameters.tau = 1.0  # logit_adjustment: times the log of the class prior
+  config.loss_parameters.defer = 0.8  # *_drw, csl: share of the steps before weights set in
+  config.loss_parameters.tail_share = 0.3  # csl_*, focal_tail: share of the classes called tail
+  config.loss_parameters.contrastive_weight = 0.35  # bcl: of the contrastive part
+  config.loss_parameters.embedding_dim = 128  # bcl: of the contrastive embeddings
+  config.loss_parameters.temperature = 0.1  # bcl
+  config.augment = ConfigDict()
+  config.augment.padding = 4  # crop back at random after zero padding by so many pixels; 0: no
+  config.augment.flip = True  # mirror half of the images
+  config.augment.policy = "none"  # none | autoaugment | randaugment
+  config.augment.num_layers = 2  # randaugment: operations per image
+  config.augment.magnitude = 9.0  # randaugment: 0 to 30
+  config.augment.cutout = 0  # side of the square set to the mean, pixels; 0: none
+  config.augment.mixup = 0.0  # alpha of Beta(alpha, alpha); 0: none
+  config.stream = ConfigDict()  # large sets, which are read while training
+  config.stream.num_threads = 16  # that read and decode
+  config.stream.num_workers = 0  # processes beside them; 0: threads of this one
+  config.stream.prefetch = 64  # images or, with processes, batches read ahead
+  config.batch_size = 128  # images
+  config.num_epochs = 200.0  # passes over the training images; 0: none, with init_from
+  config.optimizer = optimizer()
+  return config
+
+
+def decoupled() -> ConfigDict:
+  config = ConfigDict()
+  config.methods = ()  # logit_adjustment, tau_norm, ncm, crt, lws: heads on the frozen encoder
+  config.adjustment = 1.0  # logit_adjustment: times the log of the class prior
+  config.tau = 1.0  # tau_norm, where nothing is held out to choose it
+  config.num_epochs = 10.0  # crt and lws
+  config.optimizer = cosine(0.1, 5e-4)
+  return config
+
+
+def memory_bank() -> ConfigDict:
+  config = ConfigDict()
+  config.num_slots = 32  # stored features per class
+  config.horizon = 1000  # features until the mean becomes an exponential average
+  return config
+
+
+def diffusion() -> ConfigDict:
+  config = ConfigDict()
+  config.schedule = ConfigDict()
+  config.schedule.name = "cosine"  # cosine | linear
+  config.schedule.num_steps = 1000  # T
+  config.denoiser = ConfigDict()
+  config.denoiser.width = 256  # hidden units
+  config.denoiser.num_blocks = 3  # residual blocks
+  config.denoiser.embedding_dim = 64  # of time, class and conditioning
+  config.denoiser.num_heads = 4  # of the attention over stored features
+  config.class_exponent = 0.5  # classes drawn by count^this: 1 as they are, 0 balanced
+  config.prediction = "v"  # v | eps | x0, what the denoiser predicts
+  config.label_dropout = 0.1  # share of samples trained without label and memory
+  config.anonymous = 0.5  # share of the others trained without label, with memory
+  config.displacement = 1.0  # anonymous classes are moved by this x class differences
+  config.ema_decay = 0.999  # of the weights that sample
+  config.batch_size = 128  # features
+  config.num_steps = 2000
+  config.optimizer = optimizer()
+  config.optimizer.update(
+    name="adamw", learning_rate=1e-3, schedule="cosine", milestones=(), factors=(),
+    weight_decay=0.01, warmup=0.05, clip_norm=1.0,
+  )  # fmt: skip
+  return config
+
+
+def hallucination() -> ConfigDict:
+  config = ConfigDict()
+  config.tail_below = 100  # classes with fewer training images are filled ...
+  config.fill_to = 100  # ... with synthetic features up to this number
+  config.sampler = "ddim"  # ddpm | ddpm_beta | ddim | dpm++
+  config.num_steps = 50  # denoiser calls per sample
+  config.condition = "memory"  # memory | class_and_memory | class
+  config.guidance = 1.0  # 1: none; above: towards the class
+  config.x0_limit = 8.0  # clips predicted features, standard deviations; None: not
+  config.chunk_size = 1024  # samples at a time, bounds the memory
+  config.confidence = "cosine"  # cosine | certainty | entropy_literal | probability
+  config.confidence_power = 1.0  # above 1: trust only the best
+  config.normalize_confidence = True  # to mean 1 within each class
+  return config
+
+
+def head() -> ConfigDict:
+  config = ConfigDict()
+  config.start = "encoder"  # encoder: go on from its head | zeros
+  config.beta = 0.9999  # effective number, as in the classifier
+  config.gamma_counts = "effective"  # gamma from: effective (real + trusted synthetic) | real
+  config.defer = 0.0  # share of the steps before the class weights set in
+  config.batch_size = 128  # real features
+  config.added_batch_size = 128  # synthetic features beside them
+  config.num_steps = 1000
+  config.optimizer = cosine(0.05, 5e-4)
+  return config
+
+
+def loop() -> ConfigDict:
+  config = ConfigDict()
+  config.steps_per_dispatch = 50  # steps per call of the compiled program
+  config.eval_every = 1000  # steps
+  config.checkpoint_every = 1000  # steps; a killed run loses at most these
+  config.keep_checkpoints = 2
+  return config
+
+
+def classification(name: str) -> ConfigDict:
+  """Image classifiers, one row of the field's tables or several."""
+  config = ConfigDict()
+  config.experiment = "classification"
+  config.name = name
+  config.seeds = (0, 1, 2)  # initialisation and training; all run at once
+  config.dataset = dataset()
+  config.encoder = encoder()
+  config.classifier = classifier()
+  config.memory_bank = memory_bank()  # of losses that read it: semantic_scale
+  config.decoupled = decoupled()
+  config.loop = loop()
+  return config
+
+
+def memdiff(name: str) -> ConfigDict:
+  """The whole of memdiff: hallucinated features for the tail, and what they are worth."""
+  config = classification(name)
+  del config.decoupled
+  config.experiment = "memdiff"
+  config.classifier.loss = "csl"
+  config.classifier.references = ("cross_entropy",)
+  config.diffusion = diffusion()
+  config.hallucination = hallucination()
+  config.head = head()
+  config.evaluation = ConfigDict()
+  config.evaluation.map_per_class = 60  # points per class and kind in the t-SNE picture
+  return config
+
+
+def proco_recipe(config: ConfigDict) -> None:
+  """The recipe of ProCo (Du et al. 2024): stronger augmentation, longer, larger batches."""
+  config.classifier.augment.policy = "autoaugment"
+  config.classifier.augment.cutout = 16
+  config.classifier.batch_size = 256
+  config.classifier.num_epochs = 400.0
+  config.classifier.optimizer.learning_rate = 0.3
+  config.classifier.optimizer.milestones = (0.9, 0.95)  # epochs 360 and 380 of 400
+  config.classifier.optimizer.factors = (0.1, 0.01)
+
+
+def imagenet_recipe(config: ConfigDict) -> None:
+  """224 px with a ResNet-50: cosine decay over 90 epochs, as BCL and ProCo train ImageNet-LT."""
+  config.seeds = (0,)
+  config.dataset.image_size = 224
+  config.encoder.backbone.name = "resnet50"
+  config.encoder.backbone.dtype = "bfloat16"
+  config.encoder.input.mean = (0.485, 0.456, 0.406)
+  config.encoder.input.std = (0.229, 0.224, 0.225)
+  config.classifier.augment.padding = 0  # random resized crops are cut while decoding
+  config.classifier.batch_size = 256
+  config.classifier.num_epochs = 90.0
+  config.classifier.optimizer = cosine(0.1, 5e-4)
+  config.classifier.optimizer.nesterov = False
+  config.decoupled.optimizer.learning_rate = 0.2
+  config.loop.steps_per_dispatch = 5
+  config.loop.checkpoint_every = 500
+  config.loop.eval_every = 500
+
+
+def choose(variant: str, variants: dict) -> None:
+  """Applies the function that `variant` names; "default" is none."""
+  if variant == "default":
+    return
+  if variant not in variants:
+    names = ", ".join(["default", *variants])
+    raise ValueError(f"unknown variant {variant!r}; the variants are {names}.")
+  variants[variant]()

@@ -1,0 +1,15 @@
+"""CIFAR-10-LT with a ResNet-32; configs/cifar100_lt.py tells the commands and the variants."""
+
+from ml_collections import ConfigDict
+
+from configs import cifar100_lt
+
+
+def get_config(variant: str = "default") -> ConfigDict:
+  config = cifar100_lt.get_config(variant)
+  config.name = "cifar10_lt"
+  config.dataset.name = "cifar10"
+  if variant == "memdiff":
+    config.hallucination.tail_below = 500
+    config.hallucination.fill_to = 500
+  return config

@@ -1,0 +1,29 @@
+"""A folder of images of your own: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg.
+
+  python main.py --config=configs/folder.py --workdir=runs/mine --config.dataset.data_dir=DIR
+
+The classes keep the images they have. Variants:
+  default  a ResNet-32 on 32 px images
+  large    a ResNet-18 on 224 px images; start it from ImageNet weights where you have them:
+           --config.encoder.init_from=resnet18.safetensors --config.encoder.init_head=False
+  memdiff  as default, then hallucinated features for the classes with fewer than 100 images
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(variant: str = "default") -> ConfigDict:
+  make = base.memdiff if variant == "memdiff" else base.classification
+  config = make("folder")
+  config.dataset.name = "folder"
+  config.dataset.profile = "natural"
+  config.dataset.image_size = 32
+
+  def large():
+    base.imagenet_recipe(config)
+    config.encoder.backbone.name = "resnet18"
+
+  base.choose(variant, {"large": large, "memdiff": lambda: None})
+  return config

@@ -1,0 +1,121 @@
+"""What every kind of experiment reports: the record of a run, its curves, report.json and .html."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from memdiff import config as config_lib
+from memdiff.evaluation import classification, plots, report
+from memdiff.experiment import Experiment
+from memdiff.runtime import environment
+from memdiff.runtime.workdir import write_atomically, write_json
+from memdiff.runtime.writers import read_history
+
+SCHEMA = 1
+_TABLE = ("top1", "many", "medium", "few", "macro_f1")
+
+
+def record(e: Experiment, rows: list[dict]) -> dict[str, Any]:
+  """The part of report.json that does not depend on the kind of experiment."""
+  data = e.dataset
+  groups = classification.make_groups(data.train_counts)
+  return {
+    "schema": SCHEMA,
+    "experiment": e.config.experiment,
+    "name": e.config.name,
+    "command": e.command,
+    "config": config_lib.as_dict(e.config),
+    "versions": environment.versions(),
+    "hardware": environment.hardware(),
+    "dataset": {
+      "name": data.name,
+      "num_classes": data.num_classes,
+      "class_names": list(data.class_names),
+      "train_counts": data.train_counts.tolist(),
+      "left_out_counts": np.bincount(data.left_out_labels, minlength=data.num_classes).tolist(),
+      "holdout_counts": np.bincount(data.holdout_labels, minlength=data.num_classes).tolist(),
+      "test_count": len(data.test_labels),
+      "split_sha256": data.split_sha256,
+      "profile": data.profile,
+      "imbalance": data.imbalance,
+    },
+    "groups": [dataclasses.asdict(g) | {"classes": list(g.classes)} for g in groups],
+    "classification": rows,
+  }
+
+
+def training_curves(e: Experiment, stages: Sequence[str]) -> list[dict]:
+  """Loss and accuracy of `stages` from their metrics.jsonl, mean and deviation over seeds."""
+  curves = []
+  for stage in stages:
+    series: dict[str, list] = {}
+    for record in read_history(e.workdir.path / stage / "metrics.jsonl"):
+      for name, values in record["metrics"].items():
+        kind = "test " if record["kind"] == "eval" else ""
+        series.setdefault(kind + name, []).append((record["step"], np.mean(values), np.std(values)))
+    for metric, points in series.items():
+      step, mean, std = zip(*points, strict=True)
+      curves.append(
+        {
+          "stage": stage,
+          "metric": metric,
+          "step": step,
+          "mean": np.array(mean),
+          "std": np.array(std),
+        }
+      )
+  return curves
+
+
+def group_of_class(e: Experiment) -> list[str]:
+  """[C] names: many, medium or few."""
+  groups = classification.make_groups(e.dataset.train_counts)
+  return [next(g.name for g in groups if c in g.classes) for c in range(e.dataset.num_classes)]
+
+
+def accuracy_by_class(e: Experiment, rows: list[dict], methods: Sequence[str]) -> Figure:
+  """The per-class picture of some of the rows."""
+  chosen = [
+    (r["method"], np.array(r["per_class_top1"]["mean"]), np.array(r["per_class_top1"]["std"]))
+    for r in rows
+    if r["method"] in methods
+  ]
+  return plots.per_class_accuracy(e.dataset.class_names, e.dataset.train_counts, chosen)
+
+
+def save(e: Experiment, result: Mapping[str, Any], figures: Mapping[str, Figure]) -> dict:
+  """Writes result.json, the figures, and TensorBoard's pictures and table.
+
+  Returns:
+    The top-1 score of every method, for the manifest.
+  """
+  folder = e.workdir.folder("evaluation")
+  for name, figure in figures.items():
+    write_atomically(folder / f"{name}.png", plots.to_png(figure, dpi=150))
+    e.run.tensorboard.pictures(0, {f"report/{name}": plots.to_rgb(figure, dpi=100)})
+  rows = result["classification"]
+  for row in rows:
+    names = [n for n in _TABLE if row[n]["mean"] is not None]  # a group may have no class
+    e.run.tensorboard.scalars(0, {f"table/{row['method']}/{n}": row[n]["mean"] for n in names})
+  e.run.tensorboard.hparams(config_lib.flatten(config_lib.as_dict(e.config)))
+  write_json(folder / "result.json", result)
+  return {row["method"]: row["top1"] for row in rows}
+
+
+def write_report(e: Experiment, manifests: Mapping[str, dict]) -> dict:
+  """report.json and report.html from the evaluation's result and all phases' manifests."""
+  folder = e.workdir.folder("evaluation")
+  result = json.loads((folder / "result.json").read_text())
+  keys = ("seconds", "compile_seconds")
+  phases = {name: {key: manifest[key] for key in keys} for name, manifest in manifests.items()}
+  result["timing"] = {"phases": phases} | {
+    f"total_{key}": sum(phase[key] for phase in phases.values()) for key in keys
+  }
+  pictures = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+  write_json(e.workdir.path / "report.json", result)
+  write_atomically(e.workdir.path / "report.html", report.render_html(result, pictures).encode())
+  return result
