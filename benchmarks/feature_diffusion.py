@@ -51,6 +51,7 @@ from input_pipeline import dataset as dataset_lib
 from memdiff import config as config_lib
 from memdiff import feature_diffusion, feature_space, hallucination, memory_bank
 from memdiff.classifier import encoder
+from memdiff.classifier import training as classifier
 from memdiff.diffusion import objectives
 from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.evaluation.features import mmd
@@ -131,10 +132,11 @@ class Workload:
 
 
 def make_encoder_stage(config, data, mesh: Mesh) -> Stage:
-  shared = encoder.device_data(data, mesh)
-  return encoder.make_stage(
-    config.encoder, config.memory_bank, config.encoder.loss, data, shared, mesh
-  )
+  shared = encoder.device_data(config.encoder.input, data, mesh)
+  return classifier.make_stage(
+    config.classifier, config.encoder, config.memory_bank, config.classifier.loss, data, shared,
+    mesh,
+  )  # fmt: skip
 
 
 def prepare(encoder_steps: int) -> tuple[Workload, Training]:
@@ -148,11 +150,11 @@ def prepare(encoder_steps: int) -> tuple[Workload, Training]:
   stage = make_encoder_stage(config, data, mesh)
   training = Training(stage, (0,), mesh, steps=25)
   training.train_until(encoder_steps)
-  model = encoder.make_model(config.encoder.backbone, data.num_classes)
+  model = encoder.make_model(config.encoder, config.classifier.loss, data.num_classes)
 
   @jax.jit
   def encode_chunk(images):
-    images = encoder.normalize(images, stage.shared)
+    images = encoder.normalize(config.encoder.input, images, stage.shared)
     return jax.vmap(lambda s: encoder.apply_eval(model, s, images)[1])(training.state)
 
   train = feature_space.encode(encode_chunk, data.train_images)
@@ -475,7 +477,7 @@ def time_encoder(
 def make_bank_updates(work: Workload, num_seeds: int, steps: int) -> Callable[[], Any]:
   """Every call does `steps` updates of that many banks and nothing else, as one program."""
   features, labels = work.own.features[0], jnp.asarray(work.data.train_labels)
-  config, batch = work.config.memory_bank, work.config.encoder.batch_size
+  config, batch = work.config.memory_bank, work.config.classifier.batch_size
 
   def updates(bank, key, features, labels):
     def step(bank, number):
