@@ -46,6 +46,7 @@ from jax.sharding import Mesh
 
 from benchmarks import timing
 from benchmarks.timing import Row, Timing, interleave, speedup
+from benchmarks.training import Training
 from configs.digits_lt import get_config
 from input_pipeline import dataset as dataset_lib
 from memdiff import config as config_lib
@@ -57,44 +58,15 @@ from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.evaluation.features import mmd
 from memdiff.experiment import ExperimentConfig
 from memdiff.feature_diffusion import FeatureData
-from memdiff.runtime import loop, train_state
 from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
-from memdiff.runtime.random import base_keys
 
 _SEEDS = (0, 1, 2, 3, 4)
 _MATMUL = 2048
 _TORCH_STEPS = 10  # per call; an eager loop has nothing to amortise
 _REFERENCE = ("ddpm", 1000)
 _SOLVERS = (("ddim", 50), ("dpm++", 20), ("dpm++", 25))
-
-
-class Training:
-  """A stage under the loop's own dispatch: every call does `steps` steps of every seed."""
-
-  def __init__(self, stage: Stage, seeds: tuple[int, ...], mesh: Mesh, steps: int):
-    self.stage, self.steps, self.work = stage, steps, steps * len(seeds)
-    self.done = 0
-    shardings = loop.state_shardings(stage, mesh)
-    init = jax.jit(jax.vmap(stage.init), out_shardings=shardings)
-    self.state = init(base_keys(seeds, stage.name), stage.own)
-    dispatch = jax.jit(
-      functools.partial(loop._dispatch, stage=stage),
-      static_argnames="num_steps",
-      donate_argnums=0,
-      out_shardings=(shardings, mesh_lib.replicated(mesh)),
-    )
-    lowered = dispatch.lower(self.state, stage.shared, stage.own, num_steps=steps)
-    self._compiled = lowered.compile()
-
-  def __call__(self) -> Any:
-    self.state, metrics = self._compiled(self.state, self.stage.shared, self.stage.own)
-    self.done += self.steps
-    return self.state, metrics
-
-  def train_until(self, step: int) -> None:
-    while self.done < step:
-      jax.block_until_ready(self())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Convolutions of the backbones: one function, fast where it runs.
 
-On accelerators it is `lax.conv_general_dilated`. On CPU, XLA's own convolution is many times slower
-inside `lax.scan` (python -m benchmarks.convolution). There the patches of a row are laid side by
-side, each row of the kernel is one matrix product, and so are both gradients.
+On accelerators it is `lax.conv_general_dilated`. XLA's CPU backend is fast at plain convolutions
+alone: the gradient of a kernel is hundreds of times slower inside `lax.scan`, and a convolution
+under `vmap`, which becomes a grouped one, several times (python -m benchmarks.convolution). There
+both gradients are built of what is fast, plain convolutions and matrix products, and a batch of
+kernels is one convolution after the other.
 """
 
 import functools
@@ -24,8 +26,11 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
   Returns:
     [B, ceil(H / stride), ceil(W / stride), out].
   """
-  if jax.default_backend() == "cpu":
-    return _as_matrix_products(x, kernel, stride)
+  on_cpu = jax.default_backend() == "cpu"
+  return _conv_on_cpu(x, kernel, stride) if on_cpu else _conv(x, kernel, stride)
+
+
+def _conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   half = kernel.shape[0] // 2
   return jax.lax.conv_general_dilated(
     x,
@@ -36,49 +41,66 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
   )
 
 
-def _row_patches(x: jax.Array, size: int, stride: int) -> jax.Array:
-  """[B, H, W, in] -> [B, H + size - 1, ceil(W / stride), size * in], zero-padded."""
-  half, width = size // 2, x.shape[2]
-  padded = jnp.pad(x, ((0, 0), (half, half), (half, half), (0, 0)))
-  return jnp.concatenate([padded[:, :, j : j + width : stride] for j in range(size)], axis=-1)
+def _one_by_one(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+  """`_conv` that `vmap` turns into a convolution per item in place of a grouped one."""
+
+  @jax.custom_batching.custom_vmap
+  def convolve(x, kernel):
+    return _conv(x, kernel, stride)
+
+  @convolve.def_vmap
+  def _(size, batched, x, kernel):
+    if not batched[1]:  # one kernel for all: one convolution of them all
+      flat = convolve(x.reshape(-1, *x.shape[2:]), kernel)
+      return flat.reshape(*x.shape[:2], *flat.shape[1:]), True
+    items = [convolve(x[i] if batched[0] else x, kernel[i]) for i in range(size)]
+    return jnp.stack(items), True
+
+  return convolve(x, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _as_matrix_products(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-  size, _, channels, features = kernel.shape
-  rows, height = _row_patches(x, size, stride), x.shape[1]
-  matrices = kernel.reshape(size, size * channels, features)
-  return sum(rows[:, i : i + height : stride] @ matrices[i] for i in range(size))
+def _conv_on_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+  return _one_by_one(x, kernel, stride)
 
 
 def _forward(x, kernel, stride):
-  return _as_matrix_products(x, kernel, stride), (x, kernel)
+  return _one_by_one(x, kernel, stride), (x, kernel)
 
 
 def _backward(stride, residuals, gradient):
   x, kernel = residuals
-  size, _, channels, features = kernel.shape
-  _, height, width, _ = x.shape
-  rows, flat = _row_patches(x, size, stride), gradient.reshape(-1, features)
-  of_rows = [
-    rows[:, i : i + height : stride].reshape(-1, size * channels).T @ flat for i in range(size)
-  ]
-  # The input's gradient: the output's, spread out by the stride, through the mirrored kernel.
-  spread = jax.lax.pad(
-    gradient,
-    jnp.zeros((), gradient.dtype),
-    (
-      (0, 0, 0),
-      (0, (height - 1) % stride, stride - 1),
-      (0, (width - 1) % stride, stride - 1),
-      (0, 0, 0),
-    ),
-  )
-  mirrored = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-  return _as_matrix_products(spread, mirrored, 1), jnp.stack(of_rows).reshape(kernel.shape)
+  spread = _spread(_spread(gradient, 1, x.shape[1], stride), 2, x.shape[2], stride)
+  mirrored = kernel[::-1, ::-1].swapaxes(2, 3)
+  return _one_by_one(spread, mirrored, 1), _kernel_gradient(x, gradient, kernel.shape, stride)
 
 
-_as_matrix_products.defvjp(_forward, _backward)
+def _spread(x: jax.Array, axis: int, size: int, stride: int) -> jax.Array:
+  """Puts `stride` - 1 zeros after every row, `size` rows in all."""
+  padding = [(0, 0, 0)] * x.ndim
+  padding[axis] = (0, size - 1 - stride * (x.shape[axis] - 1), stride - 1)
+  return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
+
+
+def _kernel_gradient(x, gradient, shape, stride):
+  """sum_bhw x[b, sh + i - k/2, sw + j - k/2, c] gradient[b, h, w, f] as one matrix product.
+
+  On its left are the columns j of all patches of x, on its right the gradient at all shifts i.
+  """
+  size, _, channels, features = shape
+  half, (_, height, width, _) = size // 2, x.shape
+  padded = jnp.pad(x, ((0, 0), (0, 0), (half, half), (0, 0)))
+  columns = [padded[:, :, j : j + width : stride] for j in range(size)]
+  rows = _spread(gradient, 1, height, stride)
+  rows = jnp.pad(rows, ((0, 0), (half, half), (0, 0), (0, 0)))
+  shifts = [rows[:, size - 1 - i : size - 1 - i + height] for i in range(size)]
+  left = jnp.concatenate(columns, axis=-1).reshape(-1, size * channels)
+  right = jnp.concatenate(shifts, axis=-1).reshape(-1, size * features)
+  product = (left.T @ right).reshape(size, channels, size, features)
+  return product.transpose(2, 0, 1, 3)
+
+
+_conv_on_cpu.defvjp(_forward, _backward)
 
 
 class Conv(nn.Module):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memdiff.classifier.convolution import Conv, _as_matrix_products, conv2d
+from memdiff.classifier.convolution import Conv, _conv_on_cpu, conv2d
 
 
 def reference(x, kernel, stride):
@@ -36,9 +36,9 @@ def test_values_and_gradients_are_those_of_xla(size, stride, height, width):
     )(x, kernel)
 
   np.testing.assert_allclose(
-    _as_matrix_products(x, kernel, stride), reference(x, kernel, stride), rtol=1e-5, atol=2e-5
+    _conv_on_cpu(x, kernel, stride), reference(x, kernel, stride), rtol=1e-5, atol=2e-5
   )
-  (value, gradients), (expected, of_xla) = total(_as_matrix_products), total(reference)
+  (value, gradients), (expected, of_xla) = total(_conv_on_cpu), total(reference)
   np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
   for ours, theirs in zip(gradients, of_xla, strict=True):
     assert ours.shape == theirs.shape
@@ -64,6 +64,22 @@ def test_several_kernels_at_once_inside_a_scan():
 
   for ours, theirs in zip(steps(conv2d), steps(reference), strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("in_axes", [(0, 0), (0, None), (None, 0)])
+def test_a_batch_of_images_or_kernels_is_what_vmap_makes_of_it(in_axes, stride):
+  x, kernel = arrays(3, lead=(3,))
+  x, kernel = (a if axis == 0 else a[0] for a, axis in zip((x, kernel), in_axes, strict=True))
+
+  def gradients(convolve):
+    def total(x, kernel):
+      return jnp.sum(jnp.sin(convolve(x, kernel, stride)))
+
+    return jax.jit(jax.vmap(jax.grad(total, argnums=(0, 1)), in_axes))(x, kernel)
+
+  for ours, theirs in zip(gradients(_conv_on_cpu), gradients(reference), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_the_module_computes_in_its_type_and_keeps_its_kernel_in_float32():
