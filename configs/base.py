@@ -54,7 +54,7 @@ def encoder() -> ConfigDict:
   config.backbone.scale = 30.0  # of cosine logits
   config.backbone.dtype = "float32"  # of the computation: float32 | bfloat16; weights are float32
   config.input = ConfigDict()
-  config.input.mean = ()  # of pixels in [0, 1], per channel, RGB; (): of the training images
+  config.input.mean = ()  # of pixels in [0, 1], ordered as `channels`; (): of the training images
   config.input.std = ()
   config.input.channels = "rgb"  # rgb | bgr, the order the encoder expects
   config.init_from = ""  # weights to start from: a PyTorch state dict as .npz or .safetensors

@@ -3,6 +3,7 @@
 import pathlib
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
@@ -12,7 +13,9 @@ from input_pipeline.source import Source
 from memdiff.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-_IN_MEMORY = 2 * 2**30  # bytes of decoded images up to which they are kept
+_IN_MEMORY = 2 * 2**30  # bytes of images, train and test, up to which they are kept
+_THREADS = 8  # decoding releases Python's lock
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's errors
 
 
 class FolderImages:
@@ -26,9 +29,8 @@ class FolderImages:
 
   def __getitem__(self, index: int) -> np.ndarray:
     try:
-      with Image.open(self._paths[index]) as image:
-        return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises
+      return _decode(self._paths[index])
+    except _UNREADABLE as error:
       raise DataError(f"Cannot read the image {self._paths[index]} ({error}).") from error
 
 
@@ -42,8 +44,8 @@ def load(data_dir: str, image_size: int, skip_unreadable: bool) -> Source:
     skip_unreadable: leave out images that cannot be read, and say how many on stderr.
 
   Returns:
-    Classes in alphabetical order, their images too. Images in memory, or LazyImages where they
-    would take more than 2 GiB.
+    Classes in alphabetical order, their images too. Images in memory, or LazyImages where all
+    squares together would take more than 2 GiB.
 
   Raises:
     DataError: naming the folder, class or image.
@@ -59,16 +61,24 @@ def load(data_dir: str, image_size: int, skip_unreadable: bool) -> Source:
         " train/CLASS/ and test/CLASS/ with images."
       )
   class_names = tuple(sorted(path.name for path in train.iterdir() if path.is_dir()))
+  if not class_names:
+    raise DataError(f"{train} has no folders; it needs one per class, with images.")
   unknown = sorted({p.name for p in test.iterdir() if p.is_dir()} - set(class_names))
   if unknown:
     raise DataError(f"{test} has a folder {unknown[0]!r} for a class that {train} does not have.")
-  parts = {}
+  readers, labels = [], []
   for folder in (train, test):
-    paths, labels = _find(folder, class_names)
+    paths, classes = _find(folder, class_names)
     readable = _readable(paths, skip_unreadable)
-    paths = [path for path, ok in zip(paths, readable, strict=True) if ok]
-    parts[folder] = _images(paths, image_size), labels[readable]
-  return Source(class_names, *parts[train], *parts[test])
+    if not readable.any():
+      raise DataError(f"None of the {len(paths)} images in {folder} can be read.")
+    readers.append(FolderImages([path for path, ok in zip(paths, readable, strict=True) if ok]))
+    labels.append(classes[readable])
+  lazy = sum(map(len, readers)) * image_size**2 * 3 > _IN_MEMORY
+  train_images, test_images = (
+    LazyImages(reader, image_size) if lazy else _images(reader, image_size) for reader in readers
+  )
+  return Source(class_names, train_images, labels[0], test_images, labels[1])
 
 
 def _find(folder: pathlib.Path, class_names: Sequence[str]):
@@ -76,9 +86,7 @@ def _find(folder: pathlib.Path, class_names: Sequence[str]):
   paths, labels = [], []
   for label, name in enumerate(class_names):
     own = folder / name
-    found = (
-      sorted(p for p in own.rglob("*") if p.suffix.lower() in SUFFIXES) if own.is_dir() else []
-    )
+    found = sorted(p for p in own.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not found:
       raise DataError(
         f"The class {name!r} has no image in {own}; every class needs at least one"
@@ -91,7 +99,8 @@ def _find(folder: pathlib.Path, class_names: Sequence[str]):
 
 def _readable(paths: Sequence[pathlib.Path], skip: bool) -> np.ndarray:
   """[N] bool. Raises DataError for images that cannot be read, or says that they are skipped."""
-  ok = np.array([_opens(path) for path in paths])
+  with ThreadPoolExecutor(_THREADS) as pool:
+    ok = np.array(list(pool.map(_opens, paths)))
   broken = [str(path) for path, good in zip(paths, ok, strict=True) if not good]
   if broken and not skip:
     more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
@@ -107,21 +116,27 @@ def _readable(paths: Sequence[pathlib.Path], skip: bool) -> np.ndarray:
 
 def _opens(path: pathlib.Path) -> bool:
   try:
-    with Image.open(path) as image:
-      image.load()
-  except (OSError, SyntaxError, ValueError):
+    _decode(path)
+  except _UNREADABLE:
     return False
   return True
 
 
-def _images(paths: Sequence[pathlib.Path], image_size: int):
-  """[N, S, S, 3] uint8 in memory, or LazyImages where that is too much."""
-  reader = FolderImages(paths)
-  if image_size and len(paths) * image_size**2 * 3 > _IN_MEMORY:
-    return LazyImages(reader, image_size)
+def _decode(path: pathlib.Path) -> np.ndarray:
+  """uint8 [h, w, 3]; of 16-bit grey the upper 8 bits, without transparency."""
+  with Image.open(path) as image:
+    if image.mode.startswith("I"):  # Pillow itself would clip at 255
+      image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif "transparency" in image.info:  # of palettes; Pillow warns without this step
+      image = image.convert("RGBA")
+    return np.asarray(image.convert("RGB"))
+
+
+def _images(reader: FolderImages, image_size: int) -> np.ndarray:
+  """[N, H, W, 3] uint8."""
+  if image_size:  # one at a time: whole photographs may take a thousand times more
+    return np.stack([resize_and_crop(reader[i], image_size) for i in range(len(reader))])
   images = [reader[i] for i in range(len(reader))]
-  if image_size:
-    return np.stack([resize_and_crop(image, image_size) for image in images])
   shapes = {image.shape for image in images}
   if len(shapes) > 1:
     some = ", ".join(f"{w} x {h}" for h, w, _ in sorted(shapes)[:3])

@@ -1,7 +1,9 @@
 """Published lists of training images: index files, and official lists of file names."""
 
+import os
 import pathlib
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -24,18 +26,24 @@ def read(path: str, labels: np.ndarray, names: np.ndarray | None) -> np.ndarray:
     raise DataError(
       "config.dataset.profile is list, but config.dataset.list_path is empty; give the file."
     )
+  path = os.path.expanduser(path)
   file, _, key = path.partition(".npz:")
   if key or path.endswith(".npz"):
     indices = _read_npz(f"{file}.npz" if key else path, key)
   else:
     indices = _read_names(path, labels, names)
   _check(path, indices, len(labels))
-  return indices
+  return indices.astype(np.int64)
 
 
 def _read_npz(path: str, key: str) -> np.ndarray:
   try:
-    with np.load(path, allow_pickle=False) as arrays:
+    with open(path, "rb") as file:  # numpy itself leaves damaged archives open
+      arrays = np.load(file, allow_pickle=False)
+      if isinstance(arrays, np.ndarray):
+        raise ValueError("it is one array in .npy format")
+      if not arrays.files:
+        raise DataError(f"{path} holds no array.")
       if key and key not in arrays:
         raise DataError(f"{path} has no array {key!r}; it has {', '.join(arrays)}.")
       if not key and len(arrays.files) != 1:
@@ -43,22 +51,22 @@ def _read_npz(path: str, key: str) -> np.ndarray:
           f"{path} holds several arrays ({', '.join(arrays)}); name one, as in"
           f" {path}:{arrays.files[0]}."
         )
-      indices = arrays[key or arrays.files[0]]
+      indices = np.asarray(arrays[key or arrays.files[0]])
   except FileNotFoundError:
     raise DataError(f"There is no file {path} (config.dataset.list_path).") from None
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+  except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
     raise DataError(f"Cannot read the index list {path} ({error}).") from error
   if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
     raise DataError(
       f"The index list {path} has shape {indices.shape} and type {indices.dtype}; it must be one"
       " row of whole numbers."
     )
-  return indices.astype(np.int64)
+  return indices
 
 
 def _read_names(path: str, labels: np.ndarray, names: np.ndarray | None) -> np.ndarray:
   try:
-    lines = [line.split() for line in pathlib.Path(path).read_text().splitlines() if line.strip()]
+    text = pathlib.Path(path).read_text()
   except FileNotFoundError:
     raise DataError(f"There is no file {path} (config.dataset.list_path).") from None
   except (OSError, UnicodeDecodeError) as error:
@@ -67,14 +75,16 @@ def _read_names(path: str, labels: np.ndarray, names: np.ndarray | None) -> np.n
     raise DataError(
       f"{path} lists file names, but this data set has none; give an .npz file of indices."
     )
-  bad = next((n for n, line in enumerate(lines) if len(line) != 2 or not line[1].isdigit()), None)
-  if bad is not None:
-    raise DataError(
-      f"Line {bad + 1} of {path} is {' '.join(lines[bad])!r}, but must be a file name and a class"
-      " number."
-    )
-  depth = max(len(_parts(str(name))) for name in names[:100])
+  lines = []
+  for number, line in enumerate(text.splitlines(), 1):
+    words = line.split()
+    if words and (len(words) != 2 or not words[1].isdecimal()):
+      raise DataError(
+        f"Line {number} of {path} is {line.strip()!r}, but must be a file name and a class number."
+      )
+    lines += [words] if words else []
   place = {_parts(str(name)): i for i, name in enumerate(names)}
+  depth = max(map(len, place))
   listed = [_parts(name)[-depth:] for name, _ in lines]
   unknown = [n for n, parts in enumerate(listed) if parts not in place]
   if unknown:
@@ -83,19 +93,31 @@ def _read_names(path: str, labels: np.ndarray, names: np.ndarray | None) -> np.n
       f" {lines[unknown[0]][0]}."
     )
   indices = np.array([place[parts] for parts in listed], np.int64)
-  wrong = np.flatnonzero(labels[indices] != np.array([int(label) for _, label in lines]))
-  if len(wrong):
-    name, label = lines[wrong[0]]
-    raise DataError(
-      f"{path} gives {name} the class {label}, but the data set has {labels[indices[wrong[0]]]};"
-      f" {len(wrong)} of {len(lines)} lines disagree."
-    )
+  _check_classes(path, labels[indices], [int(label) for _, label in lines])
   return indices
 
 
 def _parts(name: str) -> tuple[str, ...]:
-  """Folders and file, from the outermost."""
-  return tuple(part for part in name.split("/") if part not in ("", "."))
+  """Folders and file without its suffix, from the outermost."""
+  parts = [part for part in name.split("/") if part not in ("", ".")]
+  return (*parts[:-1], parts[-1].rsplit(".", 1)[0]) if parts else ()
+
+
+def _check_classes(path: str, ours: np.ndarray, listed: list[int]) -> None:
+  """Both must part the images alike; the numbers of the classes may differ."""
+  known: dict[int, int] = {}
+  for number, (own, label) in enumerate(zip(ours.tolist(), listed, strict=True), 1):
+    if known.setdefault(own, label) != label:
+      raise DataError(
+        f"{path} gives images of one class of the data set the classes {known[own]} and {label}"
+        f" (its entry {number}); it is a list of another data set, or damaged."
+      )
+  twice = [label for label in known.values() if list(known.values()).count(label) > 1]
+  if twice:
+    raise DataError(
+      f"{path} calls images of several classes of the data set the class {twice[0]}; it is a list"
+      " of another data set, or damaged."
+    )
 
 
 def _check(path: str, indices: np.ndarray, size: int) -> None:

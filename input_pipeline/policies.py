@@ -26,7 +26,7 @@ _RANGES = {
   "contrast": (0.0, 0.9, True),
   "sharpness": (0.0, 0.9, True),
   "posterize": (8.0, 4.0, False),
-  "solarize": (255.0, 0.0, False),
+  "solarize": (256.0, 0.0, False),
   "identity": (0.0, 0.0, False),
   "autocontrast": (0.0, 0.0, False),
   "equalize": (0.0, 0.0, False),

@@ -27,16 +27,23 @@ def prepare(name: str, data_dir: str) -> None:
     try:
       builder.download_and_prepare(file_format="array_record")
     except Exception as error:  # TFDS raises many types: network, disk, manual downloads
-      lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-      raise DataError(f"Cannot prepare {name}: {' '.join(lines)[:600] or repr(error)}") from error
+      raise DataError(f"Cannot prepare {name}: {tfds_sources.one_line(error)}") from error
   tfds_sources.prepared_builder(name, data_dir)  # of another file format: says so
-  if tfds_sources.SETS[name].streamed:
+  if tfds_sources.SETS[name].streamed and not _has_index(name, builder):
     print("writing the index of labels and names", flush=True)
     tfds_sources.write_index(name, builder, _progress)
   for part, split in tfds_sources.splits(name).items():
     print(f"{part}: {builder.info.splits[split].num_examples:,} examples", flush=True)
   place = f" --config.dataset.data_dir={data_dir}" if data_dir else ""
   print(f"ready; train with --config.dataset.name={name}{place}")
+
+
+def _has_index(name: str, builder) -> bool:
+  try:
+    tfds_sources.read_index(name, builder)
+  except DataError:
+    return False
+  return True
 
 
 def _need_tensorflow() -> None:

@@ -19,6 +19,7 @@ from memdiff.config import at_least
 from memdiff.errors import ConfigError
 
 _SCALE, _RATIO, _ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
+_ENDLESS = 2**62  # examples; where grain's own length ends, batches of one overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +50,8 @@ def random_resized_crop(image: np.ndarray, size: int, generator: np.random.Gener
     uint8 [size, size, 3].
   """
   left, top, width, height = _random_box(image.shape[1], image.shape[0], generator)
-  box = (left, top, left + width, top + height)
-  part = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
-  return np.asarray(part)
+  part = Image.fromarray(image[top : top + height, left : left + width])
+  return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _random_box(width: int, height: int, generator: np.random.Generator):
@@ -132,12 +132,13 @@ def train_batches(
     numbers = numbers.repeat().random_map(_OfAnyClass(by_class))
   else:
     numbers = numbers.shuffle().repeat()
-  examples = numbers.random_map(_Crops(images, labels))[process_index::process_count]
-  batches = examples.batch(batch_size // process_count)[first_step:]
+  examples = numbers.random_map(_Crops(images, labels))[process_index:_ENDLESS:process_count]
+  rows = batch_size // process_count
   threads = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
-  stream = batches.to_iter_dataset(threads)
-  if config.num_workers:
-    if not flags.FLAGS.is_parsed():  # grain asks for its own; outside main.py nobody parsed them
-      flags.FLAGS.mark_as_parsed()
-    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
-  return iter(stream)
+  if not config.num_workers:
+    return iter(examples[first_step * rows :].to_iter_dataset(threads).batch(rows))
+  if not flags.FLAGS.is_parsed():  # grain asks for its own; outside main.py nobody parsed them
+    flags.FLAGS.mark_as_parsed()
+  # Workers take turns by batch; each reads ahead whole ones.
+  batches = examples.batch(rows)[first_step:].to_iter_dataset(threads)
+  return iter(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers)))

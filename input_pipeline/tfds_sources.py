@@ -7,14 +7,16 @@ one, which the long-tailed splits are defined on. Nothing here downloads.
 To add a set that TFDS has: a row in SETS.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
+import os
 import pathlib
 import re
+import shlex
 import zipfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,12 @@ from input_pipeline.lazy_images import LazyImages
 from input_pipeline.source import Source
 from memdiff.errors import ConfigError, DataError
 
-_THREADS = 8
 _CHUNK = 1000  # records read at a time
+_DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError)  # what Pillow and array_record raise
 INDEX_FILE = "memdiff_index.npz"
+_INDEX_ARRAYS = {
+  f"{part}_{what}" for part in ("train", "test") for what in ("labels", "names", "stored")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,7 @@ class TfdsSet:
     test: its split that is tested on.
     streamed: whether images stay on disk; needs `image_size`.
     name_feature: of the official name of an example, or None.
+    official_name: from that feature to the name in official lists, where they differ.
     label: example -> class, or None where the example is not used; None reads "label".
     class_names: where the label is not a feature of TFDS.
     hashed_keys: whether examples are numbered in TFDS's generator, so that the official order can
@@ -48,6 +54,7 @@ class TfdsSet:
   test: str
   streamed: bool
   name_feature: str | None = None
+  official_name: Callable[[str], str] = str
   label: Callable[[Mapping[str, Any]], int | None] | None = None
   class_names: tuple[str, ...] | None = None
   hashed_keys: bool = False
@@ -66,6 +73,12 @@ def celeba_5(example: Mapping[str, Any]) -> int | None:
   return shown[0] if len(shown) == 1 else None
 
 
+def places_name(name: str) -> str:
+  """`data_256/a/arena/hockey/1.jpg` -> `arena-hockey/1.jpg`, as Places-LT's lists have it."""
+  *folders, file = name.split("/")
+  return f"{'-'.join(folders[2:])}/{file}"
+
+
 SETS = {
   "cifar10": TfdsSet("cifar10", "test", False, "id"),
   "cifar100": TfdsSet("cifar100", "test", False, "id"),
@@ -75,7 +88,7 @@ SETS = {
   "i_naturalist2018": TfdsSet("i_naturalist2018", "validation", True, "id"),
   "celeb_a": TfdsSet("celeb_a", "test", True, label=celeba_5, class_names=CELEBA_5),
   "food101": TfdsSet("food101", "validation", True),
-  "places": TfdsSet("places365_small", "validation", True, "filename"),
+  "places": TfdsSet("places365_small", "validation", True, "filename", places_name),
 }
 
 
@@ -106,18 +119,24 @@ def load(name: str, data_dir: str, image_size: int) -> Source:
 
 
 def make_builder(name: str, data_dir: str):
-  """The TFDS builder of a set, reading and writing array_record."""
+  """The TFDS builder of a set, prepared or not."""
   import tensorflow_datasets as tfds
 
-  return tfds.builder(
-    SETS[name].name,
-    data_dir=str(pathlib.Path(data_dir).expanduser()) if data_dir else None,
-    file_format="array_record",
-  )
+  try:
+    return tfds.builder(
+      SETS[name].name, data_dir=str(pathlib.Path(data_dir).expanduser()) if data_dir else None
+    )
+  except Exception as error:  # of many types, where what lies there is damaged
+    raise DataError(f"TFDS cannot open the data set {name}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+  """What TFDS says, often over many lines."""
+  return " ".join(str(error).split())[:600] or repr(error)
 
 
 def prepare_command(name: str, data_dir: str) -> str:
-  place = f" --data_dir={data_dir}" if data_dir else ""
+  place = f" --data_dir={shlex.quote(data_dir)}" if data_dir else ""
   return f"python -m input_pipeline.prepare --dataset={name}{place}"
 
 
@@ -129,11 +148,11 @@ def prepared_builder(name: str, data_dir: str):
       f"The data set {name} is not in {data_dir or 'the default folder of TFDS'}; get it once with:"
       f" {prepare_command(name, data_dir)}"
     )
-  if "array_record" not in str(builder.info.file_format.value):
+  if builder.info.file_format.value != "array_record":
     raise DataError(
       f"The data set {name} in {builder.data_path} is stored as {builder.info.file_format.value},"
       " which needs TensorFlow to read; store it as array_record in another folder:"
-      f" {prepare_command(name, data_dir)}"
+      f" {prepare_command(name, 'OTHER')}"
     )
   return builder
 
@@ -160,9 +179,9 @@ def read_split(name: str, builder, split: str) -> tuple[np.ndarray, np.ndarray]:
   """Images [N, H, W, ch] uint8 and labels [N] of a split, in the official order."""
   spec, stored = SETS[name], stored_examples(builder, split)
   chunks = [range(i, min(i + _CHUNK, len(stored))) for i in range(0, len(stored), _CHUNK)]
-  examples = [example for chunk in chunks for example in stored.__getitems__(list(chunk))]
-  with ThreadPoolExecutor(_THREADS) as pool:
-    images = np.stack(list(pool.map(lambda example: decode(example["image"]), examples)))
+  with _undamaged(name, builder, split):
+    examples = [example for chunk in chunks for example in stored.__getitems__(list(chunk))]
+    images = np.stack([decode(example["image"]) for example in examples])
   if spec.name_feature:
     order = np.argsort([_number(example[spec.name_feature]) for example in examples])
   elif spec.hashed_keys:
@@ -178,6 +197,22 @@ def stored_examples(builder, split: str):
   import tensorflow_datasets as tfds
 
   return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+@contextlib.contextmanager
+def _undamaged(name: str, builder, split: str):
+  """Turns what reading damaged files raises into a DataError."""
+  try:
+    yield
+  except _DAMAGED as error:
+    raise DataError(
+      f"The {split} split of {name} in {builder.data_path} is damaged ({error}); remove this folder"
+      f" and get it anew with: {prepare_command(name, _data_dir(builder))}"
+    ) from error
+
+
+def _data_dir(builder) -> str:
+  return str(pathlib.Path(builder.data_path).parents[1])
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -224,7 +259,7 @@ class _StoredImages:
     try:
       data = self._examples[index]["image"]
       return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises
+    except _DAMAGED as error:
       raise DataError(
         f"Image {index} of the {self._split} split of {self._name} cannot be read ({error})."
       ) from error
@@ -232,8 +267,7 @@ class _StoredImages:
 
 def _read_streamed(name: str, builder, image_size: int) -> Source:
   index = read_index(name, builder)
-  data_dir = str(pathlib.Path(builder.data_path).parents[1])
-  parts = {}
+  data_dir, parts = _data_dir(builder), {}
   for part, split in splits(name).items():
     stored = index[f"{part}_stored"]
     reader = _StoredImages(name, data_dir, split, builder.info.splits[split].num_examples)
@@ -253,17 +287,20 @@ def read_index(name: str, builder) -> dict[str, np.ndarray]:
   """Labels and names of a large set, as `write_index` left them beside it."""
   path = pathlib.Path(builder.data_path) / INDEX_FILE
   try:
-    with np.load(path, allow_pickle=False) as arrays:
-      return dict(arrays)
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+      index = dict(arrays)
+    if missing := _INDEX_ARRAYS - set(index):
+      raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    return index
   except FileNotFoundError:
     raise DataError(
       f"The data set {name} has no index at {path}; make it once with:"
-      f" {prepare_command(name, str(pathlib.Path(builder.data_path).parents[1]))}"
+      f" {prepare_command(name, _data_dir(builder))}"
     ) from None
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+  except (OSError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
     raise DataError(
-      f"Cannot read {path} ({error}); remove it and make it anew with:"
-      f" {prepare_command(name, str(pathlib.Path(builder.data_path).parents[1]))}"
+      f"Cannot read {path} ({error}); make it anew with:"
+      f" {prepare_command(name, _data_dir(builder))}"
     ) from error
 
 
@@ -274,18 +311,24 @@ def write_index(name: str, builder, progress: Callable[[str, int, int], None]) -
 
   Args:
     progress: called with (split, records read, records in all).
+
+  Raises:
+    DataError: where a record cannot be read or the index cannot be written.
   """
   spec, arrays = SETS[name], {}
   for part, split in splits(name).items():
     examples = stored_examples(builder, split)
     labels, names, stored = [], [], []
     for i in range(len(examples)):
-      example = examples[i]
+      with _undamaged(name, builder, split):
+        example = examples[i]
       label = spec.label(example) if spec.label else int(example["label"])
       if label is not None:
         labels.append(label)
         stored.append(i)
-        names.append(_text(example[spec.name_feature]) if spec.name_feature else "")
+        names.append(
+          spec.official_name(_text(example[spec.name_feature])) if spec.name_feature else ""
+        )
       if i % 10_000 == 0 or i + 1 == len(examples):
         progress(split, i + 1, len(examples))
     order = np.argsort(np.array(names), kind="stable")
@@ -294,7 +337,13 @@ def write_index(name: str, builder, progress: Callable[[str, int, int], None]) -
     arrays[f"{part}_names"] = np.array(names if spec.name_feature else [], np.str_)
     if spec.name_feature:
       arrays[f"{part}_names"] = arrays[f"{part}_names"][order]
-  np.savez(pathlib.Path(builder.data_path) / INDEX_FILE, **arrays)
+  path = pathlib.Path(builder.data_path) / INDEX_FILE
+  partial = path.with_suffix(".partial.npz")  # so that a kill leaves no half index
+  try:
+    np.savez(partial, **arrays)
+    os.replace(partial, path)
+  except OSError as error:
+    raise DataError(f"Cannot write {path} ({error}).") from error
 
 
 def _text(value: bytes | str) -> str:
