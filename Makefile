@@ -1,10 +1,12 @@
 # make run    the main job: long-tailed digits, about two minutes on two cores
 # make test   the test suite
+# make bench  speed of feature diffusion; BENCH=classifier: of classifiers
 # Both make .venv from the lock of the Python at hand; choose another with PYTHON=python3.12.
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+BENCH ?= feature_diffusion
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK := requirements/py$(subst .,,$(VERSION)).txt
@@ -28,7 +30,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.feature_diffusion $(ARGS)
+	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
 # A changed lock or another Python makes the environment anew.
 $(READY): $(LOCK)
