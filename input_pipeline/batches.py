@@ -36,17 +36,32 @@ class ByClass:
 
   order: Any  # [N] indices, class by class
   starts: Any  # [C] where a class begins in `order`
-  counts: Any  # [C] at least 1
+  counts: Any  # [C]
 
 
-def group_by_class(labels: np.ndarray) -> ByClass:
-  """Of labels [N] in which every class up to the largest occurs."""
-  counts = np.bincount(labels)
+def group_by_class(labels: np.ndarray, num_classes: int) -> ByClass:
+  """Of labels [N]; rows whose label is not below `num_classes` come last and belong to no class."""
+  counts = np.bincount(labels, minlength=num_classes)[:num_classes]
   return ByClass(
     order=np.argsort(labels, kind="stable").astype(np.int32),
     starts=(np.cumsum(counts) - counts).astype(np.int32),
     counts=counts.astype(np.int32),
   )
+
+
+def draw_members(key: jax.Array, by_class: ByClass, labels: jax.Array) -> jax.Array:
+  """For each label a random example of its class, with replacement.
+
+  Args:
+    key: randomness.
+    by_class: of the examples.
+    labels: [B] int32 classes that have examples.
+
+  Returns:
+    Indices, [B] int32.
+  """
+  offset = jax.random.randint(key, labels.shape, 0, jnp.maximum(by_class.counts[labels], 1))
+  return by_class.order[by_class.starts[labels] + offset]
 
 
 def balanced_indices(
@@ -61,5 +76,4 @@ def balanced_indices(
   """
   class_key, example_key = jax.random.split(jax.random.fold_in(key, step))
   label = jax.random.randint(class_key, (batch_size,), 0, by_class.counts.shape[0])
-  offset = jax.random.randint(example_key, (batch_size,), 0, by_class.counts[label])
-  return by_class.order[by_class.starts[label] + offset]
+  return draw_members(example_key, by_class, label)

@@ -68,7 +68,7 @@ def make_stage(
   num_steps = round(config.num_epochs * num_examples / classifier.batch_size)
   optimizer = train_state.make_optimizer(config.optimizer, num_steps)
   model = encoder.make_model(encoder_config, loss, num_classes)
-  by_class = mesh_lib.replicate(mesh, batches.group_by_class(dataset.train_labels))
+  by_class = mesh_lib.replicate(mesh, batches.group_by_class(dataset.train_labels, num_classes))
 
   def init(key, own):
     if method == "lws":

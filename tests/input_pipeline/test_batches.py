@@ -58,13 +58,13 @@ LABELS = np.array([0] * 30 + [2] * 5 + [1] + [0] * 4 + [3] * 9)
 
 
 def balanced(steps, batch_size=64):
-  by_class = jax.tree.map(jnp.asarray, batches.group_by_class(LABELS))
+  by_class = jax.tree.map(jnp.asarray, batches.group_by_class(LABELS, LABELS.max() + 1))
   pick = jax.vmap(lambda s: batches.balanced_indices(jax.random.key(0), s, by_class, batch_size))
   return np.asarray(jax.jit(pick)(jnp.arange(steps)))
 
 
 def test_examples_are_grouped_by_class():
-  by_class = jax.tree.map(jnp.asarray, batches.group_by_class(LABELS))
+  by_class = jax.tree.map(jnp.asarray, batches.group_by_class(LABELS, LABELS.max() + 1))
   for label in range(4):
     start, count = by_class.starts[label], by_class.counts[label]
     own = by_class.order[start : start + count]
