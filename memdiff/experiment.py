@@ -212,7 +212,10 @@ def oracle_rows(left_out_labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 
 def make_pools(e: Experiment, space: Space) -> dict[str, Pool]:
-  """The methods that train a head: name -> what is added to the real features."""
+  """The methods that train a head: name -> what is added to the real features.
+
+  There is an oracle only where the long tail left out real images of the classes that are filled.
+  """
   synthetic = load_synthetic(e)
   features = jax.jit(jax.vmap(lambda s, x: s.forward(x)))(
     space.standardizer, mesh_lib.replicate(e.mesh, synthetic["features"])
@@ -220,7 +223,7 @@ def make_pools(e: Experiment, space: Space) -> dict[str, Pool]:
   numbers = hallucination.plan(e.dataset.train_counts, e.config.hallucination)
   rows = oracle_rows(e.dataset.left_out_labels, numbers)
   num_seeds = len(e.seeds)
-  return {
+  pools = {
     "csl_retrain": Pool(
       "the encoder's head trained again with CSL on real features only",
       features[:, :0],
@@ -233,13 +236,15 @@ def make_pools(e: Experiment, space: Space) -> dict[str, Pool]:
       synthetic["labels"],
       synthetic["confidence"],
     ),
-    "oracle": Pool(
+  }
+  if len(rows):
+    pools["oracle"] = Pool(
       "the same with real, left-out features instead: the most that hallucination can reach",
       space.left_out[:, rows],
       e.dataset.left_out_labels[rows],
       np.ones((num_seeds, len(rows)), np.float32),
-    ),
-  }
+    )
+  return pools
 
 
 def head_stage(e: Experiment, space: Space, name: str, pool: Pool) -> loop.Stage:

@@ -54,7 +54,7 @@ def encode(encode_chunk, images):
     The same tree of NumPy arrays, [S, N, ...].
   """
   chunks = []
-  for start in range(0, len(images), _CHUNK):
+  for start in range(0, max(len(images), 1), _CHUNK):  # one even of no images, for the shapes
     chunk = images[start : start + _CHUNK]
     padded = np.concatenate([chunk, np.zeros((_CHUNK - len(chunk), *chunk.shape[1:]), chunk.dtype)])
     made, size = jax.device_get(encode_chunk(padded)), len(chunk)

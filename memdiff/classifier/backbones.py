@@ -155,7 +155,8 @@ def _unit_columns(key, shape, dtype=jnp.float32):
 
 def unit_length(x: jax.Array, axis: int) -> jax.Array:
   """`x` divided by its Euclidean length along `axis`; zero stays zero, also for gradients."""
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=axis, keepdims=True), 1e-24))
+  squares = jnp.square(x).sum(axis=axis, keepdims=True)
+  return x * jnp.where(squares > 1e-24, jax.lax.rsqrt(jnp.maximum(squares, 1e-24)), 0.0)
 
 
 class CosineHead(nn.Module):

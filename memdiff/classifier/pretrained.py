@@ -7,13 +7,11 @@ of the CIFAR ResNets derived from it: `conv1.weight`, `layer1.0.bn2.running_mean
 
 import pathlib
 import re
-import zipfile
 from typing import Any
 
 import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from memdiff.errors import DataError
@@ -46,11 +44,14 @@ def read(path: str) -> dict[str, np.ndarray]:
   try:
     if file.suffix == ".safetensors":
       return safetensors.numpy.load_file(path)
-    with np.load(path, allow_pickle=False) as arrays:
+    with file.open("rb") as opened:
+      arrays = np.load(opened, allow_pickle=False)
+      if isinstance(arrays, np.ndarray):
+        raise ValueError("it holds one array without a name")
       return dict(arrays)
   except FileNotFoundError:
     raise DataError(f"There is no file {path} to take the encoder's weights from.") from None
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+  except Exception as error:  # zipfile, zlib and safetensors raise many types for torn files
     raise DataError(f"Cannot read the weights in {path} ({error}).") from error
 
 
@@ -66,7 +67,7 @@ def load(path: str, variables: dict[str, Any], *, head: bool) -> dict[str, Any]:
     A tree like `variables`.
 
   Raises:
-    DataError: listing every array that is missing, left over, or of another shape.
+    DataError: listing every array that is missing, left over, of another shape, or not finite.
   """
   wanted = flax.traverse_util.flatten_dict(variables)
   found, left_over = {}, []
@@ -91,6 +92,9 @@ def load(path: str, variables: dict[str, Any], *, head: bool) -> dict[str, Any]:
       " another config.encoder.backbone.name"
       + ("." if not head else ", or config.encoder.init_head=False where only the head differs.")
     )
+  damaged = [name for name, array in found.values() if not np.isfinite(array).all()]
+  if damaged:
+    raise DataError(f"The weights in {path} are not finite in {', '.join(damaged)}.")
   read_in = {place: jnp.asarray(array, jnp.float32) for place, (_, array) in found.items()}
   return flax.traverse_util.unflatten_dict(wanted | read_in)
 

@@ -53,6 +53,11 @@ def check(
       f"config.classifier.batch_size is {config.batch_size}, but the training set has only"
       f" {num_examples} images."
     )
+  if config.num_steps(num_examples) == 0 and not encoder_config.init_from:
+    raise ConfigError(
+      f"config.classifier.num_epochs is {config.num_epochs:g}, not one step, and"
+      " config.encoder.init_from is empty; train, or start from weights."
+    )
   augment.check(config.augment, dataset.train_images.shape[1:])
   for loss in trained_losses(config):
     losses.check(loss, mixup=config.augment.mixup > 0)
