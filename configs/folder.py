@@ -24,6 +24,7 @@ def get_config(variant: str = "default") -> ConfigDict:
   def large():
     base.imagenet_recipe(config)
     config.encoder.backbone.name = "resnet18"
+    config.classifier.augment.padding = 28  # of sets in memory; larger ones get resized crops too
 
   base.choose(variant, {"large": large, "memdiff": lambda: None})
   return config

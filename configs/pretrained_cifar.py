@@ -3,7 +3,7 @@
   python main.py --config=configs/pretrained_cifar.py:akamaster_resnet32 --workdir=runs/akamaster \\
     --config.dataset.data_dir=DIR --config.encoder.init_from=resnet32.npz
 
-Variants:
+Variants (default: akamaster_resnet32):
   akamaster_resnet20, akamaster_resnet32  trained on all of CIFAR-10: 91.7 and 92.6 % are published
   ldmlr_cifar100, ldmlr_cifar10           trained on CIFAR-LT at imbalance 100 with cross-entropy
 """
@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from configs import base
 
 
-def get_config(variant: str = "akamaster_resnet32") -> ConfigDict:
+def get_config(variant: str = "default") -> ConfigDict:
+  variant = "akamaster_resnet32" if variant == "default" else variant
   config = base.classification(variant)
   config.seeds = (0,)
   config.classifier.num_epochs = 0.0

@@ -17,7 +17,7 @@ from input_pipeline.dataset import LongTailDataset
 from memdiff.classifier import encoder, losses, posthoc, training
 from memdiff.classifier.encoder import EncoderConfig
 from memdiff.classifier.training import ClassifierConfig
-from memdiff.config import at_least, between, some_of
+from memdiff.config import above, at_least, between, some_of
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
@@ -39,7 +39,7 @@ class DecoupledConfig:
   methods: tuple[str, ...] = some_of(METHODS)
   adjustment: float = at_least(0)
   tau: float = between(0, 2)
-  num_epochs: float = at_least(0)
+  num_epochs: float = above(0)
   optimizer: OptimizerConfig
 
 
