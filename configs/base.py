@@ -22,6 +22,32 @@ def dataset() -> ConfigDict:
   return config
 
 
+def embeddings() -> ConfigDict:
+  """The data set of experiments on features that another model made."""
+  config = ConfigDict()
+  config.train_path = ""  # .npz, .npy or .parquet: a row of numbers and a label per example
+  config.train_labels_path = ""  # of .npy alone: the file of its labels
+  config.test_path = ""  # as train_path; "": in the same .npz, or split off by test_share
+  config.test_labels_path = ""  # of .npy alone
+  config.test_share = 0.0  # share of each class split off as the test set; 0: one is given
+  config.test_seed = 0  # which rows are split off
+  config.arrays = ConfigDict()  # names in .npz files
+  config.arrays.features = "features"  # [N, D] numbers
+  config.arrays.labels = "labels"  # [N] whole numbers or texts
+  config.arrays.class_names = "class_names"  # [C] texts, in order of the classes; need not be there
+  config.arrays.test_features = "test_features"  # the test set in the file of train_path
+  config.arrays.test_labels = "test_labels"
+  config.columns = ConfigDict()  # names in Parquet files
+  config.columns.features = "features"  # lists of numbers
+  config.columns.label = "label"  # whole numbers or texts
+  config.profile = "natural"  # natural (all) | exponential | step (as LDAM, of balanced files)
+  config.imbalance = 100.0  # exponential, step: rows of the largest class / of the smallest
+  config.split_seed = 0  # which rows the tail keeps; the others judge and are the oracle
+  config.holdout = 0.0  # share of each class's training rows kept for selection; 0: none
+  config.skip_non_finite = False  # leave out rows with a NaN or an infinity, and say so
+  return config
+
+
 def optimizer() -> ConfigDict:
   config = ConfigDict()
   config.name = "sgd"  # sgd | adamw

@@ -55,42 +55,19 @@ class DatasetConfig:
   skip_unreadable: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class LongTailDataset:
-  """A long-tailed training set, its test set, and what the long tail left out.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongTailDataset(long_tail.LongTailLabels):
+  """A long-tailed training set of images, its test set, and what the long tail left out."""
 
-  The left-out images are real, unseen members of the tail. Nothing trains on them but the oracle;
-  they judge the hallucinations. The held-out images are taken from the training set for selection.
-  Both may be empty.
-  """
-
-  name: str
-  class_names: tuple[str, ...]
-  profile: str
-  imbalance: float  # training images of the largest class / of the smallest, as asked or counted
   train_images: np.ndarray | LazyImages  # [N, H, W, ch] uint8
-  train_labels: np.ndarray  # [N] int32
   holdout_images: np.ndarray | LazyImages
-  holdout_labels: np.ndarray
   left_out_images: np.ndarray | LazyImages
-  left_out_labels: np.ndarray
   test_images: np.ndarray | LazyImages
-  test_labels: np.ndarray
-  split_sha256: str  # of the training indices, those held out included
-
-  @property
-  def num_classes(self) -> int:
-    return len(self.class_names)
 
   @property
   def streamed(self) -> bool:
     """Whether the training images stay on disk."""
     return isinstance(self.train_images, LazyImages)
-
-  @property
-  def train_counts(self) -> np.ndarray:
-    """[C] training images per class."""
-    return np.bincount(self.train_labels, minlength=self.num_classes)
 
 
 def check(source: Source, name: str) -> None:
@@ -134,26 +111,17 @@ def check(source: Source, name: str) -> None:
 
 
 def split(config: DatasetConfig, source: Source) -> tuple[np.ndarray, np.ndarray, float]:
-  """(kept, left out) indices into the training set, and the imbalance of what is kept.
-
-  With the profiles exponential and step the largest class keeps as many images as the smallest
-  class of the source has, so that every class can follow; on balanced sets that is LDAM's rule.
-  """
-  labels, num_classes = source.train_labels, len(source.class_names)
-  if config.profile in long_tail.PROFILES:
-    n_max = int(np.bincount(labels).min())
-    counts = long_tail.class_counts(n_max, num_classes, config.imbalance, config.profile)
-    return *long_tail.select(labels, counts, config.split_seed), config.imbalance
-  if config.profile == "list":
-    kept = index_lists.read(config.list_path, labels, source.train_names)
-  else:
-    kept = np.argsort(labels, kind="stable")
-  counts = np.bincount(labels[kept], minlength=num_classes)
+  """(kept, left out) indices into the training set, and the imbalance of what is kept."""
+  labels, names = source.train_labels, source.class_names
+  if config.profile != "list":
+    return long_tail.cut(labels, names, config.profile, config.imbalance, config.split_seed)
+  kept = index_lists.read(config.list_path, labels, source.train_names)
+  counts = np.bincount(labels[kept], minlength=len(names))
   if not counts.all():
     missing = np.flatnonzero(counts == 0)
     raise DataError(
       f"{len(missing)} classes have no image in {config.list_path}, the first is"
-      f" {source.class_names[missing[0]]!r}; every class needs at least one."
+      f" {names[missing[0]]!r}; every class needs at least one."
     )
   left_out = np.setdiff1d(np.arange(len(labels)), kept)
   return kept, left_out, float(counts.max() / counts.min())

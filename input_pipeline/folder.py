@@ -1,12 +1,13 @@
 """A folder of images per class: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg (or DIR/val)."""
 
+import contextlib
 import pathlib
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from input_pipeline.lazy_images import LazyImages, resize_and_crop
 from input_pipeline.source import Source
@@ -123,8 +124,13 @@ def _opens(path: pathlib.Path) -> bool:
 
 
 def _decode(path: pathlib.Path) -> np.ndarray:
-  """uint8 [h, w, 3]; of 16-bit grey the upper 8 bits, without transparency."""
+  """uint8 [h, w, 3], upright; of 16-bit grey the upper 8 bits, without transparency."""
   with Image.open(path) as image:
+    image.load()  # what is torn fails here
+    # Cameras write which side is up beside the pixels. Pillow raises many types where that is
+    # damaged; the pixels are then used as they lie.
+    with contextlib.suppress(Exception):
+      ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # Pillow itself would clip at 255
       image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif "transparency" in image.info:  # of palettes; Pillow warns without this step

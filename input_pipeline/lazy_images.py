@@ -62,9 +62,9 @@ class LazyImages:
   def __len__(self) -> int:
     return len(self._indices)
 
-  def take(self, indices: Sequence[int]) -> "LazyImages":
-    """The images at `indices`, still unread."""
-    return LazyImages(self._reader, self._size, self._indices[np.asarray(indices, np.int64)])
+  def take(self, indices: Sequence[int] | np.ndarray) -> "LazyImages":
+    """The images at `indices`, or where a mask [N] bool is True, still unread."""
+    return LazyImages(self._reader, self._size, self._indices[indices])
 
   def read(self, index: int) -> np.ndarray:
     """The whole image. uint8 [h, w, 3]."""

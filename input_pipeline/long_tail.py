@@ -5,13 +5,44 @@ Cao et al., "Learning imbalanced datasets with label-distribution-aware margin l
 order, and the first n_c of each class stay.
 """
 
+import dataclasses
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
 from memdiff.errors import DataError
 
 PROFILES = ("exponential", "step")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongTailLabels:
+  """What every long-tailed set has, of images or of embeddings: classes, labels, the split.
+
+  The left-out examples are real, unseen members of the tail. Nothing trains on them but the oracle;
+  they judge the hallucinations. The held-out examples are taken from the training set for
+  selection. Both may be empty.
+  """
+
+  name: str
+  class_names: tuple[str, ...]
+  profile: str
+  imbalance: float  # training examples of the largest class / of the smallest, asked or counted
+  train_labels: np.ndarray  # [N] int32
+  holdout_labels: np.ndarray
+  left_out_labels: np.ndarray
+  test_labels: np.ndarray
+  split_sha256: str  # of the training indices, those held out included
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_names)
+
+  @property
+  def train_counts(self) -> np.ndarray:
+    """[C] training examples per class."""
+    return np.bincount(self.train_labels, minlength=self.num_classes)
 
 
 def class_counts(n_max: int, num_classes: int, imbalance: float, profile: str) -> np.ndarray:
@@ -38,7 +69,7 @@ def class_counts(n_max: int, num_classes: int, imbalance: float, profile: str) -
   if min(counts) < 1:
     raise DataError(
       f"An imbalance of {imbalance:g} leaves {counts.count(0)} of {num_classes} classes without a"
-      f" training image; config.dataset.imbalance must be below {n_max}."
+      f" training example; config.dataset.imbalance must be below {n_max}."
     )
   return np.asarray(counts)
 
@@ -72,16 +103,51 @@ def select(labels: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarra
   return np.concatenate(kept), np.concatenate(left_out)
 
 
+def cut(
+  labels: np.ndarray, class_names: Sequence[str], profile: str, imbalance: float, seed: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+  """Makes a labelled set long-tailed.
+
+  With the profiles exponential and step the largest class keeps as many examples as the smallest
+  class of the set has, so that every class can follow; on balanced sets that is LDAM's rule.
+
+  Args:
+    labels: [N] int, every class with at least one example.
+    class_names: C of them.
+    profile: one of PROFILES, or natural, which keeps everything.
+    imbalance: of the profiles other than natural.
+    seed: of `select`.
+
+  Returns:
+    (kept, left out, imbalance of what is kept): indices grouped by ascending class.
+
+  Raises:
+    DataError: where a class would be left without an example.
+  """
+  counts = np.bincount(labels, minlength=len(class_names))
+  if profile == "natural":
+    kept = np.argsort(labels, kind="stable")
+    return kept, kept[:0], float(counts.max() / counts.min())
+  if counts.min() == 1 < imbalance:
+    raise DataError(
+      f"The class {class_names[counts.argmin()]!r} has only one training example, so that no long"
+      " tail can be cut; set config.dataset.profile to natural."
+    )
+  counts = class_counts(int(counts.min()), len(class_names), imbalance, profile)
+  return *select(labels, counts, seed), imbalance
+
+
 def hold_out(
-  kept: np.ndarray, labels: np.ndarray, share: float, seed: int
+  kept: np.ndarray, labels: np.ndarray, share: float, seed: int, least: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Splits training indices into those that train and those held out for selection.
+  """Splits training indices into those that train and those held out, for selection or as a test.
 
   Args:
     kept: [N] indices.
     labels: [N] of them.
     share: of each class that is held out, rounded down; at least one example always trains.
     seed: of a generator of its own, so that the same examples are kept whatever is held out.
+    least: so many are held out at least, of classes that have more.
 
   Returns:
     (training, held out), each in the order of `kept`.
@@ -90,7 +156,7 @@ def hold_out(
   held = np.zeros(len(kept), bool)
   for label in np.unique(labels):
     positions = np.flatnonzero(labels == label)
-    number = int(share * len(positions))
+    number = min(max(int(share * len(positions)), least), len(positions) - 1)
     held[generator.permutation(positions)[:number]] = True
   return kept[~held], kept[held]
 

@@ -27,7 +27,8 @@ from input_pipeline.source import Source
 from memdiff.errors import ConfigError, DataError
 
 _CHUNK = 1000  # records read at a time
-_DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError)  # what Pillow and array_record raise
+# What Pillow and array_record raise.
+_DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 INDEX_FILE = "memdiff_index.npz"
 _INDEX_ARRAYS = {
   f"{part}_{what}" for part in ("train", "test") for what in ("labels", "names", "stored")

@@ -78,8 +78,11 @@ def data_of(train_images=None, holdout=0):
   test_labels = np.tile(np.arange(3), 5).astype(np.int32)
   test, images = pictures(test_labels, 1), pictures(labels, 0)
   return LongTailDataset(
-    "patterns", ("a", "b", "c"), "natural", 4.0, images if train_images is None else train_images,
-    labels, test[:holdout], test_labels[:holdout], test[:0], test_labels[:0], test, test_labels, "",
+    name="patterns", class_names=("a", "b", "c"), profile="natural", imbalance=4.0,
+    train_images=images if train_images is None else train_images, train_labels=labels,
+    holdout_images=test[:holdout], holdout_labels=test_labels[:holdout],
+    left_out_images=test[:0], left_out_labels=test_labels[:0],
+    test_images=test, test_labels=test_labels, split_sha256="",
   )  # fmt: skip
 
 

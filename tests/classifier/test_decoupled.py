@@ -68,8 +68,10 @@ def data_of(streamed=False):
   images = lazy if streamed else lazy[:][..., :1]
   none, no_label = images[:0], LABELS[:0]
   return LongTailDataset(
-    "greys", ("a", "b", "c"), "natural", 24.0, images, LABELS, none, no_label, none, no_label,
-    images, LABELS, "",
+    name="greys", class_names=("a", "b", "c"), profile="natural", imbalance=24.0,
+    train_images=images, train_labels=LABELS, holdout_images=none, holdout_labels=no_label,
+    left_out_images=none, left_out_labels=no_label, test_images=images, test_labels=LABELS,
+    split_sha256="",
   )  # fmt: skip
 
 

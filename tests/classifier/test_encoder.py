@@ -169,8 +169,10 @@ def data_of(channels=3, streamed=False):
   labels = np.array([0, 1] * 3, np.int32)
   none = images[:0]
   return LongTailDataset(
-    "pets", ("cat", "dog"), "natural", 1.0, images, labels, none, labels[:0], none, labels[:0],
-    images, labels, "",
+    name="pets", class_names=("cat", "dog"), profile="natural", imbalance=1.0,
+    train_images=images, train_labels=labels, holdout_images=none, holdout_labels=labels[:0],
+    left_out_images=none, left_out_labels=labels[:0], test_images=images, test_labels=labels,
+    split_sha256="",
   )  # fmt: skip
 
 

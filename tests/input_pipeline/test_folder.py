@@ -115,6 +115,58 @@ def test_palettes_become_their_colours(root, options):
   assert image[0, 0].tolist() == [10, 20, 30] and image[0, 1].tolist() == [40, 50, 60]
 
 
+# How pixels that a camera stored with each orientation become upright (EXIF 2.3, tag 0x0112).
+UPRIGHT = {
+  1: lambda x: x,
+  2: lambda x: x[:, ::-1],
+  3: lambda x: x[::-1, ::-1],
+  4: lambda x: x[::-1],
+  5: lambda x: x.transpose(1, 0, 2),
+  6: lambda x: np.rot90(x, -1),
+  7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
+  8: lambda x: np.rot90(x),
+}
+
+
+def exif_of(orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  return exif
+
+
+@pytest.mark.parametrize("orientation", [*UPRIGHT, 0, 9])
+@pytest.mark.parametrize("mode", ["RGB", "P", "L", "I;16"])
+def test_photographs_are_turned_upright(tmp_path, orientation, mode):
+  pixels = noise(40, (4, 7), channels=3 if mode == "RGB" else 1)
+  if mode == "I;16":
+    picture = Image.fromarray(pixels.astype(np.uint16) * 256)
+  else:
+    picture = Image.fromarray(pixels)
+    picture = picture.convert(mode) if mode == "P" else picture
+  picture.save(tmp_path / "a.png", exif=exif_of(orientation))
+  stored = pixels if mode == "RGB" else np.repeat(pixels[..., None], 3, axis=-1)
+  shown = folder.FolderImages([tmp_path / "a.png"])[0]
+  np.testing.assert_array_equal(shown, UPRIGHT.get(orientation, UPRIGHT[1])(stored))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_other_formats_are_turned_too(tmp_path, suffix):
+  pixels = np.zeros((8, 16, 3), np.uint8)
+  pixels[:, :8] = 255
+  save(tmp_path / f"a.{suffix}", pixels, exif=exif_of(6), quality=95)
+  image = folder.FolderImages([tmp_path / f"a.{suffix}"])[0]
+  assert image.shape == (16, 8, 3) and image[:6].min() > 230 and image[10:].max() < 25
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF")
+@pytest.mark.parametrize("exif", [
+  b"Exif\0\0nonsense", b"Exif\0\0MM\0*", b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01", b"?" * 40,
+])  # fmt: skip
+def test_damaged_exif_does_not_spoil_the_pixels(root, exif):
+  save(root / "train/cat/0.png", noise(41), exif=exif)
+  np.testing.assert_array_equal(load(root).train_images[0], noise(41))
+
+
 # --- sizes -----------------------------------------------------------------------------------
 
 

@@ -131,6 +131,21 @@ def test_a_selection_of_a_selection_is_that_of_arrays(first, data):
   np.testing.assert_array_equal(images[:], views[first][np.array(second, int)])
 
 
+@pytest.mark.parametrize("key", [
+  np.arange(9) % 2 == 0, (np.arange(9) > 6).tolist(), np.zeros(9, bool), [-1, 3, 3], [],
+  np.array([2, 0], np.uint8), slice(1, None, 3),
+], ids=str)  # fmt: skip
+def test_a_selection_is_that_of_an_array(reader, key):
+  views = np.stack([view(image) for image in reader.images])
+  np.testing.assert_array_equal(LazyImages(reader, SIZE).take(key)[:], views[key])
+
+
+@pytest.mark.parametrize("key", [[9], [-10], np.ones(8, bool), [0.0, 1.0]], ids=str)
+def test_a_selection_that_an_array_refuses_is_refused(reader, key):
+  with pytest.raises(IndexError):
+    LazyImages(reader, SIZE).take(key)
+
+
 def test_a_loop_goes_over_all_views_once(reader):
   images = LazyImages(reader, SIZE, np.array([1, 0]))
   results = list(images)

@@ -380,6 +380,16 @@ def test_an_image_that_is_none_is_named_when_it_is_read(tmp_path):
     images.read(0)
 
 
+def test_images_too_large_to_be_true_are_one_sentence(copy, monkeypatch):
+  index("imagenet2012", copy)
+  images = load("imagenet2012", copy).train_images
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+  with pytest.raises(DataError, match=r"Image \d of the train split of imagenet2012 .*800 pixels"):
+    images.read(0)
+  with pytest.raises(DataError, match=r"The train split of cifar10 in .* is damaged \(.*pixels"):
+    load("cifar10", copy)
+
+
 # --- without TensorFlow ----------------------------------------------------------------------
 
 READER = """

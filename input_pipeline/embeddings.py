@@ -1,0 +1,333 @@
+"""Embeddings as a data set: rows of numbers with labels, made long-tailed where asked.
+
+For features that another model made (CLIP, DINO, a tabular model): read from .npz, .npy or Parquet,
+checked, and split like images are. Synthetic features are written back in the same formats.
+
+A class of one row is allowed: it trains, and is not tested where the test set is split off. A class
+without test rows has no accuracy of its own.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from input_pipeline import feature_files, long_tail
+from input_pipeline.feature_files import LabelledRows
+from memdiff.config import at_least, between, one_of
+from memdiff.errors import ConfigError, DataError
+from memdiff.runtime.workdir import write_arrays, write_atomically
+
+PROFILES = (*long_tail.PROFILES, "natural")
+_OPTIONAL = "class_names"  # the name of an array that a file may lack
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraysConfig:
+  """Names in .npz files."""
+
+  features: str
+  labels: str
+  class_names: str
+  test_features: str
+  test_labels: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnsConfig:
+  """Names in Parquet files."""
+
+  features: str
+  label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingsConfig:
+  train_path: str
+  train_labels_path: str
+  test_path: str
+  test_labels_path: str
+  test_share: float = between(0, 0.5)
+  test_seed: int = between(0, 2**32 - 1)
+  arrays: ArraysConfig
+  columns: ColumnsConfig
+  profile: str = one_of(PROFILES)
+  imbalance: float = at_least(1)
+  split_seed: int = between(0, 2**32 - 1)
+  holdout: float = between(0, 0.5)
+  skip_non_finite: bool
+
+  def __post_init__(self):
+    if self.test_path and self.test_share:
+      raise ValueError(
+        f"test_path is {self.test_path} and test_share is {self.test_share:g}, but the test set is"
+        " either in a file or split off; give one of them."
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongTailEmbeddings(long_tail.LongTailLabels):
+  """A long-tailed training set of embeddings, its test set, and what the long tail left out."""
+
+  train_features: np.ndarray  # [N, D] float32, in the units of the file
+  holdout_features: np.ndarray
+  left_out_features: np.ndarray
+  test_features: np.ndarray
+  train_rows: np.ndarray  # [N] int64, rows of the training file, from 0
+  label_values: np.ndarray  # [C] the classes as the file calls them: whole numbers or texts
+  num_skipped: int  # rows left out for a NaN or an infinity, of train and test
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def load(config: EmbeddingsConfig) -> LongTailEmbeddings:
+  """Reads labelled embeddings, splits off a test set where asked, and cuts the long tail.
+
+  Classes are the labels of the training file in ascending order, or the file's `class_names` in
+  theirs, which then must name a class each: label c, or the label itself where labels are texts.
+
+  Raises:
+    ConfigError, DataError: with a sentence that says what to do.
+  """
+  train = _read(config.train_path, config.train_labels_path, config, "train")
+  test = _read_test(config)
+  values, names = _classes(train)
+  labels = _encode(train, values, train.where)
+  rows = _usable_rows(train, config.skip_non_finite)
+  num_skipped = len(labels) - len(rows)
+  _check_train(train, labels, rows, names)
+  if test is None:
+    rows, test_rows = long_tail.hold_out(
+      rows, labels[rows], config.test_share, config.test_seed, least=1
+    )
+    test_features, test_labels = train.features[test_rows], labels[test_rows]
+    if not len(test_rows):
+      raise DataError(f"No class in {train.where} has two rows, so that no test set can be split.")
+  else:
+    _check_test(train, test)
+    test_rows = _usable_rows(test, config.skip_non_finite)
+    num_skipped += len(test.labels) - len(test_rows)
+    test_features = test.features[test_rows]
+    test_labels = _encode(test, values, train.where)[test_rows]
+  kept, left_out, imbalance = long_tail.cut(
+    labels[rows], names, config.profile, config.imbalance, config.split_seed
+  )
+  kept, left_out = rows[kept], rows[left_out]
+  trained, held_out = long_tail.hold_out(kept, labels[kept], config.holdout, config.split_seed)
+  return LongTailEmbeddings(
+    name=pathlib.Path(config.train_path).name,
+    class_names=names,
+    profile=config.profile,
+    imbalance=imbalance,
+    train_features=train.features[trained],
+    train_labels=labels[trained],
+    holdout_features=train.features[held_out],
+    holdout_labels=labels[held_out],
+    left_out_features=train.features[left_out],
+    left_out_labels=labels[left_out],
+    test_features=test_features,
+    test_labels=test_labels,
+    split_sha256=long_tail.fingerprint(kept),
+    train_rows=trained.astype(np.int64),
+    label_values=values,
+    num_skipped=num_skipped,
+  )
+
+
+def _read(path: str, labels_path: str, config: EmbeddingsConfig, part: str) -> LabelledRows:
+  """One file, by its suffix; `part` is train or test."""
+  where = f"config.dataset.{part}"
+  if not path:
+    raise DataError(f"{where}_path is empty; give a file of labelled embeddings.")
+  file, suffix = pathlib.Path(path).expanduser(), pathlib.Path(path).suffix.lower()
+  if suffix not in feature_files.SUFFIXES:
+    raise DataError(
+      f"{where}_path is {path}, but must end in one of {', '.join(feature_files.SUFFIXES)}."
+    )
+  if bool(labels_path) != (suffix == ".npy"):
+    raise ConfigError(
+      f"{where}_labels_path is {labels_path!r} with {path}; the file of labels is for .npy, and"
+      " needed there."
+    )
+  if suffix == ".npy":
+    return feature_files.read_npy(file, pathlib.Path(labels_path).expanduser())
+  if suffix == ".parquet":
+    return feature_files.read_parquet(file, config.columns.features, config.columns.label)
+  names = config.arrays
+  found = feature_files.read_npz(file, names.features, names.labels, names.class_names)
+  if found.class_names is None and names.class_names != _OPTIONAL:
+    raise DataError(
+      f"{path} has no array {names.class_names!r}, but config.dataset.arrays.class_names is that."
+    )
+  return found
+
+
+def _read_test(config: EmbeddingsConfig) -> LabelledRows | None:
+  """The given test set, or None where it is to be split off."""
+  if config.test_path:
+    return _read(config.test_path, config.test_labels_path, config, "test")
+  if config.test_labels_path:
+    raise ConfigError(
+      f"config.dataset.test_labels_path is {config.test_labels_path}, but config.dataset.test_path"
+      " is empty."
+    )
+  train, names = pathlib.Path(config.train_path).expanduser(), config.arrays
+  inside = train.suffix.lower() == ".npz" and names.test_features in feature_files.npz_names(train)
+  if inside and config.test_share:
+    raise ConfigError(
+      f"config.dataset.test_share is {config.test_share:g}, but {train} holds a test set"
+      f" ({names.test_features}); set it to 0, or name another array in"
+      " config.dataset.arrays.test_features."
+    )
+  if not inside and not config.test_share:
+    raise DataError(
+      f"{train} holds no test set; give config.dataset.test_path, or split one off with"
+      " config.dataset.test_share, for example 0.2."
+    )
+  if not inside:
+    return None
+  return feature_files.read_npz(train, names.test_features, names.test_labels, names.class_names)
+
+
+def _classes(train: LabelledRows) -> tuple[np.ndarray, tuple[str, ...]]:
+  """Label values [C] and names of the classes."""
+  values, names = np.unique(train.labels), train.class_names
+  if names is None:
+    names = tuple(str(value) for value in values.tolist())
+  else:
+    if len(set(names)) < len(names):
+      twice = next(name for name in names if names.count(name) > 1)
+      raise DataError(f"The class names in {train.where} have {twice!r} more than once.")
+    named = np.array(names) if train.labels.dtype.kind == "U" else np.arange(len(names))
+    present, possible = values.tolist(), named.tolist()
+    without = sorted(set(possible) - set(present), key=possible.index)
+    if without:
+      raise DataError(
+        f"{train.where} has {len(names)} class names, but no row with the label {without[0]!r};"
+        " every class needs at least one."
+      )
+    unknown = sorted(set(present) - set(possible))
+    if unknown:
+      raise DataError(
+        f"{train.where} has the label {unknown[0]!r}, but no class name for it among {len(names)}."
+      )
+    values = named
+  if len(names) < 2:
+    raise DataError(f"{train.where} has one class, {names[0]!r}; a classifier needs at least two.")
+  return values, names
+
+
+def _encode(rows: LabelledRows, values: np.ndarray, train: str) -> np.ndarray:
+  """Classes [N] int32 of the labels of `rows`."""
+  number = {value: c for c, value in enumerate(values.tolist())}
+  present, inverse = np.unique(rows.labels, return_inverse=True)
+  unknown = [i for i, value in enumerate(present.tolist()) if value not in number]
+  if unknown:
+    raise DataError(
+      f"Row {np.argmax(inverse == unknown[0])} of {rows.where} has the label"
+      f" {present.tolist()[unknown[0]]!r}, which no row of {train} has."
+    )
+  return np.array([number[value] for value in present.tolist()], np.int32)[inverse]
+
+
+def _usable_rows(rows: LabelledRows, skip: bool) -> np.ndarray:
+  """Numbers of the finite rows. Raises DataError for others, or says that they are left out."""
+  finite = np.isfinite(rows.features).all(axis=1)
+  bad = np.flatnonzero(~finite).tolist()
+  if bad and not skip:
+    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    raise DataError(
+      f"Row {bad[0]}{more} of {rows.where} has a NaN or an infinity; repair such rows, or leave"
+      " them out with --config.dataset.skip_non_finite=True."
+    )
+  if len(bad) == len(finite):
+    raise DataError(f"Every row of {rows.where} has a NaN or an infinity.")
+  if bad:
+    some = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+    print(f"memdiff: left out {len(bad)} rows of {rows.where} that have a NaN or an infinity: "
+          f"{some}", file=sys.stderr)  # fmt: skip
+  return np.flatnonzero(finite)
+
+
+def _check_train(train: LabelledRows, labels, rows, names: Sequence[str]) -> None:
+  """Raises DataError where the usable rows cannot be learnt from."""
+  empty = np.flatnonzero(np.bincount(labels[rows], minlength=len(names)) == 0)
+  if len(empty):
+    raise DataError(
+      f"Every row of the class {names[empty[0]]!r} in {train.where} has a NaN or an infinity; every"
+      " class needs at least one."
+    )
+  used = train.features[rows]
+  if (used == used[:1]).all():
+    raise DataError(f"All rows of features in {train.where} are the same; they tell nothing apart.")
+
+
+def _check_test(train: LabelledRows, test: LabelledRows) -> None:
+  """Raises DataError where the test set speaks of something else than the training set."""
+  widths = train.features.shape[1], test.features.shape[1]
+  if widths[0] != widths[1]:
+    raise DataError(
+      f"The rows of {train.where} have {widths[0]} numbers and those of {test.where} {widths[1]};"
+      " they must be of one model."
+    )
+  if test.class_names is not None and test.class_names != train.class_names:
+    raise DataError(f"{train.where} and {test.where} name the classes differently.")
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def write_synthetic(
+  path: str | pathlib.Path,
+  data: LongTailEmbeddings,
+  method: str | Sequence[str],
+  *,
+  features: np.ndarray,
+  labels: np.ndarray,
+  confidence: np.ndarray,
+  number: np.ndarray,
+  num_exemplars: np.ndarray,
+  nearest_index: np.ndarray,
+  nearest_distance: np.ndarray,
+) -> None:
+  """Writes synthetic features so that they can be used like the file they were made from.
+
+  Arrays (.npz) or columns (.parquet): features, labels (label in Parquet) as the training file
+  calls them, confidence, method, number, num_exemplars, nearest_row of the training file from 0,
+  nearest_distance. `load` reads such a file.
+
+  Args:
+    path: ends in .npz or .parquet.
+    data: the set they were made from.
+    method: what made them, for all rows or per row.
+    features: [M, D] in the units of the training file.
+    labels: [M] classes, int in [0, C).
+    confidence, number, num_exemplars, nearest_distance: [M], as in
+      `memdiff.hallucination.SyntheticFeatures`.
+    nearest_index: [M] index into `data.train_features`.
+
+  Raises:
+    ConfigError: for another suffix. WorkdirError: where it cannot be written.
+  """
+  path = pathlib.Path(path)
+  suffix = path.suffix.lower()
+  if suffix not in (".npz", ".parquet"):
+    raise ConfigError(f"The path of synthetic features, {path}, must end in .npz or .parquet.")
+  labels = np.asarray(labels)
+  arrays = {
+    "features": np.asarray(features, np.float32),
+    "label" if suffix == ".parquet" else "labels": data.label_values[labels],
+    "confidence": np.asarray(confidence),
+    "method": np.broadcast_to(np.asarray(method), len(labels)),
+    "number": np.asarray(number),
+    "num_exemplars": np.asarray(num_exemplars),
+    "nearest_row": data.train_rows[nearest_index],
+    "nearest_distance": np.asarray(nearest_distance),
+  }
+  if suffix == ".npz":
+    write_arrays(path, arrays)
+  else:
+    write_atomically(path, feature_files.parquet_bytes(arrays))
