@@ -84,48 +84,51 @@ def _rank_in_class(labels: jax.Array) -> jax.Array:
 
 
 def _update_rows(bank, features, labels, draws, *, horizon):
-  """Offers a batch to the rows of one device; labels outside [0, rows) belong elsewhere."""
+  """Offers a batch to the rows of one device; labels outside [0, rows) belong elsewhere.
+
+  Only the batch is looked at, pair by pair: the cost does not depend on the number of rows.
+  """
   rows, num_slots, _ = bank.slots.shape
-  batch = labels.shape[0]
+  batch = jnp.arange(labels.shape[0])
   mine = (labels >= 0) & (labels < rows)
   labels = jnp.where(mine, labels, rows)
-  offered = jnp.zeros((rows,), jnp.int32).at[labels].add(1, mode="drop")
-  total = bank.seen + offered
+  same_class = (labels[:, None] == labels[None]) & mine[None]
+  offered = same_class.sum(axis=1, dtype=jnp.int32)
+  before = bank.seen.at[labels].get(mode="fill", fill_value=0)
+  total = before + offered
   # The m-th feature of its class, m = 1, 2, ...
-  position = bank.seen.at[labels].get(mode="fill", fill_value=0) + _rank_in_class(labels) + 1
+  position = before + _rank_in_class(labels) + 1
 
   # Reservoir: feature m takes slot m - 1 while there is room, then a uniform draw out of m
   # places, of which the first K are slots. Where several rows of a batch hit a slot, the last one
   # stays, as it would have one by one.
   slot = jnp.where(position <= num_slots, position - 1, draws(position))
   target = jnp.where(mine & (slot < num_slots), labels * num_slots + slot, rows * num_slots)
-  row_index = jnp.arange(batch, dtype=jnp.int32)
-  winner = jnp.full((rows * num_slots,), -1, jnp.int32).at[target].max(row_index, mode="drop")
-  stays = winner.at[target].get(mode="fill", fill_value=-1) == row_index
+  later = (target[:, None] == target[None]) & (batch[None] > batch[:, None])
+  target = jnp.where(later.any(axis=1), rows * num_slots, target)
   flat = bank.slots.reshape(rows * num_slots, -1)
-  flat = flat.at[jnp.where(stays, target, rows * num_slots)].set(features, mode="drop")
+  flat = flat.at[target].set(features, mode="drop")
 
   # Prototype: the closed form of the one-by-one recursion, across the horizon H. With n = total,
   # feature m <= H weighs 1/min(n, H) (1 - 1/H)^max(0, n - H), feature m > H (1 - 1/H)^(n - m) / H.
-  fresh = jnp.minimum(total, horizon).astype(jnp.float32)  # min(n, H)
+  fresh = jnp.maximum(jnp.minimum(total, horizon), 1).astype(jnp.float32)  # min(n, H)
   decay = (1 - 1 / horizon) ** jnp.maximum(total - horizon, 0).astype(jnp.float32)
-  n = total.at[labels].get(mode="fill", fill_value=1)
   weight = jnp.where(
     position <= horizon,
-    (decay / jnp.maximum(fresh, 1)).at[labels].get(mode="fill", fill_value=0.0),
-    (1 - 1 / horizon) ** (n - position).astype(jnp.float32) / horizon,
+    decay / fresh,
+    (1 - 1 / horizon) ** (total - position).astype(jnp.float32) / horizon,
   )
-  members = jax.nn.one_hot(labels, rows).T * jnp.where(mine, weight, 0.0)[None]  # [rows, B]
-  added = jnp.matmul(members, features, precision=jax.lax.Precision.HIGHEST)
+  added = jnp.matmul(same_class * weight[None], features, precision=jax.lax.Precision.HIGHEST)
   kept = jnp.where(
-    bank.seen >= horizon,
-    (1 - 1 / horizon) ** offered.astype(jnp.float32),
-    decay * bank.seen / jnp.maximum(fresh, 1),
+    before >= horizon, (1 - 1 / horizon) ** offered.astype(jnp.float32), decay * before / fresh
   )
-  prototype = jnp.where(
-    (offered > 0)[:, None], kept[:, None] * bank.prototype + added, bank.prototype
+  moved = kept[:, None] * bank.prototype.at[labels].get(mode="fill", fill_value=0.0) + added
+  last = position == total  # of its class in the batch
+  return MemoryBank(
+    prototype=bank.prototype.at[jnp.where(last, labels, rows)].set(moved, mode="drop"),
+    slots=flat.reshape(bank.slots.shape),
+    seen=bank.seen.at[labels].add(1, mode="drop"),
   )
-  return MemoryBank(prototype=prototype, slots=flat.reshape(bank.slots.shape), seen=total)
 
 
 def update(
@@ -188,14 +191,18 @@ def read(bank: MemoryBank, labels: jax.Array, *, mesh: Mesh) -> Memory:
   spec = class_spec(rows, mesh)
 
   def on_device(prototype, slots, seen, labels):
-    # One array, so that one all-reduce carries all of a class's rows.
-    counts = jnp.broadcast_to(seen[:, None, None].astype(slots.dtype), prototype[:, None].shape)
-    packed = jnp.concatenate([slots, prototype[:, None], counts], axis=1)
+    def pick(row):
+      # One array, so that one all-reduce carries all of a class's rows; packed after they are
+      # picked, since the bank may be large.
+      mean = prototype[row][:, None]
+      counts = jnp.broadcast_to(seen[row][:, None, None].astype(slots.dtype), mean.shape)
+      return jnp.concatenate([slots[row], mean, counts], axis=1)
+
     if not spec[0]:
-      return packed[labels]
-    local = labels - jax.lax.axis_index(mesh_lib.DATA_AXIS) * packed.shape[0]
-    mine = (local >= 0) & (local < packed.shape[0])
-    picked = jnp.where(mine[:, None, None], packed[jnp.where(mine, local, 0)], 0.0)
+      return pick(labels)
+    local = labels - jax.lax.axis_index(mesh_lib.DATA_AXIS) * seen.shape[0]
+    mine = (local >= 0) & (local < seen.shape[0])
+    picked = jnp.where(mine[:, None, None], pick(jnp.where(mine, local, 0)), 0.0)
     return jax.lax.psum(picked, mesh_lib.DATA_AXIS)
 
   packed = jax.shard_map(
