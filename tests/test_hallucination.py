@@ -1,279 +1,284 @@
-"""Hallucination: how many, how trusted, where from, and never into the bank."""
+"""Hallucination: what the denoiser may be asked, how far it is guided, chunk by chunk."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from memdiff import hallucination, memory_bank
-from memdiff.diffusion.denoisers import DenoiserConfig, MLPDenoiser
+from memdiff import hallucination
+from memdiff.config import as_dict, build
+from memdiff.diffusion import objectives, sampler
+from memdiff.diffusion.denoisers import DenoiserConfig
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.errors import ConfigError
-from memdiff.feature_space import fit_standardizer
-from memdiff.hallucination import HallucinationConfig, SyntheticFeatures
-from memdiff.memory_bank import MemoryBank
+from memdiff.feature_diffusion import CONDITIONS, DENOISERS, DiffusionConfig
+from memdiff.hallucination import SamplerConfig
+from memdiff.memory_bank import Memory, MemoryBank
+from memdiff.runtime.train_state import OptimizerConfig
 
 CLASSES, ROWS, SLOTS, DIM = 3, 4, 4, 5
-COUNTS = np.array([30, 6, 2])
-LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(CLASSES), COUNTS))
-CONFIG = HallucinationConfig(
-  tail_below=20, fill_to=10, sampler="ddpm", num_steps=5, guidance=1.0, x0_limit=6.0,
-  condition="class_and_memory",
-  chunk_size=5, confidence="cosine", confidence_power=1.0, normalize_confidence=True,
+SAMPLING = SamplerConfig(
+  sampler="ddpm", num_steps=4, condition="class_and_memory", guidance=(1.0,), start=(1.0,),
+  x0_limit=6.0, chunk_size=4,
 )  # fmt: skip
+TRAINING = DiffusionConfig(
+  schedule=ScheduleConfig("cosine", 20), prediction="v", objective=objectives.PLAIN, ema_decay=0.9,
+  num_steps=10,
+  optimizer=OptimizerConfig("adamw", 1e-3, "cosine", (), (), 0.9, False, 0.0, 0.0, 1.0),
+  denoiser=DenoiserConfig("mlp", width=16, num_blocks=1, embedding_dim=8, num_heads=2),
+  condition="class_and_memory", class_exponent=0.5, label_dropout=0.1, anonymous=0.5,
+  displacement=1.0, batch_size=8,
+)  # fmt: skip
+SCHEDULE = NoiseSchedule(TRAINING.schedule)
+LABELS = jnp.array([0, 1, 2, 1, 0, 2, 2])  # a chunk and a part of one
 
 
-def change(**fields):
-  return dataclasses.replace(CONFIG, **fields)
+@pytest.fixture(autouse=True, scope="module")
+def compile_fast():
+  """These tests compile much and compute little."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
 
 
-# --- the plan --------------------------------------------------------------------------------
+def normal(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
 
 
-@given(st.lists(st.integers(1, 200), min_size=2, max_size=10), st.integers(1, 150),
-       st.integers(1, 250))  # fmt: skip
-def test_tail_classes_are_filled_up_to_the_target_and_no_others(counts, tail_below, fill_to):
-  expected = [max(fill_to - n, 0) if n < tail_below else 0 for n in counts]
-  config = change(tail_below=tail_below, fill_to=fill_to)
-  if sum(expected) == 0:
-    with pytest.raises(ConfigError, match=f"tail_below={tail_below} .*fill_to={fill_to}"):
-      hallucination.plan(np.array(counts), config)
-  else:
-    assert hallucination.plan(np.array(counts), config).tolist() == expected
-
-
-# --- confidences -----------------------------------------------------------------------------
-
-
-def make_case(seed=0, num=40):
-  """Random synthetic rows of all classes, a bank with an empty row, and logits."""
-  rng = np.random.default_rng(seed)
-  features = rng.normal(size=(num, DIM)).astype(np.float32) + 2
-  labels = np.sort(rng.integers(0, CLASSES, num)).astype(np.int32)
-  prototype = rng.normal(size=(ROWS, DIM)).astype(np.float32) + 2
-  bank = MemoryBank(
-    prototype=jnp.asarray(prototype), slots=jnp.zeros((ROWS, SLOTS, DIM)),
-    seen=jnp.array([30, 6, 2, 0]),
+def make_bank():
+  """Classes with all slots full, with two filled, with one; and the row of no class."""
+  return MemoryBank(
+    prototype=normal(1, ROWS, DIM), slots=normal(2, ROWS, SLOTS, DIM),
+    seen=jnp.array([30, 2, 1, 0]),
   )  # fmt: skip
-  logits = (rng.normal(size=(num, CLASSES)) * 2).astype(np.float32)
-  return features, labels, bank, logits
 
 
-def raw_confidence(name, case, **fields):
-  config = change(confidence=name, normalize_confidence=False, **fields)
-  features, labels, bank, logits = case
-  return np.asarray(
-    hallucination.confidence(
-      jnp.asarray(features), jnp.asarray(labels), bank, jnp.asarray(logits), config
-    )
+@functools.cache
+def make_denoiser(name):
+  """Untrained, with random weights everywhere, so that every input matters."""
+  config = dataclasses.replace(TRAINING.denoiser, name=name)
+  model = DENOISERS[name](CLASSES, DIM, config)
+  memory = Memory(jnp.zeros((1, DIM)), jnp.zeros((1, SLOTS, DIM)), jnp.ones((1, SLOTS), bool),
+                  jnp.ones(1))  # fmt: skip
+  params = jax.jit(model.init)(
+    jax.random.key(0), jnp.zeros((1, DIM)), jnp.zeros(1), jnp.zeros(1, int), memory
+  )["params"]
+  leaves, treedef = jax.tree.flatten(params)
+  moved = [x + 0.3 * normal(i, *x.shape) for i, x in enumerate(leaves)]
+  return model, jax.tree.unflatten(treedef, moved)
+
+
+@pytest.fixture(params=sorted(DENOISERS))
+def made(request):
+  return make_denoiser(request.param)
+
+
+@pytest.fixture
+def mlp():
+  return make_denoiser("mlp")
+
+
+# --- settings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [(1.0,), (0.0, 1.0, 3.5), (2,)])
+def test_guidance_is_one_scale_or_several(guidance):
+  config = build(SamplerConfig, as_dict(SAMPLING) | {"guidance": guidance})
+  assert config.guidance == tuple(map(float, guidance))
+  assert dataclasses.replace(SAMPLING, guidance=config.guidance) == config
+
+
+@pytest.mark.parametrize("guidance", [(), (-0.5,), (1.0, -1.0), 1.0, ("1",)])
+def test_guidance_is_nothing_else(guidance):
+  with pytest.raises(ConfigError, match="guidance"):
+    build(SamplerConfig, as_dict(SAMPLING) | {"guidance": guidance})
+
+
+# Trained condition, share of anonymous rows, of rows without anything -> what may be sampled.
+LEARNED = [
+  ("class_and_memory", 0.5, 0.1, {"class_and_memory", "memory"}),
+  ("class_and_memory", 0.0, 0.1, {"class_and_memory"}),
+  ("class_and_memory", 1.0, 0.1, {"memory"}),
+  ("class_and_memory", 0.5, 1.0, set()),
+  ("memory", 0.5, 0.1, {"memory"}),
+  ("class", 0.5, 0.0, {"class"}),
+]
+
+
+@pytest.mark.parametrize(("condition", "anonymous", "dropout", "learned"), LEARNED)
+@pytest.mark.parametrize("sampled", CONDITIONS)
+def test_only_what_was_learned_may_be_sampled(condition, anonymous, dropout, learned, sampled):
+  trained = dataclasses.replace(
+    TRAINING, condition=condition, anonymous=anonymous, label_dropout=dropout
+  )
+  config = dataclasses.replace(SAMPLING, condition=sampled)
+  if sampled in learned:
+    hallucination.check_conditions(trained, config)
+    return
+  with pytest.raises(ValueError, match=f"condition is '{sampled}'") as error:
+    hallucination.check_conditions(trained, config)
+  words = " and ".join(c for c in CONDITIONS if c in learned) or "no condition"
+  assert f"the denoiser learns {words};" in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("guidance", "dropout", "allowed"),
+  [
+    ((1.0,), 0.0, True), ((1.0, 1.0), 0.0, True), ((2.0,), 0.1, True), ((0.0, 1.0), 0.1, True),
+    ((2.0,), 0.0, False), ((1.0, 2.0), 0.0, False), ((0.0,), 0.0, False),
+  ],
+)  # fmt: skip
+def test_guidance_needs_rows_without_a_label_in_training(guidance, dropout, allowed):
+  trained = dataclasses.replace(TRAINING, label_dropout=dropout)
+  config = dataclasses.replace(SAMPLING, guidance=guidance)
+  if allowed:
+    hallucination.check_conditions(trained, config)
+  else:
+    with pytest.raises(ValueError, match=r"hallucination\.guidance is .*label_dropout"):
+      hallucination.check_conditions(trained, config)
+
+
+# --- guidance --------------------------------------------------------------------------------
+
+
+def read_by_indexing(bank, labels):
+  stored = jnp.arange(SLOTS)[None] < bank.seen[labels][:, None]
+  return Memory(
+    bank.prototype[labels], bank.slots[labels], stored, bank.seen[labels].astype(jnp.float32)
   )
 
 
-def softmax(logits):
-  p = np.exp(logits.astype(float))
-  return p / p.sum(axis=1, keepdims=True)
-
-
-def expected_confidence(name, case):
-  features, labels, bank, logits = case
-  p = softmax(logits)
-  entropy = -(p * np.log(p)).sum(axis=1)
-  if name == "cosine":
-    prototypes = np.asarray(bank.prototype, float)
-    centre = prototypes[:CLASSES].mean(axis=0)  # the empty row is no class
-    a, b = features - centre, prototypes[labels] - centre
-    cosine = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    return np.maximum(cosine, 0)
-  return {
-    "certainty": 1 - entropy / np.log(CLASSES),
-    "entropy_literal": entropy,
-    "probability": p[np.arange(len(labels)), labels],
-  }[name]
-
-
-@pytest.mark.parametrize("name", ["cosine", "certainty", "entropy_literal", "probability"])
-@pytest.mark.parametrize("power", [1.0, 2.5])
-def test_confidences_equal_their_formulas(name, power):
-  case = make_case()
-  expected = expected_confidence(name, case) ** power
-  result = raw_confidence(name, case, confidence_power=power)
-  np.testing.assert_allclose(result, expected, rtol=2e-4, atol=1e-5)
-  assert expected.std() > 0.05
-
-
-def test_every_named_confidence_is_tested():
-  assert set(hallucination.CONFIDENCES) == {
-    "cosine", "certainty", "entropy_literal", "probability"
-  }  # fmt: skip
-
-
-def test_literal_entropy_rewards_uncertainty_and_certainty_the_opposite():
-  features, labels, bank, _ = make_case(num=3)
-  logits = np.array([[9.0, 0, 0], [1.0, 0, 0], [0, 0, 0]], np.float32)  # less and less sure
-  literal = raw_confidence("entropy_literal", (features, labels, bank, logits))
-  certain = raw_confidence("certainty", (features, labels, bank, logits))
-  assert (np.diff(literal) > 0).all() and (np.diff(certain) < 0).all()
-  assert literal[2] == pytest.approx(np.log(3)) and certain[0] > 0.99
-  assert abs(certain[2]) < 1e-6
-
-
-def test_a_classifier_without_a_clue_gives_no_negative_certainty():
-  """A power of a negative rounding error would be NaN."""
-  features, labels, bank, _ = make_case(num=1)
-  for num_classes in (2, 3, 10, 12, 16, 20, 100):
-    case = features, labels, bank, np.zeros((1, num_classes), np.float32)
-    result = raw_confidence("certainty", case, confidence_power=0.5)
-    assert np.isfinite(result).all(), num_classes
-    assert (result >= 0).all() and (result < 1e-2).all()
-
-
-@pytest.mark.parametrize("name", ["cosine", "certainty", "entropy_literal", "probability"])
-def test_normalised_confidence_has_mean_one_in_each_class(name):
-  features, labels, bank, logits = make_case(3)
-  raw = raw_confidence(name, (features, labels, bank, logits))
-  values = np.asarray(
-    hallucination.confidence(
-      jnp.asarray(features), jnp.asarray(labels), bank, jnp.asarray(logits),
-      change(confidence=name),
-    )
+def nothing_known(number):
+  return Memory(
+    jnp.zeros((number, DIM)), jnp.zeros((number, SLOTS, DIM)), jnp.zeros((number, SLOTS), bool),
+    jnp.zeros(number),
   )  # fmt: skip
-  for label in range(CLASSES):
-    own = labels == label
-    assert values[own].mean() == pytest.approx(1, rel=1e-4)
-    np.testing.assert_allclose(values[own], raw[own] / raw[own].mean(), rtol=1e-4)
 
 
-def test_confidence_is_a_constant_for_the_gradient():
-  features, labels, bank, logits = make_case()
+def predict_in_two(made, labels, memory, scale):
+  """Guidance by its formula, from two calls of the whole denoiser."""
+  model, params = made
 
-  def total(features, logits):
-    return sum(
-      hallucination.confidence(
-        features, jnp.asarray(labels), bank, logits, change(confidence=name)
-      ).sum()
-      for name in hallucination.CONFIDENCES
-    )
+  def predict(x, t):
+    number = x.shape[0]
+    time = jnp.tile(t, number)
+    no_class = jnp.full((number,), CLASSES)
+    told = model.apply({"params": params}, x, time, labels, memory)[0]
+    untold = model.apply({"params": params}, x, time, no_class, nothing_known(number))[0]
+    return (1 - scale) * untold + scale * told
 
-  gradients = jax.grad(total, argnums=(0, 1))(jnp.asarray(features), jnp.asarray(logits))
-  assert not any(np.asarray(g).any() for g in gradients)
-
-
-# --- the synthetic set -----------------------------------------------------------------------
+  return predict
 
 
-@pytest.fixture(scope="module")
-def made(mesh):
-  """A whole call on post-ReLU features with an untrained, randomised denoiser."""
-  rng = np.random.default_rng(1)
-  raw = np.maximum(rng.normal(size=(len(LABELS), DIM)) + LABELS[:, None] * 0.3, 0)
-  raw = jnp.asarray(raw, jnp.float32)
-  standardizer = fit_standardizer(raw)
-  update = jax.jit(
-    lambda f: memory_bank.update(
-      memory_bank.create(CLASSES, SLOTS, DIM), f, jnp.asarray(LABELS), jnp.ones(len(LABELS), bool),
-      jax.random.key(0), horizon=1000, mesh=mesh,
-    )
-  )  # fmt: skip
-  train = standardizer.forward(raw)
-  bank = update(train)
-  model = MLPDenoiser(CLASSES, DIM, DenoiserConfig(16, 1, 8, 2))
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_the_guided_denoiser_is_that_of_the_formula(made, scale):
+  memory, x, t = (
+    read_by_indexing(make_bank(), LABELS),
+    normal(5, len(LABELS), DIM),
+    jnp.array([3.0]),
+  )
+  expected = jax.jit(predict_in_two(made, LABELS, memory, scale))(x, t)
+
+  def predict(scale):
+    return hallucination.guided_denoiser(*made, LABELS, memory, scale)(x, t)
+
+  static, traced = jax.jit(lambda: predict(scale))(), jax.jit(predict)(scale)
+  np.testing.assert_allclose(static, expected, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(traced, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- samples ---------------------------------------------------------------------------------
+
+
+def sample(made, mesh, bank, labels, guidance, key=0, **fields):
+  model, params = made
+  config = dataclasses.replace(SAMPLING, **fields)
+  return hallucination.sample_features(
+    model, params, SCHEDULE, bank, labels, jax.random.key(key), config, "v", mesh, guidance
+  )
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_samples_are_those_of_the_guided_denoiser_chunk_by_chunk(mlp, mesh, condition):
+  """The last chunk is filled up with rows of class 0, which are thrown away."""
+  bank, scale = make_bank(), 1.7
+  result = jax.jit(lambda b: sample(mlp, mesh, b, LABELS, scale, condition=condition))(bank)
+  assert result.shape == (7, DIM) and result.dtype == jnp.float32
 
   @jax.jit
-  def make_params(bank):
-    memory = memory_bank.read(bank, jnp.zeros(1, int), mesh=mesh)
-    x, t, label = jnp.zeros((1, DIM)), jnp.zeros(1), jnp.zeros(1, int)
-    leaves, treedef = jax.tree.flatten(model.init(jax.random.key(0), x, t, label, memory)["params"])
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(
-      treedef, [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    )
-
-  params = make_params(bank)
-  head = {
-    "kernel": jax.random.normal(jax.random.key(8), (DIM, CLASSES)), "bias": jnp.zeros(CLASSES)
-  }  # fmt: skip
-  schedule = NoiseSchedule(ScheduleConfig("cosine", 20))
-  numbers = hallucination.plan(COUNTS, CONFIG)
-  before = jax.tree.map(lambda x: np.array(x), bank)
-
-  @jax.jit
-  def run(bank, key):
-    return hallucination.hallucinate(
-      model, params, schedule, bank, standardizer, head, train, jnp.asarray(LABELS), numbers, key,
-      CONFIG, "eps", mesh,
+  def of_chunk(number, labels):
+    memory = nothing_known(4) if condition == "class" else read_by_indexing(bank, labels)
+    told = jnp.full_like(labels, CLASSES) if condition == "memory" else labels
+    return sampler.sample(
+      predict_in_two(mlp, told, memory, scale), SCHEDULE, (4, DIM),
+      jax.random.fold_in(jax.random.key(0), number), method="ddpm", num_steps=4, prediction="v",
+      x0_limit=6.0,
     )  # fmt: skip
 
-  synthetic = run(bank, jax.random.key(3))
-  return {
-    "synthetic": synthetic, "train": np.asarray(train), "standardizer": standardizer,
-    "bank": bank, "before": before, "head": head, "run": run,
-  }  # fmt: skip
+  chunks = [of_chunk(0, LABELS[:4]), of_chunk(1, jnp.append(LABELS[4:], 0))]
+  np.testing.assert_allclose(result, np.concatenate(chunks)[:7], rtol=1e-3, atol=1e-3)
 
 
-def test_labels_and_numbers_follow_the_plan(made):
-  synthetic = made["synthetic"]
-  np.testing.assert_array_equal(synthetic.labels, [1] * 4 + [2] * 8)
-  np.testing.assert_array_equal(synthetic.number, [*range(4), *range(8)])
-  assert synthetic.features.shape == (12, DIM)
-  assert all(np.isfinite(value).all() for value in vars(synthetic).values())
+def test_a_chunk_may_be_larger_than_what_there_is_to_make(mlp, mesh):
+  bank = make_bank()
+  small = jax.jit(lambda: sample(mlp, mesh, bank, LABELS[:4], 1.0, chunk_size=4))()
+  large = jax.jit(lambda: sample(mlp, mesh, bank, LABELS[:4], 1.0, chunk_size=1000))()
+  np.testing.assert_array_equal(small, large)
 
 
-def test_features_of_a_relu_encoder_are_clamped_at_zero(made):
-  features = np.asarray(made["synthetic"].features)
-  assert (features >= 0).all() and (features == 0).any() and (features > 0).any()
+def test_samples_differ_from_each_other_and_repeat_with_their_key(mlp, mesh):
+  run = jax.jit(lambda key: sample(mlp, mesh, make_bank(), jnp.zeros(9, int), 1.0, key=key))
+  first, again, other = (np.asarray(run(key)) for key in (0, 0, 1))
+  assert np.isfinite(first).all() and len(np.unique(first, axis=0)) == 9  # across chunks too
+  np.testing.assert_array_equal(first, again)
+  assert (first != other).any(axis=1).all()
 
 
-def test_samples_differ_from_each_other_and_repeat_with_their_key(made):
-  features = np.asarray(made["synthetic"].features)
-  assert len(np.unique(features, axis=0)) == len(features)  # across chunks too
-  again = made["run"](made["bank"], jax.random.key(3))
-  other = made["run"](made["bank"], jax.random.key(4))
-  np.testing.assert_array_equal(again.features, features)
-  assert not np.allclose(other.features, features)
+SCALES = (0.0, 1.0, 2.5)
 
 
-def test_provenance_names_the_nearest_training_feature_of_the_class(made):
-  synthetic, train = made["synthetic"], made["train"]
-  rows = np.asarray(made["standardizer"].forward(synthetic.features))
-  for i, (row, label) in enumerate(zip(rows, np.asarray(synthetic.labels), strict=True)):
-    distance = {j: np.linalg.norm(train[j] - row) for j in np.flatnonzero(label == LABELS)}
-    nearest = min(distance, key=distance.get)
-    assert synthetic.nearest_index[i] == nearest
-    assert float(synthetic.nearest_distance[i]) == pytest.approx(distance[nearest], rel=1e-4)
+@functools.cache
+def one_scale_at_a_time(name, mesh):
+  """Each static, which spares the pair at 1."""
+  run = functools.partial(sample, make_denoiser(name), mesh, make_bank(), LABELS)
+  return [np.asarray(jax.jit(functools.partial(run, scale))()) for scale in SCALES]
 
 
-def test_nearest_of_class_skips_nearer_features_of_other_classes():
-  references = jnp.array([[0.0], [1.0], [5.0], [9.0]])
-  index, distance = hallucination.nearest_of_class(
-    jnp.array([[1.1], [8.0]]), jnp.array([0, 1]), references, jnp.array([0, 1, 1, 0])
-  )
-  assert index.tolist() == [0, 2]
-  np.testing.assert_allclose(distance, [1.1, 3.0], rtol=1e-6)
+@pytest.mark.parametrize("name", sorted(DENOISERS))
+@pytest.mark.parametrize("sweep", [jax.vmap, lambda f: functools.partial(jax.lax.map, f)])
+def test_guidance_swept_in_one_program_equals_one_scale_at_a_time(mesh, name, sweep):
+  run = functools.partial(sample, make_denoiser(name), mesh, make_bank(), LABELS)
+  together = np.asarray(jax.jit(sweep(run))(jnp.array(SCALES)))
+  np.testing.assert_allclose(together, one_scale_at_a_time(name, mesh), rtol=1e-3, atol=1e-3)
+  apart = np.abs(together[:, None] - together[None]).max(axis=3)  # [3, 3, M]
+  assert (apart[[0, 0, 1], [1, 2, 2]] > 1e-2).all()
 
 
-def test_provenance_counts_the_exemplars_of_the_memory(made):
-  expected = np.minimum(COUNTS, SLOTS)[np.asarray(made["synthetic"].labels)]
-  np.testing.assert_array_equal(made["synthetic"].num_exemplars, expected)
-  assert set(expected) == {4, 2}
+def test_without_guidance_by_the_class_all_classes_are_one(mlp, mesh):
+  """A scale of 0 asks for features of no class; with 1 the label decides."""
+  bank, run = make_bank(), jax.jit(functools.partial(sample, mlp, mesh))
+  other = (LABELS + 1) % CLASSES
+  for scale, same in ((0.0, True), (1.0, False)):
+    a, b = (np.asarray(run(bank, labels, scale)) for labels in (LABELS, other))
+    np.testing.assert_array_equal(np.isclose(a, b, atol=1e-4).all(axis=1), same)
 
 
-def test_confidence_is_that_of_what_the_head_trains_on(made):
-  synthetic = made["synthetic"]
-  rows = made["standardizer"].forward(synthetic.features)
-  expected = hallucination.confidence(
-    rows, synthetic.labels, made["bank"], jnp.zeros((12, CLASSES)), CONFIG
-  )
-  np.testing.assert_allclose(synthetic.confidence, expected, rtol=1e-4, atol=1e-6)
+def test_predicted_features_are_clipped(mlp, mesh):
+  """At the last step of ddim the sample is the predicted x0."""
+  run = functools.partial(sample, mlp, mesh, make_bank(), LABELS, 3.0, sampler="ddim")
+  free = np.asarray(jax.jit(lambda: run(x0_limit=None))())
+  clipped = np.asarray(jax.jit(lambda: run(x0_limit=0.5))())
+  assert np.abs(free).max() > 1
+  assert np.abs(clipped).max() <= 0.5 + 1e-5
 
 
-def test_synthetic_features_never_enter_the_bank(made):
-  jax.tree.map(np.testing.assert_array_equal, made["bank"], made["before"])
-  assert isinstance(made["synthetic"], SyntheticFeatures)
-  assert "bank" not in {field.name for field in dataclasses.fields(SyntheticFeatures)}
-  stored = np.asarray(made["bank"].slots).reshape(-1, DIM)
-  rows = np.asarray(made["standardizer"].forward(made["synthetic"].features))
-  assert not (np.abs(stored[:, None] - rows[None]).max(axis=-1) < 1e-4).any()
+def test_only_one_of_guidance_and_start_has_candidates():
+  assert dataclasses.replace(SAMPLING, guidance=(1.0, 2.0)).strengths == (1.0, 2.0)
+  several = dataclasses.replace(SAMPLING, start=(0.5, 1.0))
+  assert several.strengths == (0.5, 1.0) and several.at(0.5) == {"guidance": 1.0, "start": 0.5}
+  with pytest.raises(ValueError, match="only one of them may have several"):
+    dataclasses.replace(SAMPLING, guidance=(1.0, 2.0), start=(0.5, 1.0))

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 
 
 def supervised_contrastive(
-  embeddings: jax.Array, labels: jax.Array, temperature: float
+  embeddings: jax.Array,
+  labels: jax.Array,
+  temperature: float,
+  weights: jax.Array | None = None,
 ) -> jax.Array:
   """SupCon, mean over the anchors that have a positive.
 
@@ -16,6 +19,7 @@ def supervised_contrastive(
     embeddings: [N, P] of unit length.
     labels: [N] int.
     temperature: t.
+    weights: [N] of the anchors' terms before the mean; None: 1.
   """
   size = embeddings.shape[0]
   others = ~jnp.eye(size, dtype=bool)
@@ -25,6 +29,8 @@ def supervised_contrastive(
   of_anchor = jnp.sum(jnp.where(positive, log_all[:, None] - similarity, 0.0), axis=1)
   number = positive.sum(axis=1)
   mean = of_anchor / jnp.maximum(number, 1)
+  if weights is not None:
+    mean = weights * mean
   return mean.sum() / jnp.maximum((number > 0).sum(), 1)
 
 

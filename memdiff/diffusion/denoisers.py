@@ -1,22 +1,29 @@
 """Denoisers: Flax modules `(x_t, t, label, memory) -> (prediction, bottleneck)`.
 
 `condition(label, memory)` holds all that does not depend on x_t or t; a sampler calls it once and
-`denoise(x_t, t, context)` at every step. `__call__` is the two in a row.
+`denoise(x_t, t, context)` at every step. `__call__` is the two in a row. Arrays of a context lead
+with the batch. A sampler gives one time [1] for all rows, so that what depends on the time alone is
+computed once per step; training gives each row its own [B].
 """
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from memdiff.config import at_least
+from memdiff.config import at_least, one_of
 from memdiff.memory_bank import Memory
+
+NAMES = ("mlp", "transformer")
 
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
+  name: str = one_of(NAMES)
   width: int = at_least(1)
   num_blocks: int = at_least(1)
   embedding_dim: int = at_least(4)
@@ -38,10 +45,38 @@ class Context:
 
 
 def time_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
-  """Sinusoidal embedding (Vaswani et al. 2017). t [B] in [0, 1000) -> [B, dim], dim even."""
+  """Sinusoidal embedding (Vaswani et al. 2017). t [N] in [0, 1000) -> [N, dim], dim even."""
   frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(dim // 2) / (dim // 2))
   angles = t.astype(jnp.float32)[:, None] * frequencies[None]
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Affine(nn.Module):
+  """`nn.DenseGeneral` of the concatenation of several inputs [B, ...], some with a single row.
+
+  A part of one row stands for the whole batch and is multiplied once. Parameters, and the result
+  where all parts have B rows, are those of the dense layer on the concatenated inputs.
+  """
+
+  features: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self, *parts: jax.Array) -> jax.Array:
+    sizes = [part.shape[-1] for part in parts]
+    kernel = self.param("kernel", self._draw_kernel, (sum(sizes), *self.features))
+    bias = self.param("bias", nn.initializers.zeros, self.features)
+    if len({part.shape[0] for part in parts}) == 1:
+      products = [jnp.tensordot(jnp.concatenate(parts, axis=-1), kernel, 1)]
+    else:
+      blocks = jnp.split(kernel, np.cumsum(sizes)[:-1])
+      products = map(lambda part, own: jnp.tensordot(part, own, 1), parts, blocks)
+    return sum(products) + bias[None]
+
+  @staticmethod
+  def _draw_kernel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """LeCun's normal, with the number of inputs as fan-in."""
+    flat = nn.initializers.lecun_normal()(key, (shape[0], math.prod(shape[1:])))
+    return flat.reshape(shape)
 
 
 class ModulatedBlock(nn.Module):
@@ -75,9 +110,9 @@ class MLPDenoiser(nn.Module):
     self.class_embedding = nn.Embed(self.num_classes + 1, c.embedding_dim)
     self.nothing = self.param("nothing", nn.initializers.normal(1.0), (2, dim))
     self.time_mlp = nn.Sequential([nn.Dense(c.embedding_dim), nn.silu, nn.Dense(c.embedding_dim)])
-    self.to_query = nn.DenseGeneral((c.num_heads, dim))
-    self.to_width = nn.Dense(c.width)
-    self.to_conditioning = nn.Dense(c.embedding_dim)
+    self.to_query = Affine((c.num_heads, dim))
+    self.to_width = Affine((c.width,))
+    self.to_conditioning = Affine((c.embedding_dim,))
     self.blocks = [ModulatedBlock(c.width) for _ in range(c.num_blocks)]
     self.norm = nn.LayerNorm()
     self.to_output = nn.Dense(dim, kernel_init=nn.initializers.zeros)
@@ -103,16 +138,16 @@ class MLPDenoiser(nn.Module):
     )
 
   def denoise(self, x_t: jax.Array, t: jax.Array, context: Context):
-    """x_t [B, D], t [B] in [0, 1000) -> (output [B, D], bottleneck [B, width])."""
+    """x_t [B, D], t [B] or [1] in [0, 1000) -> (output [B, D], bottleneck [B, width])."""
     time = self.time_mlp(time_embedding(t, self.config.embedding_dim))
-    joint = jnp.concatenate([x_t, context.summary, time], axis=-1)
-    scores = jnp.einsum("bhd,bkd->bhk", self.to_query(joint), context.keys)
+    joint = (x_t, context.summary, time)
+    scores = jnp.einsum("bhd,bkd->bhk", self.to_query(*joint), context.keys)
     scores = scores / jnp.sqrt(self.feature_dim)
     scores = jnp.where(context.mask[:, None], scores, -jnp.inf)
     attended = jnp.einsum("bhk,bkd->bhd", nn.softmax(scores), context.values)
-    joint = jnp.concatenate([joint, attended.reshape(attended.shape[0], -1)], axis=-1)
-    conditioning = nn.silu(self.to_conditioning(joint))
-    h = self.to_width(joint)
+    joint = (*joint, attended.reshape(attended.shape[0], -1))
+    conditioning = nn.silu(self.to_conditioning(*joint))
+    h = self.to_width(*joint)
     for block in self.blocks:
       h = block(h, conditioning)
     return self.to_output(self.norm(h)), h

@@ -100,11 +100,14 @@ def sample(
   num_steps: int,
   prediction: str = "eps",
   x0_limit: float | None = None,
+  origin: jax.Array | None = None,
+  start: float | jax.Array = 1.0,
 ) -> jax.Array:
   """Draws samples; pure, to be called inside jit.
 
   Args:
-    predict: (x [B, ...], t [B] in [0, 1000)) -> the denoiser's output [B, ...].
+    predict: (x [B, ...], t [1] in [0, 1000), the time of all rows) -> the denoiser's output
+      [B, ...].
     schedule: of the training.
     shape: (B, ...) of the samples.
     key: of the initial noise and of every step.
@@ -114,6 +117,10 @@ def sample(
     x0_limit: clips every predicted x0 to [-x0_limit, x0_limit]. At the first steps of a schedule
       that ends in pure noise, x0 is the difference of two large numbers; data of known range need
       not suffer from it. None leaves x0 alone.
+    origin: [B, ...] samples to begin from, not noise alone (SDEdit, Meng et al. 2022): as long
+      as t is `start` T or more, x0 is taken to be `origin`, so that x_t is a draw from
+      q(x_t | origin), whatever the method.
+    start: in [0, 1], may be traced: 0 gives `origin` back, 1 nearly forgets it.
 
   Returns:
     Samples x_0, [B, ...] float32.
@@ -127,10 +134,12 @@ def sample(
 
   def step(carry, row):
     x, previous_x0 = carry
-    t = jnp.full(shape[:1], model_time(row["t"], schedule))
+    t = model_time(row["t"], schedule)[None]
     x0 = row["from_x"] * x + row["from_output"] * predict(x, t)
     if x0_limit is not None:
       x0 = jnp.clip(x0, -x0_limit, x0_limit)
+    if origin is not None:
+      x0 = jnp.where(row["t"] >= start * schedule.num_steps, origin, x0)
     x = row["keep"] * x + row["pull"] * (x0 + row["extrapolate"] * (x0 - previous_x0))
     if stochastic:
       z = jax.random.normal(jax.random.fold_in(step_key, row["index"]), shape)
@@ -146,7 +155,7 @@ def model_time(t: jax.Array, schedule: NoiseSchedule) -> jax.Array:
   return t.astype(jnp.float32) * (1000.0 / schedule.num_steps)
 
 
-def guide(conditional: jax.Array, unconditional: jax.Array, scale: float) -> jax.Array:
+def guide(conditional: jax.Array, unconditional: jax.Array, scale: float | jax.Array) -> jax.Array:
   """Classifier-free guidance (Ho and Salimans 2022): eps_0 + scale (eps_c - eps_0).
 
   The same for any prediction, since all are linear in eps given x_t. Scale 1 is no guidance, 0

@@ -25,6 +25,9 @@ def test_supervised_contrastive_is_khoslas_outer_sum():
       anchors.append(-np.mean([np.log(np.exp(z[i] @ z[p] / T) / below) for p in positives]))
   value = supervised_contrastive(jnp.asarray(z, jnp.float32), jnp.asarray(y), T)
   assert float(value) == pytest.approx(np.mean(anchors), rel=1e-5)
+  weights = np.linspace(0.2, 3, 9)  # the last anchor, which has no positive, does not count
+  value = supervised_contrastive(jnp.asarray(z, jnp.float32), jnp.asarray(y), T, weights)
+  assert float(value) == pytest.approx(np.mean(weights[:8] * anchors), rel=1e-5)
 
 
 def balanced(z, y, centres):

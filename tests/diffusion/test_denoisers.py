@@ -1,5 +1,11 @@
-"""The denoiser uses the memory, all of it, nothing but it, and never the noised feature itself."""
+"""Denoisers use the memory, all of it, nothing but it, and never the noised feature itself."""
 
+import dataclasses
+import math
+import re
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,15 +14,15 @@ import pytest
 from memdiff import hallucination, memory_bank
 from memdiff.config import build
 from memdiff.diffusion import denoisers
-from memdiff.diffusion.denoisers import DenoiserConfig, MLPDenoiser
+from memdiff.diffusion.denoisers import DenoiserConfig
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.errors import ConfigError
-from memdiff.hallucination import HallucinationConfig
+from memdiff.feature_diffusion import DENOISERS
+from memdiff.hallucination import SamplerConfig
 from memdiff.memory_bank import Memory, MemoryBank
 
 CLASSES, SLOTS, DIM, BATCH = 3, 4, 5, 6
-CONFIG = DenoiserConfig(width=16, num_blocks=2, embedding_dim=8, num_heads=2)
-MODEL = MLPDenoiser(CLASSES, DIM, CONFIG)
+CONFIG = DenoiserConfig("mlp", width=16, num_blocks=2, embedding_dim=8, num_heads=2)
 
 
 def normal(seed, *shape):
@@ -31,48 +37,58 @@ def make_memory(seed=0, stored=3):
 
 
 X, T, LABEL = normal(7, BATCH, DIM), jnp.linspace(0, 999, BATCH), jnp.arange(BATCH) % CLASSES
+TIME = jnp.array([321.0])  # of all rows, as a sampler gives it
+SAMPLING = SamplerConfig(
+  sampler="ddim", num_steps=4, condition="class_and_memory", guidance=(1.0,), start=(1.0,),
+  x0_limit=5.0, chunk_size=8,
+)  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def params():
-  """Random ones: as initialised, the last layer is zero and nothing could be seen."""
+@dataclasses.dataclass(frozen=True)
+class Made:
+  """A denoiser with random parameters: as initialised, the last layer is zero and shows nothing."""
+
+  model: nn.Module
+  params: Any
+  predict: Any  # jitted (made, x, t, label, memory)
+
+
+@pytest.fixture(scope="module", params=sorted(DENOISERS))
+def made(request):
+  model = DENOISERS[request.param](CLASSES, DIM, dataclasses.replace(CONFIG, name=request.param))
 
   @jax.jit
   def make():
-    tree = MODEL.init(jax.random.key(0), X, T, LABEL, make_memory())["params"]
+    tree = model.init(jax.random.key(0), X, T, LABEL, make_memory())["params"]
     leaves, treedef = jax.tree.flatten(tree)
     noisy = [x + 0.3 * normal(i, *x.shape) for i, x in enumerate(leaves)]
     return jax.tree.unflatten(treedef, noisy)
 
-  return make()
+  predict = jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs))
+  return Made(model, make(), predict)
 
 
-@jax.jit
-def predict(params, x, t, label, memory):
-  return MODEL.apply({"params": params}, x, t, label, memory)
-
-
-def noise_of(params, memory, label=LABEL, x=X, t=T):
-  return np.asarray(predict(params, x, t, label, memory)[0])
+def noise_of(made, memory, label=LABEL, x=X, t=T, params=None):
+  return np.asarray(made.predict(params or made.params, x, t, label, memory)[0])
 
 
 def changed_rows(one, other):
   return (np.abs(one - other) > 1e-4).any(axis=1)
 
 
-def test_prediction_and_bottleneck_have_their_shapes(params):
-  prediction, bottleneck = predict(params, X, T, LABEL, make_memory())
+def test_prediction_and_bottleneck_have_their_shapes(made):
+  prediction, bottleneck = made.predict(made.params, X, T, LABEL, make_memory())
   assert prediction.shape == (BATCH, DIM) and bottleneck.shape == (BATCH, CONFIG.width)
   assert prediction.dtype == bottleneck.dtype == jnp.float32
 
 
-def test_a_fresh_denoiser_predicts_no_noise():
-  variables = jax.jit(MODEL.init)(jax.random.key(0), X, T, LABEL, make_memory())
-  assert not noise_of(variables["params"], make_memory()).any()
+def test_a_fresh_denoiser_predicts_no_noise(made):
+  variables = jax.jit(made.model.init)(jax.random.key(0), X, T, LABEL, make_memory())
+  assert not noise_of(made, make_memory(), params=variables["params"]).any()
 
 
 @pytest.mark.parametrize("part", ["prototype", "slots", "count", "mask"])
-def test_every_part_of_the_memory_matters(params, part):
+def test_every_part_of_the_memory_matters(made, part):
   memory = make_memory()
   other = {
     "prototype": memory.prototype + 1,
@@ -80,61 +96,60 @@ def test_every_part_of_the_memory_matters(params, part):
     "count": memory.count + 20,
     "mask": make_memory(stored=2).mask,
   }[part]
-  changed = changed_rows(
-    noise_of(params, memory), noise_of(params, memory.replace(**{part: other}))
-  )
+  changed = changed_rows(noise_of(made, memory), noise_of(made, memory.replace(**{part: other})))
   assert changed.all()
 
 
-def test_class_time_and_noised_feature_matter(params):
+def test_class_time_and_noised_feature_matter(made):
   memory = make_memory()
-  base = noise_of(params, memory)
-  assert changed_rows(base, noise_of(params, memory, label=(LABEL + 1) % CLASSES)).all()
-  assert changed_rows(base, noise_of(params, memory, label=jnp.full_like(LABEL, CLASSES))).all()
-  assert changed_rows(base, noise_of(params, memory, t=(T + 300) % 1000)).all()
-  assert changed_rows(base, noise_of(params, memory, x=X + 1)).all()
+  base = noise_of(made, memory)
+  assert changed_rows(base, noise_of(made, memory, label=(LABEL + 1) % CLASSES)).all()
+  assert changed_rows(base, noise_of(made, memory, label=jnp.full_like(LABEL, CLASSES))).all()
+  assert changed_rows(base, noise_of(made, memory, t=(T + 300) % 1000)).all()
+  assert changed_rows(base, noise_of(made, memory, x=X + 1)).all()
 
 
-def test_rows_of_a_batch_do_not_mix(params):
+def test_rows_of_a_batch_do_not_mix(made):
   memory = make_memory()
   other = jax.tree.map(lambda a, b: a.at[2].set(b[2]), memory, make_memory(50))
-  changed = changed_rows(noise_of(params, memory), noise_of(params, other))
+  changed = changed_rows(noise_of(made, memory), noise_of(made, other))
   assert changed.tolist() == [row == 2 for row in range(BATCH)]
 
 
-def test_the_order_of_the_slots_does_not_matter(params):
+def test_the_order_of_the_slots_does_not_matter(made):
   memory = make_memory()
   order = jnp.array([2, 3, 0, 1])
   moved = memory.replace(slots=memory.slots[:, order], mask=memory.mask[:, order])
-  np.testing.assert_allclose(noise_of(params, memory), noise_of(params, moved), atol=2e-5)
+  np.testing.assert_allclose(noise_of(made, memory), noise_of(made, moved), atol=2e-5)
 
 
-def test_masked_slots_have_no_influence(params):
+def test_masked_slots_have_no_influence(made):
   memory = make_memory()
 
   def total(slots):
-    prediction, bottleneck = predict(params, X, T, LABEL, memory.replace(slots=slots))
+    inputs = X, T, LABEL, memory.replace(slots=slots)
+    prediction, bottleneck = made.predict(made.params, *inputs)
     return jnp.sum(jnp.sin(prediction)) + jnp.sum(jnp.sin(bottleneck))
 
   gradient = np.abs(jax.grad(total)(memory.slots)).max(axis=-1)
   filled = np.asarray(memory.mask)
   assert (gradient[~filled] == 0).all() and (gradient[filled] > 1e-6).all()
   junk = memory.replace(slots=jnp.where(memory.mask[..., None], memory.slots, 1e6))
-  np.testing.assert_array_equal(noise_of(params, memory), noise_of(params, junk))
+  np.testing.assert_array_equal(noise_of(made, memory), noise_of(made, junk))
 
 
-def test_an_empty_memory_gives_finite_predictions_and_gradients(params):
+def test_an_empty_memory_gives_finite_predictions_and_gradients(made):
   empty = memory_bank.forget(make_memory(), jnp.ones((BATCH,), bool))
 
   def total(params):
-    return jnp.sum(predict(params, X, T, LABEL, empty)[0])
+    return jnp.sum(made.predict(params, X, T, LABEL, empty)[0])
 
-  assert np.isfinite(noise_of(params, empty)).all()
-  assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.grad(total)(params)))
+  assert np.isfinite(noise_of(made, empty)).all()
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.grad(total)(made.params)))
 
 
 @pytest.mark.parametrize("own", [0, 2])
-def test_the_noised_feature_is_not_in_its_own_context(params, own):
+def test_the_noised_feature_is_not_in_its_own_context(made, own):
   """Through slots, prototype and all, the context has no gradient wrt the left-out feature."""
   members = normal(20, SLOTS, DIM)
   x_t = normal(21, 1, DIM)
@@ -145,7 +160,7 @@ def test_the_noised_feature_is_not_in_its_own_context(params, own):
     )
     if leave_out:
       memory = memory_bank.leave_one_out(memory, members[own][None])
-    noise, _ = MODEL.apply({"params": params}, x_t, jnp.array([300.0]), jnp.array([1]), memory)
+    noise, _ = made.predict(made.params, x_t, jnp.array([300.0]), jnp.array([1]), memory)
     return jnp.sum(jnp.sin(noise))
 
   gradient_of = jax.jit(jax.grad(prediction), static_argnums=1)
@@ -155,65 +170,122 @@ def test_the_noised_feature_is_not_in_its_own_context(params, own):
   assert np.abs(gradient_of(members, False)).max(axis=1)[own] > 1e-3
 
 
-def test_the_two_halves_equal_the_whole(params):
-  memory, variables = make_memory(), {"params": params}
-  context = MODEL.apply(variables, LABEL, memory, method="condition")
-  in_two, bottleneck = MODEL.apply(variables, X, T, context, method="denoise")
-  whole = predict(params, X, T, LABEL, memory)
-  np.testing.assert_allclose(in_two, whole[0], atol=1e-5)
-  np.testing.assert_allclose(bottleneck, whole[1], atol=1e-5)
+def in_two(made, x, t, memory=None):
+  """Prediction and bottleneck by way of the encoded conditioning."""
+  variables = {"params": made.params}
+
+  @jax.jit
+  def run(x, t, memory):
+    context = made.model.apply(variables, LABEL, memory, method="condition")
+    return made.model.apply(variables, x, t, context, method="denoise")
+
+  return run(x, t, memory or make_memory())
+
+
+def test_the_two_halves_equal_the_whole(made):
+  whole = made.predict(made.params, X, T, LABEL, make_memory())
+  for part, expected in zip(in_two(made, X, T), whole, strict=True):
+    np.testing.assert_allclose(part, expected, atol=1e-5)
+
+
+def test_one_time_for_all_rows_equals_the_same_time_for_each(made):
+  shared, each = in_two(made, X, TIME), in_two(made, X, jnp.tile(TIME, BATCH))
+  for one, other in zip(shared, each, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sampling_step_embeds_the_time_once_for_all_rows(made):
+  """As the compiled program says; with a time for each row it computes as many waves as rows."""
+  predict = jax.jit(lambda x, t: in_two(made, x, t)[0])
+  for time, rows in ((TIME, 1), (jnp.tile(TIME, BATCH), BATCH)):
+    program = predict.lower(X, time).compile().as_text()
+    waves = re.findall(r"= f32\[([\d,]+)\]\S* (?:cosine|sine)\(", program)
+    sizes = [math.prod(map(int, shape.split(","))) for shape in waves]
+    assert sizes == [rows * CONFIG.embedding_dim // 2] * 2
 
 
 # --- guidance --------------------------------------------------------------------------------
 
 
-def guided(params, scale):
-  @jax.jit
-  def predict(params):
-    return hallucination.guided_denoiser(MODEL, params, LABEL, make_memory(), scale)(X, T)
+def guided(made, scale):
+  """[B, D] at the scale, which is static for a number and traced for an array."""
 
-  return predict(params)
+  def predict(params, scale):
+    denoise = hallucination.guided_denoiser(made.model, params, LABEL, make_memory(), scale)
+    return denoise(X, TIME)
+
+  if isinstance(scale, float):
+    return jax.jit(lambda params: predict(params, scale))(made.params)
+  return jax.jit(predict)(made.params, scale)
 
 
-def unconditional(params):
+def conditional(made):
+  return noise_of(made, make_memory(), t=jnp.tile(TIME, BATCH))
+
+
+def unconditional(made):
   nothing = memory_bank.forget(make_memory(), jnp.ones((BATCH,), bool))
-  return noise_of(params, nothing, label=jnp.full_like(LABEL, CLASSES))
+  label = jnp.full_like(LABEL, CLASSES)
+  return noise_of(made, nothing, label, t=jnp.tile(TIME, BATCH))
 
 
-def test_guidance_of_one_is_the_plain_conditional_prediction(params):
-  np.testing.assert_allclose(guided(params, 1.0), noise_of(params, make_memory()), atol=1e-5)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_guidance_extrapolates_from_nothing_known_to_the_class(made, scale):
+  base = unconditional(made)
+  expected = base + scale * (conditional(made) - base)
+  np.testing.assert_allclose(guided(made, scale), expected, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(guided(made, jnp.array(scale)), expected, rtol=1e-4, atol=1e-4)
+  assert changed_rows(base, conditional(made)).all()
 
 
-def test_guidance_of_zero_ignores_class_and_memory(params):
-  np.testing.assert_allclose(guided(params, 0.0), unconditional(params), atol=1e-5)
-  assert changed_rows(unconditional(params), noise_of(params, make_memory())).all()
+def test_the_pair_runs_where_the_scale_is_traced_or_is_not_one(made):
+  rows = []
+
+  @dataclasses.dataclass(frozen=True)
+  class Spy:
+    num_classes: int = CLASSES
+
+    def apply(self, variables, *inputs, method):
+      if method == "denoise":
+        rows.append(len(inputs[0]))
+      return made.model.apply(variables, *inputs, method=method)
+
+  spy = dataclasses.replace(made, model=Spy())
+  guided(spy, 1.0)
+  guided(spy, 2.0)
+  guided(spy, jnp.array(1.0))
+  assert rows == [BATCH, 2 * BATCH, 2 * BATCH]
 
 
-def test_stronger_guidance_extrapolates(params):
-  conditional, base = noise_of(params, make_memory()), unconditional(params)
-  expected = base + 3.0 * (conditional - base)
-  np.testing.assert_allclose(guided(params, 3.0), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_changing_the_bank_changes_the_samples(params, mesh):
-  config = HallucinationConfig(
-    tail_below=10, fill_to=10, sampler="ddim", num_steps=4, guidance=1.0, x0_limit=5.0,
-    condition="class_and_memory",
-    chunk_size=8, confidence="cosine", confidence_power=1.0, normalize_confidence=True,
-  )  # fmt: skip
-  schedule = NoiseSchedule(ScheduleConfig("cosine", 100))
-  labels = jnp.array([0, 1, 2, 0, 1, 2, 0])
-  empty = memory_bank.create(CLASSES, SLOTS, DIM)
-  bank = empty.replace(
+def make_bank():
+  return MemoryBank(
     prototype=normal(1, 4, DIM), slots=normal(2, 4, SLOTS, DIM), seen=jnp.full((4,), 4)
   )
 
-  @jax.jit
-  def samples(bank):
-    return hallucination.sample_features(
-      MODEL, params, schedule, bank, labels, jax.random.key(0), config, "eps", mesh
-    )
 
+def sample(made, mesh, bank, labels, config, guidance=1.0):
+  return hallucination.sample_features(
+    made.model, made.params, NoiseSchedule(ScheduleConfig("cosine", 100)), bank, labels,
+    jax.random.key(0), config, "v", mesh, guidance,
+  )  # fmt: skip
+
+
+def test_several_scales_share_a_program_and_equal_each_alone(made, mesh):
+  bank, labels = make_bank(), jnp.array([0, 1, 2, 1, 0])
+  scales = jnp.array([0.0, 1.0, 2.5])
+  sweep = jax.jit(
+    jax.vmap(lambda scale: sample(made, mesh, bank, labels, SAMPLING, scale))
+  )(scales)  # fmt: skip
+  assert sweep.shape == (3, 5, DIM)
+  for scale, samples in zip(scales, sweep, strict=True):
+    alone = jax.jit(lambda b, g=float(scale): sample(made, mesh, b, labels, SAMPLING, g))(bank)
+    np.testing.assert_allclose(samples, alone, rtol=1e-3, atol=1e-4)
+  assert changed_rows(sweep[0], sweep[2]).all()
+
+
+def test_changing_the_bank_changes_the_samples(made, mesh):
+  labels, bank = jnp.array([0, 1, 2, 0, 1, 2, 0]), make_bank()
+  samples = jax.jit(lambda bank: sample(made, mesh, bank, labels, SAMPLING))
   base = np.asarray(samples(bank))
   assert base.shape == (7, DIM) and np.isfinite(base).all()
   for other in (
@@ -228,22 +300,13 @@ def test_changing_the_bank_changes_the_samples(params, mesh):
   ("condition", "sees_label", "sees_bank"),
   [("class_and_memory", True, True), ("memory", False, True), ("class", True, False)],
 )
-def test_samples_depend_on_what_the_condition_names(params, mesh, condition, sees_label, sees_bank):
-  config = HallucinationConfig(
-    tail_below=10, fill_to=10, sampler="ddim", num_steps=3, guidance=1.0, x0_limit=None,
-    condition=condition, chunk_size=8, confidence="cosine", confidence_power=1.0,
-    normalize_confidence=True,
-  )  # fmt: skip
-  schedule = NoiseSchedule(ScheduleConfig("linear", 100))
+def test_samples_depend_on_what_the_condition_names(made, mesh, condition, sees_label, sees_bank):
+  config = dataclasses.replace(SAMPLING, condition=condition, x0_limit=None)
   row = normal(2, 1, SLOTS, DIM)
   same = MemoryBank(  # classes 0 and 1 hold the same memory
     prototype=jnp.zeros((4, DIM)), slots=jnp.tile(row, (4, 1, 1)), seen=jnp.full((4,), 4)
   )
-  samples = jax.jit(
-    lambda bank, labels: hallucination.sample_features(
-      MODEL, params, schedule, bank, labels, jax.random.key(0), config, "v", mesh
-    )
-  )
+  samples = jax.jit(lambda bank, labels: sample(made, mesh, bank, labels, config))
   base = np.asarray(samples(same, jnp.zeros(2, int)))
   relabelled = np.asarray(samples(same, jnp.ones(2, int)))
   assert changed_rows(base, relabelled).all() == sees_label
@@ -263,4 +326,25 @@ def test_time_embedding_is_that_of_the_transformer():
 
 def test_an_odd_embedding_is_refused():
   with pytest.raises(ConfigError, match=r"embedding_dim is 9, .*even"):
-    build(DenoiserConfig, {"width": 8, "num_blocks": 1, "embedding_dim": 9, "num_heads": 2})
+    build(
+      DenoiserConfig,
+      {"name": "mlp", "width": 8, "num_blocks": 1, "embedding_dim": 9, "num_heads": 2},
+    )
+
+
+def test_denoisers_are_chosen_by_the_names_of_the_settings():
+  assert tuple(DENOISERS) == denoisers.NAMES
+
+
+@pytest.mark.parametrize("features", [(7,), (2, 3)])
+def test_an_affine_layer_is_a_dense_one_on_its_parts_side_by_side(features):
+  """Same parameters from the same key, same result, also for a part of one row."""
+  parts = normal(0, BATCH, 4), normal(1, BATCH, 3), normal(2, 1, 5)
+  whole = [jnp.broadcast_to(part, (BATCH, part.shape[1])) for part in parts]
+  dense, joint = nn.DenseGeneral(features), jnp.concatenate(whole, axis=1)
+  variables = dense.init(jax.random.key(0), joint)
+  ours = denoisers.Affine(features)
+  jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(0), *parts), variables)
+  expected = dense.apply(variables, joint)
+  np.testing.assert_array_equal(ours.apply(variables, *whole), expected)
+  np.testing.assert_allclose(ours.apply(variables, *parts), expected, rtol=1e-5, atol=1e-6)

@@ -298,7 +298,7 @@ def test_denoisers_see_times_below_a_thousand_whatever_the_length(total):
   sampler.sample(spy, schedule, (2, 1), jax.random.key(0), method="ddim", num_steps=5)
   jax.effects_barrier()
   expected = visited_steps(total, 5) * 1000 / total
-  np.testing.assert_allclose(np.array(seen), np.stack([expected, expected], 1), rtol=1e-6)
+  np.testing.assert_allclose(np.array(seen), expected[:, None], rtol=1e-6)  # [1] for all rows
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim"])
@@ -324,3 +324,55 @@ def test_guidance_extrapolates_from_the_unconditional_prediction():
   np.testing.assert_allclose(sampler.guide(conditional, unconditional, 1.0), conditional)
   np.testing.assert_allclose(sampler.guide(conditional, unconditional, 0.0), unconditional)
   np.testing.assert_allclose(sampler.guide(conditional, unconditional, 2.5), [6.0, -4.0])
+
+
+# --- from a sample instead of from noise -----------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("schedule", "method", "num_steps"))
+def draw_from(key, origin, start, schedule, method, num_steps):
+  return sampler.sample(
+    exact_denoiser(schedule), schedule, origin.shape, key, method=method, num_steps=num_steps,
+    origin=origin, start=start,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize("start", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+def test_from_an_origin_samples_are_what_the_noised_origin_may_have_been(method, start):
+  """ddpm draws from p(x0 | x_t); ddim follows the probability flow; x_t ~ q(x_t | origin)."""
+  schedule, origin = make_schedule(), 1.8
+  abar = schedule.alphas_bar[round(1000 * start) - 1]
+  spread = STD**2 * abar + 1 - abar  # of x_t over the data
+  if method == "ddpm":
+    gain = STD**2 * math.sqrt(abar) / spread
+    variance = STD**2 * (1 - abar) / spread + gain**2 * (1 - abar)
+  else:
+    gain = STD / math.sqrt(spread)
+    variance = gain**2 * (1 - abar)
+  mean = MEAN + gain * math.sqrt(abar) * (origin - MEAN)
+  origins = jnp.full((NUM_SAMPLES, 1), origin)
+  samples = np.asarray(draw_from(jax.random.key(0), origins, start, schedule, method, 1000))
+  assert samples.mean() == pytest.approx(mean, abs=0.012)
+  assert samples.std() == pytest.approx(math.sqrt(variance), abs=0.012)
+
+
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_no_noise_gives_the_origin_back_and_full_noise_forgets_it(method):
+  schedule = make_schedule("cosine")
+  origins = jax.random.normal(jax.random.key(1), (2000, 1)) - 3
+  same = draw_from(jax.random.key(0), origins, 0.0, schedule, method, 50)
+  np.testing.assert_allclose(same, origins, atol=1e-5)
+  far = np.asarray(draw_from(jax.random.key(0), origins, 1.0, schedule, method, 50))
+  plain = np.asarray(draw(jax.random.key(0), schedule, (2000, 1), method, 50))
+  np.testing.assert_allclose(far, plain, atol=0.05)
+
+
+def test_several_starts_share_a_program_and_equal_each_alone():
+  schedule, starts = make_schedule("cosine"), jnp.array([0.2, 0.5, 1.0])
+  origins = jax.random.normal(jax.random.key(1), (8, 3))
+  run = functools.partial(draw_from, schedule=schedule, method="dpm++", num_steps=10)
+  together = jax.vmap(lambda start: run(jax.random.key(0), origins, start))(starts)
+  for start, samples in zip(starts, together, strict=True):
+    alone = run(jax.random.key(0), origins, start)
+    np.testing.assert_allclose(samples, alone, atol=1e-5)

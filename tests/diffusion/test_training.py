@@ -14,8 +14,8 @@ from memdiff import feature_diffusion, memory_bank
 from memdiff.diffusion import objectives, training
 from memdiff.diffusion.denoisers import DenoiserConfig
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from memdiff.diffusion.training import Batch, DiffusionConfig
-from memdiff.feature_diffusion import FeatureData
+from memdiff.diffusion.training import Batch
+from memdiff.feature_diffusion import DiffusionConfig
 from memdiff.runtime import train_state
 from memdiff.runtime.train_state import OptimizerConfig
 
@@ -25,7 +25,9 @@ LABELS = np.repeat(np.arange(CLASSES), COUNTS).astype(np.int32)
 CONFIG = DiffusionConfig(
   schedule=ScheduleConfig("cosine", 50),
   prediction="eps",
-  denoiser=DenoiserConfig(width=32, num_blocks=1, embedding_dim=8, num_heads=2),
+  objective=objectives.PLAIN,
+  denoiser=DenoiserConfig("mlp", width=32, num_blocks=1, embedding_dim=8, num_heads=2),
+  condition="class_and_memory",
   class_exponent=0.5,
   label_dropout=0.1,
   anonymous=0.0,
@@ -38,34 +40,44 @@ CONFIG = DiffusionConfig(
 
 
 def make_own(mesh):
-  """One seed of well separated classes and the bank filled from them."""
+  """One run of well separated classes and the bank filled from them."""
   rng = np.random.default_rng(0)
   centres = rng.normal(size=(CLASSES, DIM)) * 2
   features = (centres[LABELS] + 0.1 * rng.normal(size=(len(LABELS), DIM))).astype(np.float32)
   update = jax.jit(functools.partial(memory_bank.update, horizon=1000, mesh=mesh))
   empty = memory_bank.create(CLASSES, SLOTS, DIM)
   bank = update(empty, features, LABELS, np.ones(len(LABELS), bool), jax.random.key(0))
-  return FeatureData(features=jnp.asarray(features), bank=bank)
+  runs = features[None], LABELS[None], first_run(bank)
+  return jax.tree.map(lambda x: x[0], feature_diffusion.make_data(*runs, CLASSES, 0.5, mesh))
 
 
-def first_seed(tree):
+def first_run(tree):
   return jax.tree.map(lambda x: x[None], tree)
 
 
 # --- drawing ---------------------------------------------------------------------------------
 
 
-def draw_many(counts, exponent, number=20_000):
-  labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
-  deck = feature_diffusion.make_deck(labels, len(counts), exponent)
-  deck = jax.tree.map(jnp.asarray, deck)
-  return labels, np.asarray(feature_diffusion.draw_indices(jax.random.key(1), deck, number))
+def draw_many(mesh, labels, num_classes, exponent, number=20_000):
+  """Rows drawn from each of R runs with labels [R, N]."""
+  features = jnp.zeros((*labels.shape, 1))
+  own = feature_diffusion.make_data(features, labels, (), num_classes, exponent, mesh)
+  keys = jax.random.split(jax.random.key(1), len(labels))
+  draw = jax.jit(jax.vmap(lambda key, own: feature_diffusion.draw_rows(key, own, number)))
+  index, label = map(np.asarray, draw(keys, own))
+  np.testing.assert_array_equal(label, np.take_along_axis(labels, index, axis=1))
+  return index
+
+
+def shuffled(counts):
+  return np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
-def test_classes_are_drawn_by_their_tempered_count(exponent):
+def test_classes_are_drawn_by_their_tempered_count(mesh, exponent):
   counts = np.array([100, 30, 10, 2])
-  labels, index = draw_many(counts, exponent)
+  labels = shuffled(counts)
+  index = draw_many(mesh, labels[None], 4, exponent)[0]
   observed = np.bincount(labels[index], minlength=4)
   expected = counts**exponent / (counts**exponent).sum() * len(index)
   assert stats.chisquare(observed, expected).pvalue > 1e-3
@@ -73,8 +85,9 @@ def test_classes_are_drawn_by_their_tempered_count(exponent):
   assert stats.chisquare(observed, wrong / wrong.sum() * len(index)).pvalue < 1e-6
 
 
-def test_members_of_a_class_are_drawn_alike():
-  labels, index = draw_many(np.array([40, 15, 5]), 0.0)
+def test_members_of_a_class_are_drawn_alike(mesh):
+  labels = shuffled([40, 15, 5])
+  index = draw_many(mesh, labels[None], 3, 0.0)[0]
   for label in range(3):
     members = np.flatnonzero(labels == label)
     observed = np.bincount(index[labels[index] == label], minlength=len(labels))[members]
@@ -82,31 +95,47 @@ def test_members_of_a_class_are_drawn_alike():
 
 
 @pytest.mark.parametrize("counts", [[0, 5, 0, 3], [5, 0, 0, 3], [4, 3, 0, 0]])
-def test_empty_classes_are_never_drawn(counts):
-  labels, index = draw_many(np.array(counts), 0.5, 5000)
+def test_empty_classes_are_never_drawn(mesh, counts):
+  labels = shuffled(counts)
+  index = draw_many(mesh, labels[None], 4, 0.5, 5000)[0]
   assert set(labels[index]) == {c for c, n in enumerate(counts) if n}
   np.testing.assert_array_equal(
     feature_diffusion.draw_probabilities(np.array(counts), 0.0) > 0, np.array(counts) > 0
   )
 
 
+def test_runs_draw_from_their_own_rows_and_never_from_padding(mesh):
+  """Folds of different sizes in one array; 3 and more pad, wherever they stand."""
+  runs = np.array([[0, 1, 2, 0, 1, 0, 3, 3], [3, 2, 2, 2, 2, 2, 2, 1], [1, 1, 3, 7, 0, 9, 2, 3]])
+  index = draw_many(mesh, runs, 3, 1.0, 4000)
+  for labels, drawn in zip(runs, index, strict=True):
+    observed = np.bincount(drawn, minlength=8)
+    assert not observed[labels >= 3].any()
+    assert stats.chisquare(observed[labels < 3]).pvalue > 1e-3  # exponent 1: all rows alike
+
+
+def test_runs_with_the_same_labels_may_share_them(mesh):
+  features = jnp.zeros((2, len(LABELS), 1))
+  shared = feature_diffusion.make_data(features, LABELS, (), CLASSES, 0.5, mesh)
+  each = feature_diffusion.make_data(features, np.stack([LABELS] * 2), (), CLASSES, 0.5, mesh)
+  jax.tree.map(np.testing.assert_array_equal, shared, each)
+
+
 def draw_batch(mesh, label_dropout, seed=3, batch_size=512, **settings):
   own = make_own(mesh)
-  deck = feature_diffusion.make_deck(LABELS, CLASSES, 0.5)
   config = dataclasses.replace(
     CONFIG, label_dropout=label_dropout, batch_size=batch_size, **settings
   )
-  deck = jax.tree.map(jnp.asarray, deck)
   draw = functools.partial(
     feature_diffusion.draw_batch, config=config, num_classes=CLASSES, mesh=mesh
   )
-  batch = jax.jit(draw)(jax.random.key(seed), deck, own)
+  batch = jax.jit(draw)(jax.random.key(seed), own)
   return own, jax.tree.map(np.asarray, batch)
 
 
 def test_a_batch_carries_its_classes_memory_without_itself(mesh):
   own, batch = draw_batch(mesh, 0.0)
-  features = np.asarray(own.features)
+  features = np.asarray(own.exemplars.features)
   for x0, label, slots, mask, prototype, count in zip(
     batch.x0, batch.label, batch.memory.slots, batch.memory.mask, batch.memory.prototype,
     batch.memory.count, strict=True,
@@ -145,14 +174,55 @@ def test_label_dropout_of_none_and_of_all(mesh, share, number):
 
 
 def test_anonymous_rows_keep_their_memory_and_lose_their_label(mesh):
-  own = make_own(mesh)
-  deck = jax.tree.map(jnp.asarray, feature_diffusion.make_deck(LABELS, CLASSES, 0.5))
-  config = dataclasses.replace(CONFIG, label_dropout=0.0, anonymous=0.4, batch_size=2000)
-  batch = feature_diffusion.draw_batch(jax.random.key(0), deck, own, config, CLASSES, mesh)
-  hidden = np.asarray(batch.label) == CLASSES
+  _, batch = draw_batch(mesh, 0.0, anonymous=0.4, batch_size=2000)
+  hidden = batch.label == CLASSES
   assert stats.binomtest(int(hidden.sum()), 2000, 0.4).pvalue > 1e-3
-  kept = np.asarray(batch.memory.count)[hidden] > 0
+  kept = batch.memory.count[hidden] > 0
   assert kept.mean() > 0.5  # all but the class of one example
+
+
+def test_the_condition_memory_shows_no_label(mesh):
+  """Otherwise the same batch: as many rows are moved, as many dropped."""
+  settings = {"anonymous": 0.5, "displacement": 1.0}
+  _, both = draw_batch(mesh, 0.2, **settings)
+  _, batch = draw_batch(mesh, 0.2, condition="memory", **settings)
+  assert (batch.label == CLASSES).all() and (both.label < CLASSES).any()
+  jax.tree.map(np.testing.assert_array_equal, batch.memory, both.memory)
+  np.testing.assert_array_equal(batch.x0, both.x0)
+
+
+def test_the_condition_class_shows_no_memory_and_moves_nothing(mesh):
+  own, batch = draw_batch(mesh, 0.3, condition="class", anonymous=0.5, displacement=1.0)
+  assert not any(np.asarray(part).any() for part in jax.tree.leaves(batch.memory))
+  dropped = batch.label == CLASSES
+  assert stats.binomtest(int(dropped.sum()), len(dropped), 0.3).pvalue > 1e-3
+  features = np.asarray(own.exemplars.features)
+  for x0, label in zip(batch.x0[~dropped], batch.label[~dropped], strict=True):
+    assert (features[label == LABELS] == x0).all(axis=1).any()
+
+
+@pytest.mark.parametrize(
+  ("settings", "learned"),
+  [
+    ({}, ("class_and_memory", "memory")),
+    ({"anonymous": 0.0}, ("class_and_memory",)),
+    ({"anonymous": 1.0}, ("memory",)),
+    ({"condition": "memory", "anonymous": 0.0}, ("memory",)),
+    ({"condition": "class"}, ("class",)),
+    ({"label_dropout": 1.0}, ()),
+    ({"condition": "class", "label_dropout": 1.0}, ()),
+  ],
+)
+def test_what_a_denoiser_learns_is_what_its_batches_show(mesh, settings, learned):
+  settings = {"anonymous": 0.5, "label_dropout": 0.1, **settings}
+  config = dataclasses.replace(CONFIG, **settings)
+  assert config.learned() == learned
+  _, batch = draw_batch(mesh, settings.pop("label_dropout"), **settings)
+  told, known = batch.label < CLASSES, batch.memory.count > 0
+  shown = {"class_and_memory": told & known, "memory": ~told & known, "class": told & ~known}
+  if config.condition != "class":  # else: the only member of a class has no memory to show
+    del shown["class"]
+  assert tuple(name for name, rows in shown.items() if rows.any()) == learned
 
 
 def test_displacement_moves_feature_and_memory_of_chosen_rows_alike():
@@ -162,18 +232,16 @@ def test_displacement_moves_feature_and_memory_of_chosen_rows_alike():
   mask = np.arange(SLOTS)[None] < np.array([6, 3, 1, 0, 6, 2])[:, None]
   count = mask.sum(axis=1).astype(np.float32)
   memory = memory_bank.Memory(*map(jnp.asarray, (prototype, slots, mask, count)))
-  x0 = rng.normal(size=(6, DIM)).astype(np.float32)
   chosen = np.array([True, True, False, False, True, True])  # row 3 has no memory to move
 
-  def displace(strength):
+  def shift_of(strength):
     key = jax.random.key(4)
-    moved = feature_diffusion.displace(key, jnp.asarray(x0), memory, jnp.asarray(chosen), strength)
-    return jax.tree.map(np.asarray, moved)
+    return np.asarray(feature_diffusion.displacements(key, memory, jnp.asarray(chosen), strength))
 
-  x, m = displace(1.0)
-  shift = x - x0
+  shift = shift_of(1.0)
   assert not shift[~chosen].any()
   assert (np.abs(shift[chosen]).max(axis=1) > 1e-3).sum() >= 3  # two prototypes may coincide
+  m = jax.tree.map(np.asarray, feature_diffusion.move(memory, jnp.asarray(shift)))
   np.testing.assert_allclose(m.prototype, prototype + shift, atol=1e-6)
   np.testing.assert_allclose(m.slots, slots + shift[:, None] * mask[:, :, None], atol=1e-6)
   # along differences of prototypes: shift = amount (p_i - p_j)
@@ -183,15 +251,93 @@ def test_displacement_moves_feature_and_memory_of_chosen_rows_alike():
     if np.linalg.norm(row) > 1e-3:
       cosine = differences @ row / np.maximum(norms, 1e-9) / np.linalg.norm(row)
       assert np.abs(cosine).max() > 1 - 1e-5
-  np.testing.assert_allclose(displace(2.0)[0] - x0, 2 * shift, atol=1e-5)
-  np.testing.assert_array_equal(displace(0.0)[0], x0)
+  np.testing.assert_allclose(shift_of(2.0), 2 * shift, atol=1e-5)
+  assert not shift_of(0.0).any()
+
+
+def test_anonymous_rows_lie_as_far_from_their_memory_as_before(mesh):
+  _, still = draw_batch(mesh, 0.0, anonymous=0.5)
+  _, moved = draw_batch(mesh, 0.0, anonymous=0.5, displacement=1.0)
+  shift = moved.x0 - still.x0
+  hidden = (still.label == CLASSES) & (still.memory.count > 0)
+  assert (np.abs(shift[hidden]).max(axis=1) > 1e-3).mean() > 0.5 and not shift[~hidden].any()
+  np.testing.assert_allclose(moved.memory.prototype - still.memory.prototype, shift, atol=1e-5)
+
+
+# --- what terms of the objective need ---------------------------------------------------------
+
+
+def with_terms(**weights):
+  """PLAIN with these weights of supcon and cbdm."""
+  changed = {
+    name: dataclasses.replace(getattr(objectives.PLAIN, name), weight=weight)
+    for name, weight in weights.items()
+  }
+  return dataclasses.replace(objectives.PLAIN, **changed)
+
+
+def test_true_labels_are_known_where_the_label_is_dropped(mesh):
+  own, batch = draw_batch(mesh, 0.5, anonymous=0.5, objective=with_terms(supcon=1.0))
+  features = np.asarray(own.exemplars.features)
+  nearest = np.abs(features[None] - batch.x0[:, None]).max(axis=2).argmin(axis=1)
+  np.testing.assert_array_equal(batch.true_label, LABELS[nearest])
+  assert (batch.label == CLASSES).any()
+
+
+def test_a_class_that_was_moved_is_a_class_of_its_own(mesh):
+  settings = {"anonymous": 0.5, "objective": with_terms(supcon=1.0)}
+  _, still = draw_batch(mesh, 0.1, **settings)
+  _, batch = draw_batch(mesh, 0.1, displacement=1.0, **settings)
+  chosen = (batch.label == CLASSES) & (batch.memory.count > 0)
+  np.testing.assert_array_equal(batch.true_label[~chosen], still.true_label[~chosen])
+  own = batch.true_label[chosen]
+  assert chosen.sum() > 100 and len(set(own)) == len(own) and own.min() >= CLASSES
+
+
+@pytest.mark.parametrize("labels", ["empirical", "uniform"])
+def test_other_classes_come_with_their_memory(mesh, labels):
+  objective = with_terms(cbdm=1.0)
+  cbdm = dataclasses.replace(objective.cbdm, labels=labels)
+  objective = dataclasses.replace(objective, cbdm=cbdm)
+  own, batch = draw_batch(mesh, 0.0, batch_size=3000, objective=objective)
+  probabilities = {"empirical": np.array(COUNTS) / sum(COUNTS), "uniform": np.full(3, 1 / 3)}
+  observed = np.bincount(batch.other_label, minlength=CLASSES)
+  assert stats.chisquare(observed, probabilities[labels] * 3000).pvalue > 1e-3
+  assert abs(np.corrcoef(batch.label, batch.other_label)[0, 1]) < 0.08  # independent
+  features = np.asarray(own.exemplars.features)
+  for label, other, slots, mask in zip(
+    batch.label[:100], batch.other_label, batch.other_memory.slots, batch.other_memory.mask,
+    strict=False,
+  ):  # fmt: skip
+    stored = [(features[other == LABELS] == slot).all(axis=1).any() for slot in slots[mask]]
+    assert all(stored) and (len(stored) > 0 or label == other == 2)
+
+
+def test_the_other_condition_is_hidden_dropped_and_moved_like_the_own(mesh):
+  objective = with_terms(cbdm=1.0)
+  settings = {"anonymous": 0.5, "objective": objective, "batch_size": 1000}
+  _, still = draw_batch(mesh, 0.3, **settings)
+  _, batch = draw_batch(mesh, 0.3, displacement=1.0, **settings)
+  np.testing.assert_array_equal(batch.label == CLASSES, batch.other_label == CLASSES)
+  shift = batch.x0 - still.x0
+  known = batch.other_memory.count > 0
+  np.testing.assert_allclose(
+    (batch.other_memory.prototype - still.other_memory.prototype)[known], shift[known], atol=1e-5
+  )
+  assert np.abs(shift[known]).max() > 1
+  emptied = (batch.label == CLASSES) & ~known
+  assert stats.binomtest(int(emptied.sum()), 1000, 0.3).pvalue > 1e-3
+  told = batch.label < CLASSES
+  same = told & (batch.other_label == batch.label)
+  alike = (batch.memory.prototype == batch.other_memory.prototype).all(axis=1)
+  assert same.sum() > 50 and alike[same].all() and not alike[told & ~same].any()
 
 
 def test_the_unconditional_model_is_trained_on_the_data_themselves(mesh):
   """A row without label and memory has nothing to tell it that its class was moved."""
   own, batch = draw_batch(mesh, 0.5, anonymous=0.5, displacement=1.0)
   nothing_known = (batch.label == CLASSES) & ~batch.memory.mask.any(axis=1)
-  features = np.asarray(own.features)
+  features = np.asarray(own.exemplars.features)
   distance = np.abs(features[None] - batch.x0[nothing_known][:, None]).max(axis=2).min(axis=1)
   assert nothing_known.sum() > 100 and (distance < 1e-6).all()
 
@@ -214,7 +360,7 @@ def train(stage, num_steps, own):
 @pytest.fixture(scope="module")
 def trained(mesh):
   own = make_own(mesh)
-  stage = feature_diffusion.make_stage(CONFIG, first_seed(own), LABELS, CLASSES, mesh)
+  stage = feature_diffusion.make_stage(CONFIG, first_run(own), CLASSES, mesh)
   return train(stage, 120, own)
 
 
