@@ -11,6 +11,7 @@ To add one: write a module with the same call and a row in BACKBONES.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from memdiff.classifier.convolution import Conv
-from memdiff.config import above, one_of
+from memdiff.config import above, each_if_any, one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +31,13 @@ class Architecture:
   for_small_images: bool  # 3x3 stem and option-A shortcuts; else 7x7 stem, pooling, projections
   bottleneck: bool = False  # blocks of 1x1, 3x3, 1x1 convolutions, four times as wide at the end
 
+  def stage_dim(self, stage: int) -> int:
+    """Channels that come out of a stage, from 1."""
+    return self.widths[stage - 1] * (4 if self.bottleneck else 1)
+
   @property
   def feature_dim(self) -> int:
-    return self.widths[-1] * (4 if self.bottleneck else 1)
+    return self.stage_dim(len(self.widths))
 
 
 _CIFAR, _IMAGENET = (16, 32, 64), (64, 128, 256, 512)
@@ -53,16 +58,40 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
+class Tap:
+  """A stage whose output becomes part of the features, averaged over a grid x grid of squares."""
+
+  stage: int  # from 1
+  grid: int
+
+
+def parse_tap(text: str) -> Tap | None:
+  """`2:4` -> Tap(stage=2, grid=4); None where it is not of this form."""
+  match = re.fullmatch(r"([1-9]):([1-9]\d?)", text)
+  return Tap(int(match[1]), int(match[2])) if match else None
+
+
+@dataclasses.dataclass(frozen=True)
 class BackboneConfig:
   name: str = one_of(BACKBONES)
   head: str = one_of(HEADS)
   scale: float = above(0)
   dtype: str = one_of(DTYPES)
+  taps: tuple[str, ...] = each_if_any(lambda t: parse_tap(t) is not None, "texts like 3:1")
+
+  def __post_init__(self):
+    stages = len(BACKBONES[self.name].widths)
+    for text in self.taps:
+      if parse_tap(text).stage > stages:
+        raise ValueError(f"taps names stage {text[0]}, but {self.name} has {stages}.")
 
 
-def feature_dim(name: str) -> int:
+def feature_dim(config: BackboneConfig) -> int:
   """Length of the features of a backbone."""
-  return BACKBONES[name].feature_dim
+  architecture, taps = BACKBONES[config.name], [parse_tap(text) for text in config.taps]
+  if not taps:
+    return architecture.feature_dim
+  return sum(architecture.stage_dim(tap.stage) * tap.grid**2 for tap in taps)
 
 
 def make_backbone(config: BackboneConfig, num_classes: int, *, cosine: bool) -> "ResNet":
@@ -72,6 +101,7 @@ def make_backbone(config: BackboneConfig, num_classes: int, *, cosine: bool) -> 
     BACKBONES[config.name],
     cosine_scale=config.scale if cosine else None,
     dtype=DTYPES[config.dtype],
+    taps=tuple(parse_tap(text) for text in config.taps),
   )
 
 
@@ -172,8 +202,17 @@ class CosineHead(nn.Module):
     return self.scale * (unit_length(features, 1) @ unit_length(kernel, 0))
 
 
+def pool(x: jax.Array, grid: int) -> jax.Array:
+  """Averages over a grid x grid of equal squares. [B, H, W, ch] -> [B, grid^2 ch] float32."""
+  batch, height, width, channels = x.shape
+  squares = x.astype(jnp.float32).reshape(
+    batch, grid, height // grid, grid, width // grid, channels
+  )
+  return squares.mean(axis=(2, 4)).reshape(batch, -1)
+
+
 class ResNet(nn.Module):
-  """Encoder and head; the features are those the head sees, after the last ReLU and pooling.
+  """Encoder and head; the features are those the head sees, or those of `taps`.
 
   Computes in `dtype`; parameters, batch statistics, features and head are float32.
   """
@@ -182,6 +221,7 @@ class ResNet(nn.Module):
   architecture: Architecture
   cosine_scale: float | None = None  # of a cosine head; None: a linear head
   dtype: Any = jnp.float32
+  taps: tuple[Tap, ...] = ()  # stages that give the features in place of what the head sees
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
@@ -195,6 +235,7 @@ class ResNet(nn.Module):
       x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     block = BottleneckBlock if shape.bottleneck else BasicBlock
+    stages = []
     for stage, (size, width) in enumerate(zip(shape.stage_sizes, shape.widths, strict=True)):
       for number in range(size):
         stride = 2 if stage > 0 and number == 0 else 1
@@ -205,9 +246,13 @@ class ResNet(nn.Module):
           self.dtype,
           name=f"layer{stage + 1}_{number}",
         )(x, train)
+      stages.append(x)
     features = x.astype(jnp.float32).mean(axis=(1, 2))
     if self.cosine_scale is None:
       head = nn.Dense(self.num_classes, name="head")
     else:
       head = CosineHead(self.num_classes, self.cosine_scale, name="head")
-    return head(features), features
+    logits = head(features)
+    if self.taps:
+      features = jnp.concatenate([pool(stages[t.stage - 1], t.grid) for t in self.taps], axis=1)
+    return logits, features

@@ -47,7 +47,7 @@ class EncoderConfig:
 
   @property
   def feature_dim(self) -> int:
-    return backbones.feature_dim(self.backbone.name)
+    return backbones.feature_dim(self.backbone)
 
 
 def check(config: EncoderConfig, dataset: LongTailDataset) -> None:
@@ -68,8 +68,23 @@ def check(config: EncoderConfig, dataset: LongTailDataset) -> None:
     raise ConfigError(
       f"config.encoder.input.channels is bgr, but the images have {channels} channels."
     )
+  for text in config.backbone.taps:
+    side = stage_side(config, dataset.train_images.shape[1], backbones.parse_tap(text).stage)
+    if side % backbones.parse_tap(text).grid:
+      raise ConfigError(
+        f"config.encoder.backbone.taps has {text}, but that stage gives {side} x {side} pixels,"
+        " which do not divide so."
+      )
   if config.init_from and not pathlib.Path(config.init_from).is_file():
     raise DataError(f"config.encoder.init_from: there is no file {config.init_from}.")
+
+
+def stage_side(config: EncoderConfig, side: int, stage: int) -> int:
+  """Height of what a stage gives for images of height `side`, pixels."""
+  halvings = stage - 1 + (0 if backbones.BACKBONES[config.backbone.name].for_small_images else 2)
+  for _ in range(halvings):
+    side = -(-side // 2)
+  return side
 
 
 def weights_sha256(config: EncoderConfig) -> str | None:

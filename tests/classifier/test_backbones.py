@@ -17,11 +17,13 @@ from memdiff.errors import ConfigError
 CIFAR = ["resnet8", "resnet20", "resnet32", "resnet44", "resnet56"]
 
 
-def shapes_of(name, num_classes, size, cosine=False):
+def config_of(name, taps=()):
+  return BackboneConfig(name, "auto", 30.0, "float32", taps)
+
+
+def shapes_of(name, num_classes, size, cosine=False, taps=()):
   """(model, variables, (logits, features)) without computing anything."""
-  model = backbones.make_backbone(
-    BackboneConfig(name, "auto", 30.0, "float32"), num_classes, cosine=cosine
-  )
+  model = backbones.make_backbone(config_of(name, taps), num_classes, cosine=cosine)
   images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
   outputs, variables = jax.eval_shape(
     lambda x: model.init_with_output(jax.random.key(0), x, train=False), images
@@ -62,7 +64,7 @@ def test_imagenet_networks_have_the_sizes_of_torchvision(name, params):
 @pytest.mark.parametrize("name", backbones.BACKBONES)
 def test_features_are_as_long_as_feature_dim_says(name):
   length = {"resnet50": 2048}.get(name, 64 if name in CIFAR else 512)
-  assert backbones.feature_dim(name) == length
+  assert backbones.feature_dim(config_of(name)) == length
   model, variables, (logits, features) = shapes_of(name, 7, 32)
   assert (logits.shape, features.shape) == ((2, 7), (2, length))
   assert logits.dtype == features.dtype == jnp.float32
@@ -70,10 +72,46 @@ def test_features_are_as_long_as_feature_dim_says(name):
   assert len(variables["params"]) == 3 + sum(model.architecture.stage_sizes)
 
 
+@pytest.mark.parametrize(
+  ("name", "taps", "length"),
+  [
+    ("resnet32", ("2:2", "3:1"), 32 * 4 + 64),
+    ("resnet32", ("1:8",), 16 * 64),
+    ("resnet18", ("1:2", "4:1"), 64 * 4 + 512),
+    ("resnet50", ("3:1", "2:2", "3:1"), 2 * 1024 + 512 * 4),
+  ],
+)
+def test_features_of_inner_stages_are_as_long_as_feature_dim_says(name, taps, length):
+  assert backbones.feature_dim(config_of(name, taps)) == length
+  _, variables, (logits, features) = shapes_of(name, 7, 64, taps=taps)
+  assert (logits.shape, features.shape) == ((2, 7), (2, length))
+  assert features.dtype == jnp.float32
+  assert variables["params"]["head"]["kernel"].shape == (backbones.BACKBONES[name].feature_dim, 7)
+
+
+VALUES = {"name": "resnet20", "head": "auto", "scale": 30.0, "dtype": "float32", "taps": ()}
+
+
 def test_an_unknown_network_is_refused_with_those_that_exist():
-  values = {"name": "resnet31", "head": "auto", "scale": 30.0, "dtype": "float32"}
   with pytest.raises(ConfigError, match=r"'resnet31', but must be one of resnet8, resnet20, .*50"):
-    build(BackboneConfig, values)
+    build(BackboneConfig, VALUES | {"name": "resnet31"})
+
+
+@pytest.mark.parametrize(
+  ("taps", "words"),
+  [
+    (("2:2", "x"), "must be texts like 3:1"),
+    (("2",), "must be texts like 3:1"),
+    (("0:1",), "must be texts like 3:1"),
+    (("2:0",), "must be texts like 3:1"),
+    ((" 2:1",), "must be texts like 3:1"),
+    (("3:1", "4:1"), "taps names stage 4, but resnet20 has 3"),
+  ],
+)
+def test_taps_of_no_stage_are_refused(taps, words):
+  with pytest.raises(ConfigError, match=words):
+    build(BackboneConfig, VALUES | {"taps": taps})
+  assert build(BackboneConfig, VALUES | {"taps": ("2:2", "3:1")}).taps == ("2:2", "3:1")
 
 
 # --- the CIFAR network in NumPy --------------------------------------------------------------
@@ -114,7 +152,7 @@ def convolve(x, kernel, stride=1):
 
 
 def forward(variables, images):
-  """(logits, features) of SMALL in evaluation mode."""
+  """(logits, features, [output of each stage]) of SMALL in evaluation mode."""
   params, statistics = variables["params"], variables["batch_stats"]
 
   def norm(x, *path):
@@ -123,7 +161,7 @@ def forward(variables, images):
       p, s = p[name], s[name]
     return (x - s["mean"]) / np.sqrt(s["var"] + 1e-5) * p["scale"] + p["bias"]
 
-  x = np.maximum(norm(convolve(images, params["conv1"]["kernel"]), "bn1"), 0)
+  x, stages = np.maximum(norm(convolve(images, params["conv1"]["kernel"]), "bn1"), 0), []
   for stage, (size, width) in enumerate(zip(SMALL.stage_sizes, SMALL.widths, strict=True)):
     for block in range(size):
       name, stride = f"layer{stage + 1}_{block}", 2 if stage > 0 and block == 0 else 1
@@ -134,8 +172,9 @@ def forward(variables, images):
         zeros = np.zeros((*y.shape[:3], width // 4))
         x = np.concatenate([zeros, x[:, ::2, ::2], zeros], axis=-1)
       x = np.maximum(x + y, 0)
+    stages.append(x)
   features = x.mean(axis=(1, 2))
-  return features @ params["head"]["kernel"] + params["head"]["bias"], features
+  return features @ params["head"]["kernel"] + params["head"]["bias"], features, stages
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 5)])
@@ -145,9 +184,33 @@ def test_the_cifar_network_is_that_of_the_paper_with_option_a(height, width):
   variables = drawn(model)
   assert not any("downsample" in block for block in variables["params"].values())
   made = apply(model, variables, images, train=False)
-  expected = forward(jax.tree.map(lambda x: x.astype(np.float64), variables), images)
+  *expected, _ = forward(jax.tree.map(lambda x: x.astype(np.float64), variables), images)
   for ours, theirs in zip(made, expected, strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("taps", [("2:2", "3:1"), ("3:1", "2:2"), ("1:4",), ("3:2", "1:1", "3:2")])
+def test_taps_average_what_their_stages_give_over_a_grid_row_by_row(taps, monkeypatch):
+  """In the order of the taps; of each square all channels, squares from the upper left."""
+  monkeypatch.setitem(backbones.BACKBONES, "resnet8", SMALL)
+  model = backbones.make_backbone(config_of("resnet8", taps), 3, cosine=False)
+  variables = drawn(model)
+  logits, features = apply(model, variables, IMAGES, train=False)
+  double = jax.tree.map(lambda x: x.astype(np.float64), variables)
+  expected_logits, _, stages = forward(double, IMAGES)
+  parts = []
+  for text in taps:
+    stage, grid = map(int, text.split(":"))
+    x = stages[stage - 1]
+    height, width = x.shape[1] // grid, x.shape[2] // grid
+    parts += [
+      x[:, r * height : (r + 1) * height, c * width : (c + 1) * width].mean(axis=(1, 2))
+      for r in range(grid)
+      for c in range(grid)
+    ]
+  np.testing.assert_allclose(features, np.concatenate(parts, axis=1), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(logits, expected_logits, rtol=1e-4, atol=1e-4)  # of the last stage
+  assert features.shape[1] == backbones.feature_dim(config_of("resnet8", taps))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +311,7 @@ def test_bfloat16_computes_in_sixteen_bits_and_keeps_everything_else_in_float32(
 
 def test_the_configured_type_and_scale_reach_the_network():
   for name, dtype in (("float32", jnp.float32), ("bfloat16", jnp.bfloat16)):
-    config = BackboneConfig("resnet8", "auto", 12.0, name)
+    config = BackboneConfig("resnet8", "auto", 12.0, name, ())
     linear, cosine = (backbones.make_backbone(config, 4, cosine=c) for c in (False, True))
     assert linear.dtype == cosine.dtype == dtype
     assert (linear.cosine_scale, cosine.cosine_scale) == (None, 12.0)

@@ -45,7 +45,7 @@ CONFIG = ClassifierConfig(
   optimizer=OptimizerConfig("sgd", RATE, "constant", (), (), 0.9, False, DECAY, 0.0, 0.0),
 )  # fmt: skip
 ENCODER = EncoderConfig(
-  BackboneConfig("resnet8", "auto", 16.0, "float32"), InputConfig((), (), "rgb"), "", True
+  BackboneConfig("resnet8", "auto", 16.0, "float32", ()), InputConfig((), (), "rgb"), "", True
 )
 BANK = BankConfig(num_slots=3, horizon=1000)
 KEY = jax.random.key(3)

@@ -39,7 +39,10 @@ CLASSIFIER = ClassifierConfig(
 )  # fmt: skip
 CONFIG = DecoupledConfig(("crt", "lws"), 1.0, 1.0, num_epochs=2.0, optimizer=SGD)
 ENCODER = EncoderConfig(
-  BackboneConfig("resnet8", "auto", 16.0, "float32"), InputConfig((0.5,), (0.25,), "rgb"), "", True
+  BackboneConfig("resnet8", "auto", 16.0, "float32", ()),
+  InputConfig((0.5,), (0.25,), "rgb"),
+  "",
+  True,
 )
 
 

@@ -29,7 +29,7 @@ def images_of(seed=0, number=9, size=4, channels=3):
 
 
 def config_of(input_config=MEASURED, **changes):
-  backbone = BackboneConfig("resnet8", "auto", 30.0, "float32")
+  backbone = BackboneConfig("resnet8", "auto", 30.0, "float32", ())
   return dataclasses.replace(EncoderConfig(backbone, input_config, "", True), **changes)
 
 
@@ -196,6 +196,52 @@ def test_settings_that_do_not_fit_the_images_are_refused(input_config, data, wor
     encoder.check(config_of(input_config), data_of(**data))
 
 
+@pytest.mark.parametrize(("network", "taps"), [
+  ("resnet8", ("1:4", "2:2", "3:1")), ("resnet18", ("1:1", "4:1")), ("resnet8", ("3:2",)),
+  ("resnet18", ("2:2",)), ("resnet8", ("2:1", "1:3")),
+])  # fmt: skip
+def test_taps_are_refused_where_a_stage_does_not_divide_into_the_grid(network, taps):
+  """Images of 4 x 4 pixels; what a stage gives is asked of the network itself."""
+  backbone = BackboneConfig(network, "auto", 30.0, "float32", taps)
+  config = config_of(backbone=backbone)
+  sides = stage_sides(network, 4)
+  bad = [t for t in taps if sides[int(t[0]) - 1] % int(t[2:])]
+  if not bad:
+    encoder.check(config, data_of())
+    return
+  side = sides[int(bad[0][0]) - 1]
+  words = rf"taps has {bad[0]}, but that stage gives {side} x {side} pixels"
+  with pytest.raises(ConfigError, match=words):
+    encoder.check(config, data_of())
+
+
+def stage_sides(network, side):
+  """Height of the output of every stage."""
+  model = backbones.make_backbone(
+    BackboneConfig(network, "auto", 30.0, "float32", ()), 2, cosine=False
+  )
+
+  def blocks(x):
+    _, state = model.init_with_output(
+      jax.random.key(0), x, train=False, capture_intermediates=True, mutable=True
+    )
+    return state["intermediates"]
+
+  shapes = jax.eval_shape(blocks, jax.ShapeDtypeStruct((1, side, side, 3), np.float32))
+  return [
+    shapes[f"layer{stage}_0"]["__call__"][0].shape[1]
+    for stage in range(1, len(model.architecture.widths) + 1)
+  ]
+
+
+@pytest.mark.parametrize("network", ["resnet8", "resnet18"])
+@pytest.mark.parametrize("side", [4, 7, 32, 50, 64])
+def test_the_side_of_a_stage_is_that_of_its_output(network, side):
+  config = config_of(backbone=BackboneConfig(network, "auto", 30.0, "float32", ()))
+  for stage, expected in enumerate(stage_sides(network, side), 1):
+    assert encoder.stage_side(config, side, stage) == expected
+
+
 def test_weights_that_are_not_there_are_named_before_any_work(tmp_path):
   path = str(tmp_path / "none.npz")
   with pytest.raises(DataError, match=r"config\.encoder\.init_from: there is no file .*none\.npz"):
@@ -216,7 +262,7 @@ def test_manifests_tell_the_weights_by_their_content(tmp_path):
 
 def test_the_head_is_as_the_loss_asks_or_as_configured():
   def backbone(head):
-    return BackboneConfig("resnet8", head, 30.0, "float32")
+    return BackboneConfig("resnet8", head, 30.0, "float32", ())
 
   for loss, row in losses.LOSSES.items():
     assert encoder.has_cosine_head(backbone("auto"), loss) == row.cosine_head
