@@ -1,17 +1,12 @@
-"""Losses and class weights against NumPy; confidence reaches the gradient of a synthetic row."""
+"""Losses and class weights against NumPy."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memdiff.classifier import head, losses
-from memdiff.classifier.head import HeadConfig, HeadData
-from memdiff.runtime.train_state import OptimizerConfig
+from memdiff.classifier import losses
 
 
 def effective_number(counts, beta):
@@ -68,112 +63,3 @@ def test_weights_set_in_at_their_step(step, on):
   weights = jnp.array([0.5, 1.5])
   expected = weights if on else jnp.ones(2)
   np.testing.assert_array_equal(losses.deferred(weights, jnp.array(step), 80), expected)
-
-
-# --- through the head stage's own step -------------------------------------------------------
-
-CLASSES, DIM = 3, 4
-LABELS = np.array([0] * 8 + [1] * 3 + [2], np.int32)
-ADDED_LABELS = np.array([2, 1, 2], np.int32)
-CONFIG = HeadConfig(
-  start="encoder", beta=0.9, gamma_counts="real", defer=0.0, batch_size=12, added_batch_size=3,
-  num_steps=10,
-  optimizer=OptimizerConfig("sgd", 0.1, "cosine", (), (), 0.0, True, 0.0, 0.0, 0.0),
-)  # fmt: skip
-
-
-def make_data(confidence):
-  rng = np.random.default_rng(0)
-
-  def normal(*shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-  return HeadData(
-    features=normal(len(LABELS), DIM), added=normal(len(ADDED_LABELS), DIM),
-    confidence=jnp.asarray(confidence), test_features=normal(2, DIM),
-    start={"kernel": normal(DIM, CLASSES), "bias": normal(CLASSES)},
-  )  # fmt: skip
-
-
-def make_stage(mesh, config, data):
-  own = jax.tree.map(lambda x: x[None], data)
-  labels = np.zeros(2, np.int32)
-  return head.make_stage("test", config, own, LABELS, ADDED_LABELS, labels, CLASSES, mesh)
-
-
-def added_gradient(mesh, confidence, config=CONFIG, step=0):
-  """Gradient of the step's loss wrt the rows of the pool, and the data it was taken at."""
-  data = make_data(confidence)
-  stage = make_stage(mesh, config, data)
-  state = stage.init(jax.random.key(0), data)
-  state = state.replace(step=jnp.asarray(step, jnp.int32))
-
-  def loss(added):
-    return stage.step(state, stage.shared, data.replace(added=added))[1]["loss"]
-
-  return data, np.asarray(jax.jit(jax.grad(loss))(data.added))
-
-
-def cross_entropy_gradient(data):
-  """d CE / d feature of every row of the pool."""
-  kernel, bias = (np.asarray(data.start[name], float) for name in ("kernel", "bias"))
-  logits = np.asarray(data.added, float) @ kernel + bias
-  p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-  return (p - np.eye(CLASSES)[ADDED_LABELS]) @ kernel.T
-
-
-def test_the_gradient_of_a_synthetic_row_is_gamma_times_confidence(mesh):
-  confidence = np.array([1.0, 0.25, 0.6], np.float32)
-  data, gradient = added_gradient(mesh, confidence)
-  gamma = effective_number([8, 3, 1], 0.9)[ADDED_LABELS]
-  expected = (gamma * confidence)[:, None] * cross_entropy_gradient(data) / 15
-  np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7)
-
-
-def test_half_the_confidence_is_half_the_gradient_and_none_is_none(mesh):
-  _, full = added_gradient(mesh, np.array([0.8, 0.8, 0.8], np.float32))
-  _, mixed = added_gradient(mesh, np.array([0.4, 0.0, 1.6], np.float32))
-  np.testing.assert_allclose(mixed, full * np.array([[0.5], [0.0], [2.0]]), rtol=1e-5)
-  assert np.abs(full).max(axis=1).min() > 1e-4
-
-
-def test_gamma_may_come_from_the_effective_counts(mesh):
-  config = dataclasses.replace(CONFIG, gamma_counts="effective")
-  confidence = np.array([1.0, 0.25, 0.6], np.float32)
-  data, gradient = added_gradient(mesh, confidence, config)
-  # 3 rows of the pool per 12 real ones, so each is drawn as often as a real row.
-  counts = np.array([8.0, 3.25, 2.6])
-  gamma = (1 - 0.9) / (1 - 0.9**counts)
-  gamma = (gamma / gamma.mean())[ADDED_LABELS]
-  expected = (gamma * confidence)[:, None] * cross_entropy_gradient(data) / 15
-  np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize(("step", "weighted"), [(0, False), (4, False), (5, True), (9, True)])
-def test_deferring_keeps_the_confidence_and_drops_gamma(mesh, step, weighted):
-  config = dataclasses.replace(CONFIG, defer=0.5)
-  confidence = np.array([1.0, 0.25, 0.6], np.float32)
-  data, gradient = added_gradient(mesh, confidence, config, step)
-  gamma = effective_number([8, 3, 1], 0.9)[ADDED_LABELS] if weighted else np.ones(3)
-  expected = (gamma * confidence)[:, None] * cross_entropy_gradient(data) / 15
-  np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7)
-
-
-def test_the_step_descends_along_that_gradient(mesh):
-  data = make_data(np.array([1.0, 0.25, 0.6], np.float32))
-  stage = make_stage(mesh, CONFIG, data)
-  state, metrics = jax.jit(stage.step)(stage.init(jax.random.key(0), data), stage.shared, data)
-  features = np.concatenate([data.features, data.added]).astype(float)
-  labels = np.concatenate([LABELS, ADDED_LABELS])
-  weights = effective_number([8, 3, 1], 0.9)[labels]
-  weights = weights * np.concatenate([np.ones(12), np.asarray(data.confidence)])
-  kernel, bias = (np.asarray(data.start[name], float) for name in ("kernel", "bias"))
-  p = np.exp(features @ kernel + bias)
-  p = p / p.sum(axis=1, keepdims=True)
-  loss = (weights * -np.log(p[np.arange(15), labels])).mean()
-  gradient = weights[:, None] * (p - np.eye(CLASSES)[labels]) / 15
-  assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
-  np.testing.assert_allclose(
-    state.params["kernel"], kernel - 0.1 * features.T @ gradient, atol=1e-5
-  )
-  np.testing.assert_allclose(state.params["bias"], bias - 0.1 * gradient.sum(axis=0), atol=1e-5)

@@ -1,0 +1,261 @@
+"""The head stage: linear classifiers on frozen, standardised features, many of them at once.
+
+A head is trained on the real features of one run (a seed, or a fold of cross-validation) and on
+one generator's synthetic features beside them, by one `Setting`. A stage trains the heads of all
+its settings as if they were seeds; they share the features on the devices.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from memdiff.classifier import losses
+from memdiff.config import at_least, between, one_of
+from memdiff.exemplars import Exemplars
+from memdiff.feature_space import logits_of
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime import train_state
+from memdiff.runtime.loop import Stage
+from memdiff.runtime.random import stream
+from memdiff.runtime.train_state import OptimizerConfig
+
+STARTS = ("encoder", "zeros")
+GAMMA_COUNTS = ("real", "effective")
+
+# Trained losses; `logit_adjustment` is the head of cross_entropy, adjusted afterwards.
+TRAINED = ("cross_entropy", "balanced_softmax", "csl")
+LOSSES = {
+  "cross_entropy": "cross-entropy",
+  "logit_adjustment": "cross-entropy, logits adjusted by the class prior afterwards",
+  "balanced_softmax": "balanced softmax",
+  "csl": "the confidence-adaptive cost-sensitive loss",
+}
+
+
+def trained_loss(loss: str) -> str:
+  """The loss that the head of `loss` is trained with."""
+  return "cross_entropy" if loss == "logit_adjustment" else loss
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+  start: str = one_of(STARTS)
+  beta: float = between(0, 0.999999)
+  gamma_counts: str = one_of(GAMMA_COUNTS)
+  defer: float = between(0, 1)
+  batch_size: int = at_least(1)
+  num_steps: int = at_least(1)
+  optimizer: OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """How one head is trained.
+
+  Attributes:
+    run: which of the runs.
+    strength: which of the generator's strengths, by number.
+    fill: classes with fewer real features are filled up to this number with synthetic ones.
+    exponent: classes are drawn by (real + synthetic features)^exponent.
+    loss: one of TRAINED.
+  """
+
+  run: int
+  strength: int
+  fill: int
+  exponent: float
+  loss: str
+
+
+@flax.struct.dataclass
+class Added:
+  """A generator's features of R runs at K strengths, in order of class."""
+
+  features: Any  # [R, K, M, D] standardised
+  confidence: Any  # [R, K, M]
+  numbers: Any  # [C] features per class, M in all
+
+
+@flax.struct.dataclass
+class HeadData:
+  """What the heads of a stage share."""
+
+  exemplars: Exemplars  # of R runs
+  added: Added
+  start: dict[str, Any]  # {"kernel" [R, D, C], "bias" [R, C]}
+  test_features: Any  # [R, T, D], T may be 0
+  test_labels: Any  # [R, T]
+
+
+@flax.struct.dataclass
+class Mixture:
+  """What a head's minibatches are made of."""
+
+  draw: Any  # [C] probability of a class
+  share: Any  # [C] probability that a row of the class is synthetic
+  used: Any  # [C] synthetic features of the class that are used
+  prior: Any  # [C] weight of the class in the loss: its rows, synthetic ones as far as trusted
+  real: Any  # [] weight of all real features in the loss
+
+
+def nothing_added(num_runs: int, dim: int, num_classes: int) -> Added:
+  """No synthetic features; one row that is never drawn, since arrays cannot be empty."""
+  return Added(
+    features=jnp.zeros((num_runs, 1, 1, dim)),
+    confidence=jnp.ones((num_runs, 1, 1)),
+    numbers=np.zeros(num_classes, np.int32),
+  )
+
+
+def mixture(counts: jax.Array, added: Added, run, strength, fill, exponent) -> Mixture:
+  """The mixture of one head.
+
+  Args:
+    counts: [C] real features.
+    added: of all runs.
+    run, strength, fill, exponent: of its setting, int32 and float32 scalars.
+  """
+  numbers = jnp.asarray(added.numbers)
+  used = jnp.where(counts > 0, jnp.clip(fill - counts, 0, numbers), 0)
+  total = counts + used
+  draw = jnp.where(total > 0, jnp.maximum(total, 1).astype(jnp.float32) ** exponent, 0.0)
+  draw = draw / draw.sum()
+  share = used / jnp.maximum(total, 1)
+  first = jnp.cumsum(numbers) - numbers
+  trusted = jnp.concatenate([jnp.zeros(1), jnp.cumsum(added.confidence[run, strength])])
+  trust = (trusted[first + used] - trusted[first]) / jnp.maximum(used, 1)
+  weight = draw * (1 - share + share * trust)
+  total_weight = weight.sum()
+  return Mixture(
+    draw=draw,
+    share=share,
+    used=used,
+    prior=weight / total_weight,
+    real=jnp.sum(draw * (1 - share)) / total_weight,
+  )
+
+
+def setting_arrays(settings: Sequence[Setting]) -> dict[str, np.ndarray]:
+  """The settings as arrays that lead with heads."""
+  return {
+    "run": np.array([s.run for s in settings], np.int32),
+    "strength": np.array([s.strength for s in settings], np.int32),
+    "fill": np.array([s.fill for s in settings], np.int32),
+    "exponent": np.array([s.exponent for s in settings], np.float32),
+    "loss": np.array([TRAINED.index(s.loss) for s in settings], np.int32),
+  }
+
+
+def priors(data: HeadData, settings: Sequence[Setting]) -> jax.Array:
+  """`Mixture.prior` of every head. [H, C]."""
+
+  @jax.jit
+  @jax.vmap
+  def of(run, strength, fill, exponent):
+    counts = jnp.asarray(data.exemplars.by_class.counts)[run]
+    return mixture(counts, data.added, run, strength, fill, exponent).prior
+
+  arrays = setting_arrays(settings)
+  return of(*(arrays[name] for name in ("run", "strength", "fill", "exponent")))
+
+
+def adjusted(head: dict[str, jax.Array], prior: jax.Array) -> dict[str, jax.Array]:
+  """The head whose logits are lowered by log prior (Menon et al. 2021, eq. 9, tau = 1)."""
+  return head | {"bias": head["bias"] - jnp.log(jnp.maximum(prior, 1e-12))}
+
+
+def make_stage(
+  name: str, config: HeadConfig, data: HeadData, settings: Sequence[Setting], mesh: Mesh
+) -> Stage:
+  """Trains one head per setting.
+
+  A minibatch draws classes by `Mixture.draw`, then real or synthetic members of each. A real row
+  weighs 1, a synthetic one its confidence. `balanced_softmax` adds log `Mixture.prior` to the
+  logits (Ren et al. 2020, eq. 4, with the prior that the loss really sees); `csl` multiplies the
+  weights with gamma_y, from the effective number of the real or the effective counts, deferred:
+  gamma_c^adaptive = gamma_c conf.
+
+  Args:
+    name: of the stage: its folder and curves.
+    config: see HeadConfig.
+    data: on the devices.
+    settings: H of them; they lead the stage's state as seeds do.
+    mesh: the device mesh.
+  """
+  optimizer = train_state.make_optimizer(config.optimizer, config.num_steps)
+  start_step = round(config.defer * config.num_steps)
+
+  def init(key, own):
+    start = jax.tree.map(lambda x: x[own["run"]], data.start)
+    # Copies: the state is donated, the data are not.
+    change = jnp.copy if config.start == "encoder" else jnp.zeros_like
+    return train_state.create(key, jax.tree.map(change, start), optimizer)
+
+  def mixture_of(data, own):
+    counts = data.exemplars.by_class.counts[own["run"]]
+    names = ("run", "strength", "fill", "exponent")
+    return mixture(counts, data.added, *(own[name] for name in names))
+
+  def draw(key, data, own, mixed):
+    """Features [B, D], labels [B] and trust [B] of a minibatch."""
+    run, size = own["run"], (config.batch_size,)
+    class_key, real_key, added_key, kind_key = jax.random.split(key, 4)
+    cumulative = jnp.cumsum(mixed.draw)
+    u = jax.random.uniform(class_key, size, maxval=cumulative[-1])
+    label = jnp.minimum(jnp.searchsorted(cumulative, u, side="right"), len(cumulative) - 1)
+    by_class = data.exemplars.by_class
+    member = jax.random.randint(real_key, size, 0, jnp.maximum(by_class.counts[run, label], 1))
+    real = data.exemplars.features[run, by_class.order[run, by_class.starts[run, label] + member]]
+    numbers = jnp.asarray(data.added.numbers)
+    first = (jnp.cumsum(numbers) - numbers)[label]
+    row = first + jax.random.randint(added_key, size, 0, jnp.maximum(mixed.used[label], 1))
+    row = jnp.minimum(row, data.added.features.shape[2] - 1)
+    added = data.added.features[run, own["strength"], row]
+    confidence = data.added.confidence[run, own["strength"], row]
+    synthetic = jax.random.uniform(kind_key, size) < mixed.share[label]
+    features = jnp.where(synthetic[:, None], added, real)
+    return features, label, jnp.where(synthetic, confidence, 1.0)
+
+  def class_weights(mixed, counts):
+    """gamma [C] of csl."""
+    seen = counts.astype(jnp.float32)
+    if config.gamma_counts == "effective":  # in units of real features
+      seen = counts.sum() * mixed.prior / mixed.real
+    return losses.effective_number(jnp.maximum(seen, 1e-3), config.beta)
+
+  def step(state, data, own):
+    mixed = mixture_of(data, own)
+    batch = draw(stream(state.key, "batch", state.step), data, own, mixed)
+    features, label, trust = mesh_lib.shard_batch(batch, mesh)
+    balanced = own["loss"] == TRAINED.index("balanced_softmax")
+    offset = jnp.where(balanced, jnp.log(jnp.maximum(mixed.prior, 1e-12)), 0.0)
+    gamma = class_weights(mixed, data.exemplars.by_class.counts[own["run"]])
+    gamma = losses.deferred(gamma, state.step, start_step)
+    gamma = jnp.where(own["loss"] == TRAINED.index("csl"), gamma, 1.0)
+
+    def loss_of(params):
+      logits = logits_of(params, features) + offset[None]
+      return losses.weighted_cross_entropy(logits, label, gamma[label] * trust)
+
+    loss, gradients = jax.value_and_grad(loss_of)(state.params)
+    return train_state.apply_gradients(state, gradients, optimizer), {"loss": loss}
+
+  def evaluate(state, data, own):
+    logits = logits_of(state.params, data.test_features[own["run"]])
+    return {"accuracy": jnp.mean(logits.argmax(axis=-1) == data.test_labels[own["run"]])}
+
+  return Stage(
+    name=name,
+    num_steps=config.num_steps,
+    init=init,
+    step=step,
+    evaluate=evaluate if data.test_labels.shape[1] else None,
+    shared=data,
+    own=mesh_lib.replicate(mesh, setting_arrays(settings)),
+  )

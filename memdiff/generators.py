@@ -1,0 +1,316 @@
+"""Every way to make synthetic features, by one interface: memdiff itself, its controls, its peers.
+
+A generator learns from runs of exemplars (seeds, or folds of cross-validation) and makes features
+of given classes at given strengths. Some train a denoiser first, which stays in a folder.
+
+To add one that needs no training: a row in baselines.generators.GENERATORS.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from memdiff import exemplars as exemplars_lib
+from memdiff import feature_diffusion, hallucination, selection, synthetic
+from memdiff.baselines import fasa, ldmlr
+from memdiff.baselines.fasa import FASAConfig
+from memdiff.baselines.generators import GENERATORS
+from memdiff.config import above, at_least, each, some_of
+from memdiff.diffusion.schedules import NoiseSchedule
+from memdiff.errors import ConfigError
+from memdiff.exemplars import Exemplars
+from memdiff.feature_diffusion import DiffusionConfig
+from memdiff.feature_space import FeatureRuns
+from memdiff.hallucination import SamplerConfig
+from memdiff.runtime import loop
+from memdiff.runtime.loop import Stage
+from memdiff.runtime.random import base_keys, stream
+from memdiff.synthetic import ConfidenceConfig, SyntheticFeatures
+
+ALL = 10**9  # fills no class: as many features as are made
+
+DIFFUSIONS = {
+  "memdiff": "diffusion conditioned on the memory of the class",
+  "class_only": "the same diffusion conditioned on the class alone (DDPM)",
+}
+LDMLR = {
+  "ldmlr": "latent diffusion of LDMLR (Han et al. 2024), its defects mended",
+  "ldmlr_published": "latent diffusion of LDMLR as its code has it, 20 % of each class",
+}
+DESCRIPTIONS = (
+  {name: generator.description for name, generator in GENERATORS.items()}
+  | {"fasa": "virtual features with adapted sampling (FASA, Zang et al. 2021)"}
+  | LDMLR
+  | DIFFUSIONS
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorsConfig:
+  """Which generators a run compares, and how much they make."""
+
+  names: tuple[str, ...] = some_of(DESCRIPTIONS)
+  tail_below: int = at_least(1)
+  fill_to: tuple[int, ...] = each(lambda n: n >= 1, "whole numbers from 1")
+  confidence: ConfidenceConfig
+  fasa: FASAConfig
+  ldmlr_share: float = above(0)
+
+  def __post_init__(self):
+    if not self.names:
+      raise ValueError("names is empty, but something must make synthetic features.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workshop:
+  """What the generators of an experiment work with."""
+
+  config: GeneratorsConfig
+  diffusion: DiffusionConfig
+  sampler: SamplerConfig
+  num_classes: int
+
+
+def plan(counts: np.ndarray, config: GeneratorsConfig) -> np.ndarray:
+  """Features to make per class: tail classes are filled up to the largest of `fill_to`. [C].
+
+  Raises:
+    ConfigError: where no class needs any.
+  """
+  numbers = np.where(
+    counts < config.tail_below, np.maximum(max(config.fill_to) - counts, 0), 0
+  ).astype(np.int32)
+  if not numbers.any():
+    raise ConfigError(
+      f"config.generators: no class with fewer than tail_below={config.tail_below} training"
+      f" examples needs filling to fill_to={max(config.fill_to)}; the counts are"
+      f" {counts.tolist()}."
+    )
+  return numbers
+
+
+def numbers(name: str, counts: np.ndarray, config: GeneratorsConfig) -> np.ndarray:
+  """Features that the generator `name` makes per class. [C]."""
+  if name == "ldmlr_published":
+    return ldmlr.published_numbers(counts).astype(np.int32)
+  return plan(counts, config)
+
+
+def fills(name: str, config: GeneratorsConfig) -> tuple[int, ...]:
+  """Candidates of how far classes are filled."""
+  return (ALL,) if name == "ldmlr_published" else config.fill_to
+
+
+def strengths(name: str, shop: Workshop) -> tuple[float, ...]:
+  """Candidates of the generator's strength."""
+  if name in GENERATORS:
+    return GENERATORS[name].strengths
+  return shop.sampler.strengths if name == "memdiff" else (1.0,)
+
+
+def _diffusion(name: str, shop: Workshop) -> DiffusionConfig:
+  """The settings that a diffusion generator trains with."""
+  if name == "class_only":
+    return dataclasses.replace(shop.diffusion, condition="class")
+  return shop.diffusion
+
+
+def _ldmlr(name: str, shop: Workshop) -> ldmlr.LDMLRConfig:
+  row = ldmlr.ROWS[name]
+  return dataclasses.replace(row, num_steps=max(round(shop.config.ldmlr_share * row.num_steps), 1))
+
+
+def stage(name: str, shop: Workshop, runs: FeatureRuns, mesh: Mesh) -> Stage | None:
+  """The training of the generator's denoiser; None where it needs none."""
+  if name in DIFFUSIONS:
+    config = _diffusion(name, shop)
+    own = feature_diffusion.make_data(
+      runs.exemplars.features, np.asarray(runs.exemplars.labels), runs.bank, shop.num_classes,
+      config.class_exponent, mesh,
+    )  # fmt: skip
+    return feature_diffusion.make_stage(config, own, shop.num_classes, mesh)
+  if name in LDMLR:
+    return ldmlr.make_stage(
+      name, _ldmlr(name, shop), runs.exemplars, runs.standardizer, shop.num_classes, mesh
+    )
+  return None
+
+
+def train(name: str, shop: Workshop, runs: FeatureRuns, run: loop.Run, folder: pathlib.Path):
+  """Trains the generator's denoiser in `folder`, where it has one."""
+  made = stage(name, shop, runs, run.mesh)
+  if made is not None:
+    loop.train(_named(made, folder), run, folder)
+
+
+def _named(made: Stage, folder: pathlib.Path) -> Stage:
+  """The stage with the name of its folder, so that curves of folds and seeds stay apart."""
+  return dataclasses.replace(made, name="/".join(folder.parts[-2:]))
+
+
+# --- sampling --------------------------------------------------------------------------------
+
+# (keys [R], strengths [K], runs, what it has learned) -> features [R, K, M, D] and trust [R, M],
+# which multiplies the confidence.
+Sampler = Callable[[jax.Array, jax.Array, FeatureRuns, Any], tuple[jax.Array, jax.Array]]
+
+
+def _plain_sampler(name: str, labels: jax.Array) -> Sampler:
+  """Of a generator without training; a run and a strength at a time, which bounds the memory."""
+  sample = GENERATORS[name].sample
+
+  def of_runs(keys, strengths, runs, _):
+    def of_run(arguments):
+      key, exemplars = arguments
+      return jax.lax.map(lambda strength: sample(key, exemplars, labels, strength), strengths)
+
+    features = jax.lax.map(of_run, (keys, runs.exemplars))
+    return features, jnp.ones((keys.shape[0], labels.shape[0]))
+
+  return of_runs
+
+
+def _fasa_parts(runs: FeatureRuns) -> tuple[Exemplars, Exemplars, np.ndarray]:
+  """Four fifths of each run's exemplars, the fifth that is held out, and groups of the classes."""
+  num_classes = runs.exemplars.by_class.counts.shape[-1]
+  parts, groups = ([], []), []
+  features, labels = (np.asarray(runs.exemplars.features), np.asarray(runs.exemplars.labels))
+  for own, own_labels in zip(features, labels, strict=True):
+    fold = selection.deal(own_labels, 5, seed=0)
+    for part, inside in zip(parts, (fold != 0, fold == 0), strict=True):
+      masked = np.where(inside, own_labels, num_classes)
+      part.append(exemplars_lib.make(own, masked, num_classes))
+    train = parts[0][-1]
+    means = np.asarray(exemplars_lib.class_means(jax.tree.map(jnp.asarray, train)))
+    groups.append(fasa.group_classes(means, train.by_class.counts))
+  train, held_out = (jax.tree.map(lambda *leaves: np.stack(leaves), *part) for part in parts)
+  return train, held_out, np.stack(groups)
+
+
+def _fasa_sampler(config: FASAConfig, labels: jax.Array) -> Sampler:
+  def of_runs(keys, _, runs, parts):
+    del runs
+
+    def of_run(arguments):
+      key, (train, held_out, groups) = arguments
+      adapted = fasa.adapt(stream(key, "adapt"), train, held_out, groups, config)
+      made = fasa.sample(stream(key, "sample"), adapted, labels)
+      return made[None], fasa.class_weights(adapted)[labels]
+
+    return jax.lax.map(of_run, (keys, parts))
+
+  return of_runs
+
+
+def _ldmlr_sampler(config: ldmlr.LDMLRConfig, labels: jax.Array, num_classes: int) -> Sampler:
+  def of_runs(keys, _, runs, params):
+    def of_run(key, params, standardizer):
+      return ldmlr.sample(key, config, params, standardizer, labels, num_classes)
+
+    made = jax.vmap(of_run)(keys, params, runs.standardizer)
+    return made[:, None], jnp.ones((keys.shape[0], labels.shape[0]))
+
+  return of_runs
+
+
+def _diffusion_sampler(
+  name: str, shop: Workshop, feature_dim: int, labels: jax.Array, mesh: Mesh
+) -> Sampler:
+  """A single strength is static, which spares guidance's pair of calls at a scale of 1."""
+  config, sampler = _diffusion(name, shop), shop.sampler
+  if name == "class_only":
+    sampler = dataclasses.replace(sampler, condition="class", guidance=(1.0,), start=(1.0,))
+  denoiser = feature_diffusion.make_denoiser(config, shop.num_classes, feature_dim)
+  schedule = NoiseSchedule(config.schedule)
+
+  def of_runs(keys, chosen, runs, params):
+    def of_run(strength, key, params, bank, exemplars):
+      origins = None
+      if min(sampler.start) < 1:
+        origins = exemplars_lib.draw(stream(key, "origin"), exemplars, labels)
+      return hallucination.sample_features(
+        denoiser, params, schedule, bank, labels, key, sampler, config.prediction, mesh,
+        origins=origins, **sampler.at(strength),
+      )  # fmt: skip
+
+    own = keys, params, runs.bank, runs.exemplars
+    if len(sampler.strengths) == 1:
+      made = jax.vmap(functools.partial(of_run, sampler.strengths[0]))(*own)[:, None]
+    else:
+      of_strength = jax.vmap(of_run, in_axes=(None, 0, 0, 0, 0))
+      made = jax.lax.map(lambda strength: of_strength(strength, *own), chosen).swapaxes(0, 1)
+    return made, jnp.ones((keys.shape[0], labels.shape[0]))
+
+  return of_runs
+
+
+def _make_sampler(name, shop, runs, run, folder, labels) -> tuple[Sampler, Any]:
+  """The sampler, and what it has learned beforehand."""
+  if name in GENERATORS:
+    return _plain_sampler(name, labels), ()
+  if name == "fasa":
+    return _fasa_sampler(shop.config.fasa, labels), _fasa_parts(runs)
+  trained = _named(stage(name, shop, runs, run.mesh), folder)
+  params = loop.load_final(trained, run, folder).ema_params
+  if name in LDMLR:
+    return _ldmlr_sampler(_ldmlr(name, shop), labels, shop.num_classes), params
+  dim = runs.exemplars.features.shape[-1]
+  return _diffusion_sampler(name, shop, dim, labels, run.mesh), params
+
+
+def make(
+  name: str,
+  shop: Workshop,
+  runs: FeatureRuns,
+  run: loop.Run,
+  folder: pathlib.Path,
+  made: np.ndarray,
+  chosen: Sequence[float],
+) -> SyntheticFeatures:
+  """Synthetic features of R runs, on the devices.
+
+  Args:
+    name: of the generator.
+    shop: its settings.
+    runs: what it learns from.
+    run: seeds, of which there are R, mesh and progress.
+    folder: where `train` left its denoiser.
+    made: [C] features per class, M in all.
+    chosen: K strengths.
+  """
+  host_labels = np.repeat(np.arange(len(made)), made).astype(np.int32)
+  labels = jnp.asarray(host_labels)
+  sampler, learned = _make_sampler(name, shop, runs, run, folder, labels)
+  number = np.concatenate([np.arange(n) for n in made]).astype(np.int32)
+
+  def judge(samples, trust, exemplars, standardizer, head):
+    """Of one run and strength: what the head trains on is what is judged and exported."""
+    features = standardizer.forward(standardizer.backward(samples))
+    confidence = synthetic.confidence(features, labels, exemplars, head, shop.config.confidence)
+    return features, trust * confidence
+
+  @jax.jit
+  def everything(keys, strengths, runs, learned):
+    samples, trust = sampler(keys, strengths, runs, learned)
+
+    def of_run(arguments):
+      samples, *rest = arguments
+      return jax.lax.map(lambda x: judge(x, *rest), samples)
+
+    return jax.lax.map(of_run, (samples, trust, runs.exemplars, runs.standardizer, runs.head))
+
+  with run.progress.compiling(f"and running {name}, {len(host_labels):,} features per run"):
+    keys = base_keys(run.seeds, f"sample/{name}")
+    features, confidence = jax.block_until_ready(
+      everything(keys, jnp.asarray(chosen, jnp.float32), runs, learned)
+    )
+  return SyntheticFeatures(
+    features=features, labels=host_labels, confidence=confidence, number=number
+  )
