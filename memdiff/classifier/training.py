@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from input_pipeline import augment, batches, streaming
@@ -20,7 +21,7 @@ from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.random import stream
-from memdiff.runtime.train_state import OptimizerConfig
+from memdiff.runtime.train_state import OptimizerConfig, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,15 @@ def host_batches(
   return make
 
 
+def partition_with_bank(state: TrainState, mesh: Mesh) -> TrainState:
+  """Specs of one seed's state: the bank split by class, all else on every device."""
+  specs = jax.tree.map(lambda _: PartitionSpec(), state)
+  if state.bank is None:
+    return specs
+  rows = state.bank.seen.shape[0]
+  return specs.replace(bank=jax.tree.map(lambda _: memory_bank.class_spec(rows, mesh), state.bank))
+
+
 def make_stage(
   config: ClassifierConfig,
   encoder_config: EncoderConfig,
@@ -106,6 +116,7 @@ def make_stage(
   dataset: LongTailDataset,
   shared: dict[str, jax.Array],
   mesh: Mesh,
+  rows: np.ndarray | None = None,
 ) -> Stage:
   """Trains encoder, head and, where it is configured, memory bank with `loss`.
 
@@ -115,9 +126,12 @@ def make_stage(
     dataset: the long-tailed set.
     shared: of `encoder.device_data`.
     mesh: the device mesh.
+    rows: [R, A] the training images of each of R runs, of a set in memory; None: all of them. The
+      stage of runs scores nothing while it trains.
   """
   name = f"classifier/{loss}"
   num_examples, num_classes = len(dataset.train_labels), dataset.num_classes
+  num_examples = num_examples if rows is None else rows.shape[1]
   num_steps = config.num_steps(num_examples)
   model = encoder.make_model(encoder_config, loss, num_classes)
   optimizer = train_state.make_optimizer(config.optimizer, num_steps)
@@ -157,6 +171,7 @@ def make_stage(
     index = batches.epoch_indices(
       stream(state.key, "order"), state.step, num_examples, config.batch_size
     )
+    index = index if rows is None else own[index]
     return mesh_lib.shard_batch((shared["images"][index], shared["labels"][index]), mesh)
 
   def prepare(state, images, shared):
@@ -228,23 +243,14 @@ def make_stage(
       scores |= {f"holdout_{name}": value for name, value in held_out.items()}
     return scores
 
-  def partition(state):
-    specs = jax.tree.map(lambda _: PartitionSpec(), state)
-    if state.bank is None:
-      return specs
-    rows = state.bank.seen.shape[0]
-    return specs.replace(
-      bank=jax.tree.map(lambda _: memory_bank.class_spec(rows, mesh), state.bank)
-    )
-
   return Stage(
     name=name,
     num_steps=num_steps,
     init=init,
     step=step,
-    evaluate=None if dataset.streamed else evaluate,
+    evaluate=None if dataset.streamed or rows is not None else evaluate,
     shared=shared,
-    own=(),
-    partition=partition,
+    own=() if rows is None else mesh_lib.replicate(mesh, rows),
+    partition=lambda state: partition_with_bank(state, mesh),
     batches=host_batches(dataset, config, name),
   )
