@@ -78,6 +78,7 @@ def encoder() -> ConfigDict:
   config.backbone.name = "resnet32"  # resnet8, 20, 32, 44, 56: small images; 10, 18, 50: 224 px
   config.backbone.head = "auto"  # auto (as the loss asks) | linear | cosine
   config.backbone.scale = 30.0  # of cosine logits
+  config.backbone.taps = ()  # features from inner stages, "2:2": stage 2 averaged to a 2 x 2 grid
   config.backbone.dtype = "float32"  # of the computation: float32 | bfloat16; weights are float32
   config.input = ConfigDict()
   config.input.mean = ()  # of pixels in [0, 1], ordered as `channels`; (): of the training images
@@ -138,21 +139,44 @@ def memory_bank() -> ConfigDict:
   return config
 
 
+def objective() -> ConfigDict:
+  """Of the denoiser: DDPM's mean squared error; what is 0 is left out."""
+  config = ConfigDict()
+  config.loss = "mse"  # mse | infonce
+  config.min_snr = 0.0  # caps signal / noise by which squared errors of x0 weigh: 5.0; 0: off
+  config.infonce = ConfigDict()  # predicted noise has to pick its own among the batch's
+  config.infonce.temperature = 0.1  # of cosines
+  config.infonce.mse_weight = 1.0  # of mse beside it; without any, samples have no scale
+  config.supcon = ConfigDict()  # CORAL: classes apart at the bottleneck
+  config.supcon.weight = 0.0  # w of w exp((1 - t / T) / decay)
+  config.supcon.decay = 0.3
+  config.supcon.temperature = 0.1
+  config.supcon.projection_dim = 128
+  config.cbdm = ConfigDict()  # what is predicted for a class, near what is for other classes
+  config.cbdm.weight = 0.0  # at t = T
+  config.cbdm.commitment = 0.25  # share of the term that moves the other class's prediction
+  config.cbdm.labels = "empirical"  # other classes by their counts: empirical | uniform
+  return config
+
+
 def diffusion() -> ConfigDict:
   config = ConfigDict()
   config.schedule = ConfigDict()
   config.schedule.name = "cosine"  # cosine | linear
   config.schedule.num_steps = 1000  # T
   config.denoiser = ConfigDict()
+  config.denoiser.name = "mlp"  # mlp | transformer
   config.denoiser.width = 256  # hidden units
   config.denoiser.num_blocks = 3  # residual blocks
-  config.denoiser.embedding_dim = 64  # of time, class and conditioning
+  config.denoiser.embedding_dim = 64  # of time; mlp: of class, conditioning; transformer: of a head
   config.denoiser.num_heads = 4  # of the attention over stored features
   config.class_exponent = 0.5  # classes drawn by count^this: 1 as they are, 0 balanced
   config.prediction = "v"  # v | eps | x0, what the denoiser predicts
+  config.condition = "class_and_memory"  # what it is told: class_and_memory | memory | class
   config.label_dropout = 0.1  # share of samples trained without label and memory
-  config.anonymous = 0.5  # share of the others trained without label, with memory
-  config.displacement = 1.0  # anonymous classes are moved by this x class differences
+  config.anonymous = 0.5  # share of the others taken for classes never seen: without label ...
+  config.displacement = 1.0  # ... and moved by this x class differences (not of condition class)
+  config.objective = objective()
   config.ema_decay = 0.999  # of the weights that sample
   config.batch_size = 128  # features
   config.num_steps = 2000
@@ -166,30 +190,71 @@ def diffusion() -> ConfigDict:
 
 def hallucination() -> ConfigDict:
   config = ConfigDict()
-  config.tail_below = 100  # classes with fewer training images are filled ...
-  config.fill_to = 100  # ... with synthetic features up to this number
   config.sampler = "ddim"  # ddpm | ddpm_beta | ddim | dpm++
   config.num_steps = 50  # denoiser calls per sample
   config.condition = "memory"  # memory | class_and_memory | class
-  config.guidance = 1.0  # 1: none; above: towards the class
+  config.guidance = (1.0,)  # candidates; 1: none, above: towards the class
+  config.start = (1.0,)  # candidates; below 1: from exemplars noised for this share of the steps
   config.x0_limit = 8.0  # clips predicted features, standard deviations; None: not
   config.chunk_size = 1024  # samples at a time, bounds the memory
-  config.confidence = "cosine"  # cosine | certainty | entropy_literal | probability
-  config.confidence_power = 1.0  # above 1: trust only the best
-  config.normalize_confidence = True  # to mean 1 within each class
+  return config
+
+
+def generators() -> ConfigDict:
+  config = ConfigDict()
+  config.names = (  # what makes features; memdiff.generators.DESCRIPTIONS lists all
+    "duplicate", "kernel_jitter", "feature_mixup", "gaussian_shared", "gaussian_shrunk",
+    "class_only", "memdiff",
+  )  # fmt: skip
+  config.tail_below = 100  # classes with fewer training examples are filled ...
+  config.fill_to = (100,)  # ... up to one of these numbers
+  config.confidence = ConfigDict()
+  config.confidence.name = "cosine"  # cosine | certainty | entropy_literal | probability | none
+  config.confidence.power = 1.0  # above 1: trust only the best
+  config.confidence.calibrate = False  # 1 where a feature is as typical as the real ones
+  config.confidence.normalize = True  # to mean 1 within each class
+  config.fasa = ConfigDict()
+  config.fasa.num_epochs = 20  # over the training features
+  config.fasa.batch_size = 128  # features
+  config.fasa.optimizer = cosine(0.05, 5e-4)
+  config.ldmlr_share = 1.0  # of the published number of training steps
   return config
 
 
 def head() -> ConfigDict:
   config = ConfigDict()
-  config.start = "encoder"  # encoder: go on from its head | zeros
-  config.beta = 0.9999  # effective number, as in the classifier
-  config.gamma_counts = "effective"  # gamma from: effective (real + trusted synthetic) | real
-  config.defer = 0.0  # share of the steps before the class weights set in
-  config.batch_size = 128  # real features
-  config.added_batch_size = 128  # synthetic features beside them
-  config.num_steps = 1000
-  config.optimizer = cosine(0.05, 5e-4)
+  config.losses = (  # rows of every generator
+    "cross_entropy", "logit_adjustment", "balanced_softmax", "csl"
+  )  # fmt: skip
+  config.exponents = (1.0,)  # candidates; classes are drawn by (real + synthetic)^exponent
+  config.training = ConfigDict()
+  config.training.start = "encoder"  # encoder: go on from its head | zeros
+  config.training.beta = 0.9999  # csl: effective number, as in the classifier
+  config.training.gamma_counts = "effective"  # csl: real + trusted synthetic features | real
+  config.training.defer = 0.0  # csl: share of the steps before the class weights set in
+  config.training.batch_size = 256  # features, real and synthetic
+  config.training.num_steps = 1000
+  config.training.optimizer = cosine(0.05, 5e-4)
+  return config
+
+
+def selection() -> ConfigDict:
+  config = ConfigDict()
+  config.folds = 5  # of cross-validation on training data; 0: none, settings as they come first
+  config.repeats = 1  # with folds dealt anew
+  config.encoder = "frozen"  # frozen | retrained: one per fold, without its images
+  return config
+
+
+def joint() -> ConfigDict:
+  """Encoder and head on images and hallucinated features together, beside heads alone."""
+  config = ConfigDict()
+  config.generators = ()  # real (the control) and any of generators.names; (): none
+  config.loss = "balanced_softmax"  # cross_entropy | balanced_softmax | csl, with head.training's
+  config.num_rounds = 4  # of equal length; the first sees images only
+  config.ramp = 0.5  # share of the other rounds over which synthetic features gain weight
+  config.refresh_drift = 0.1  # shift of the class means, over their spread, that asks for new ones
+  config.added_batch_size = 64  # synthetic features beside classifier.batch_size images
   return config
 
 
@@ -217,6 +282,17 @@ def classification(name: str) -> ConfigDict:
   return config
 
 
+def on_features(config: ConfigDict) -> None:
+  """Adds what an experiment does with features, wherever they come from."""
+  config.diffusion = diffusion()
+  config.hallucination = hallucination()
+  config.generators = generators()
+  config.head = head()
+  config.selection = selection()
+  config.evaluation = ConfigDict()
+  config.evaluation.map_per_class = 60  # points per class and kind in the t-SNE picture
+
+
 def memdiff(name: str) -> ConfigDict:
   """The whole of memdiff: hallucinated features for the tail, and what they are worth."""
   config = classification(name)
@@ -224,11 +300,9 @@ def memdiff(name: str) -> ConfigDict:
   config.experiment = "memdiff"
   config.classifier.loss = "csl"
   config.classifier.references = ("cross_entropy",)
-  config.diffusion = diffusion()
-  config.hallucination = hallucination()
-  config.head = head()
-  config.evaluation = ConfigDict()
-  config.evaluation.map_per_class = 60  # points per class and kind in the t-SNE picture
+  on_features(config)
+  config.joint = joint()
+  config.selection.encoder = "retrained"
   return config
 
 

@@ -10,6 +10,6 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.name = "cifar10_lt"
   config.dataset.name = "cifar10"
   if variant == "memdiff":
-    config.hallucination.tail_below = 500
-    config.hallucination.fill_to = 500
+    config.generators.tail_below = 500
+    config.generators.fill_to = (500,)
   return config

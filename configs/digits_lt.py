@@ -6,6 +6,7 @@ About two minutes on two CPU cores. Variants, as in --config=configs/digits_lt.p
   default         the whole of memdiff, five seeds
   smoke           two seeds and a few steps of everything, for tests: seconds, learns little
   classification  classifiers alone, with the decoupled heads
+  joint           encoder and head trained together, too; no recommendation
 """
 
 from ml_collections import ConfigDict
@@ -38,13 +39,29 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.classifier.num_epochs = 5.7  # 30 steps
     config.diffusion.num_steps = 40
     config.diffusion.denoiser.width = 32
-    config.head.num_steps = 30
+    config.head.training.num_steps = 30
     config.hallucination.num_steps = 5
+    config.selection.folds = 2
+    config.selection.encoder = "frozen"
+    config.generators.names = ("kernel_jitter", "memdiff")
+    config.evaluation.map_per_class = 5
     config.loop.steps_per_dispatch = 5
     config.loop.eval_every = 10
     config.loop.checkpoint_every = 10
 
   if variant != "classification":
-    config.hallucination.fill_to = 122
-  base.choose(variant, {"classification": classification, "smoke": smoke})
+    config.generators.fill_to = (122,)
+    config.generators.names = (
+      "duplicate", "kernel_jitter", "feature_mixup", "gaussian_shared", "class_only", "memdiff",
+    )  # fmt: skip
+    config.diffusion.num_steps = 1000
+    config.head.training.num_steps = 500
+    config.selection.folds = 3
+
+  def joint():
+    config.classifier.references = ("cross_entropy", "balanced_softmax", "logit_adjustment")
+    config.joint.generators = ("real", "kernel_jitter", "memdiff")
+    config.selection.folds = 0
+
+  base.choose(variant, {"classification": classification, "smoke": smoke, "joint": joint})
   return config

@@ -20,7 +20,7 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.classifier.augment.padding = 2
   config.classifier.num_epochs = 60.0
   if variant == "memdiff":
-    config.hallucination.tail_below = 600
-    config.hallucination.fill_to = 600
+    config.generators.tail_below = 600
+    config.generators.fill_to = (600,)
   base.choose(variant, {"memdiff": lambda: None})
   return config

@@ -305,8 +305,10 @@ def write_synthetic(
     method: what made them, for all rows or per row.
     features: [M, D] in the units of the training file.
     labels: [M] classes, int in [0, C).
-    confidence, number, num_exemplars, nearest_distance: [M], as in
-      `memdiff.hallucination.SyntheticFeatures`.
+    confidence: [M].
+    number: [M], the n-th feature of its class.
+    num_exemplars: [M] training rows of the class.
+    nearest_distance: [M] to the nearest training row of the class.
     nearest_index: [M] index into `data.train_features`.
 
   Raises:

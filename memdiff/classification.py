@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline import dataset as dataset_lib
-from memdiff import feature_space, memory_bank
+from memdiff import memory_bank
 from memdiff.classifier import decoupled, encoder, losses, posthoc, training
 from memdiff.config import one_of
 from memdiff.errors import ConfigError
@@ -25,11 +25,12 @@ from memdiff.experiment import (
   Phase,
   check_seeds,
   classifier_stage,
+  forward_images,
   last_metrics,
+  load_classifier,
   seeds_field,
 )
 from memdiff.runtime import loop
-from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.workdir import read_arrays, write_arrays
 
 _MAX_CURVES = 6  # methods in one picture
@@ -55,6 +56,11 @@ class ClassificationConfig:
 
 def check(settings: ClassificationConfig, _: dataset_lib.LongTailDataset) -> None:
   """Raises ConfigError where the heads do not go with the classifier they build on."""
+  if settings.encoder.backbone.taps:
+    raise ConfigError(
+      "config.encoder.backbone.taps names inner stages for features, but classification scores the"
+      " encoder with its own head; leave it empty."
+    )
   loss = settings.classifier.loss
   linear = {"tau_norm", "lws"} & set(settings.decoupled.methods)
   if linear and encoder.has_cosine_head(settings.encoder.backbone, loss):
@@ -78,42 +84,32 @@ def train_classifiers(e: Experiment) -> dict:
   return summary
 
 
-def load_classifier(e: Experiment, loss: str):
-  """(stage, final state) of a trained classifier."""
-  stage = classifier_of(e, loss)
-  return stage, loop.load_final(stage, e.run, e.workdir.folder("classifier") / loss)
+def load(e: Experiment, loss: str) -> Any:
+  """The final state of a trained classifier."""
+  return load_classifier(e, loss, with_bank=losses.LOSSES[loss].needs_bank)
 
 
 def extract_features(e: Experiment) -> dict:
   """Runs the images that are scored, and for NCM those that train, through the classifiers."""
   summary = {}
   for loss in training.trained_losses(e.config.classifier):
-    stage, state = load_classifier(e, loss)
-    model = encoder.make_model(e.config.encoder, loss, e.dataset.num_classes)
-
-    @jax.jit
-    def forward(images, state=state, shared=stage.shared, model=model):
-      images = mesh_lib.shard_batch(images, e.mesh)
-      images = encoder.normalize(e.config.encoder.input, images, shared)
-      return jax.vmap(lambda s: encoder.apply_eval(model, s, images))(state)
-
+    state = load(e, loss)
     arrays = dict(jax.device_get(state.params["head"]))
-    arrays["logits"], arrays["features"] = feature_space.encode(forward, e.dataset.test_images)
+    arrays["logits"], arrays["features"] = forward_images(e, loss, state, e.dataset.test_images)
     if len(e.dataset.holdout_labels):
-      arrays["holdout_logits"], arrays["holdout_features"] = feature_space.encode(
-        forward, e.dataset.holdout_images
-      )
+      held_out = forward_images(e, loss, state, e.dataset.holdout_images)
+      arrays["holdout_logits"], arrays["holdout_features"] = held_out
     if loss == e.config.classifier.loss and "ncm" in e.config.decoupled.methods:
-      arrays["class_means"] = class_means(forward, e.dataset)
+      _, features = forward_images(e, loss, state, e.dataset.train_images)
+      arrays["class_means"] = class_means(features, e.dataset)
     write_arrays(e.workdir.folder("features") / f"{loss}.npz", arrays)
     hits = arrays["logits"].argmax(axis=-1) == e.dataset.test_labels[None]
     summary[loss] = {"test_accuracy": float(hits.mean())}
   return summary
 
 
-def class_means(forward, dataset: dataset_lib.LongTailDataset) -> np.ndarray:
-  """Mean training feature per class and seed, [S, C, D]."""
-  _, features = feature_space.encode(forward, dataset.train_images)
+def class_means(features: np.ndarray, dataset: dataset_lib.LongTailDataset) -> np.ndarray:
+  """Mean of the training features [S, N, D] per class and seed, [S, C, D]."""
   sums = np.stack([
     np.asarray(jax.ops.segment_sum(f, dataset.train_labels, dataset.num_classes)) for f in features
   ])  # fmt: skip
@@ -122,10 +118,11 @@ def class_means(forward, dataset: dataset_lib.LongTailDataset) -> np.ndarray:
 
 def head_stage(e: Experiment, method: str) -> loop.Stage:
   config = e.config
-  stage, state = load_classifier(e, config.classifier.loss)
+  loss = config.classifier.loss
+  shared = encoder.device_data(config.encoder.input, e.dataset, e.mesh)
   return decoupled.make_stage(
-    method, config.decoupled, config.classifier, config.encoder, config.classifier.loss,
-    state, e.dataset, stage.shared, e.mesh,
+    method, config.decoupled, config.classifier, config.encoder, loss, load(e, loss), e.dataset,
+    shared, e.mesh,
   )  # fmt: skip
 
 

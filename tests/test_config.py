@@ -11,15 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import digits_lt
+from configs import digits_lt, features
 from memdiff import config as config_lib
 from memdiff import pipeline
 from memdiff.config import above, at_least, between, build, each, one_of, some_of
 from memdiff.errors import ConfigError
-from memdiff.experiment import ExperimentConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
-VALID = digits_lt.get_config().to_dict()
+VALID = {  # of every kind of experiment
+  "memdiff": digits_lt.get_config().to_dict(),
+  "features": features.get_config().to_dict(),
+  "classification": digits_lt.get_config("classification").to_dict(),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,10 +179,15 @@ def test_settings_go_back_to_plain_values():
   assert config_lib.flatten({"a": {"b": {"c": 1}}, "d": 2}) == {"a.b.c": 1, "d": 2}
 
 
-# --- the experiment's own settings -----------------------------------------------------------
+# --- the experiments' own settings -----------------------------------------------------------
 
 
-def settings_fields(cls=ExperimentConfig, prefix=""):
+def settings_of(kind):
+  """The settings dataclass of a kind of experiment."""
+  return pipeline.KINDS[kind].settings
+
+
+def settings_fields(cls, prefix=""):
   """(path, class, field) of every leaf reachable from `cls`."""
   for field in dataclasses.fields(cls):
     if dataclasses.is_dataclass(field.type):
@@ -188,15 +196,26 @@ def settings_fields(cls=ExperimentConfig, prefix=""):
       yield f"{prefix}{field.name}", cls, field
 
 
-LEAVES = {path: field for path, _, field in settings_fields()}
+LEAVES = {
+  (kind, path): (cls, field) for kind in VALID for path, cls, field in settings_fields(
+    settings_of(kind)
+  )
+}  # fmt: skip
+# Kinds share most settings; each is tried once.
+DISTINCT = {leaf: place for place, leaf in reversed(LEAVES.items())}
 
 
-@pytest.mark.parametrize("variant", ["default", "smoke"])
-def test_the_shipped_config_is_complete_and_valid(variant):
-  values = digits_lt.get_config(variant).to_dict()
-  assert set(config_lib.flatten(values)) == set(LEAVES)
-  settings = build(ExperimentConfig, values)
-  again = build(ExperimentConfig, config_lib.as_dict(settings))
+def test_there_is_a_valid_config_of_every_kind():
+  assert set(VALID) == set(pipeline.KINDS)
+
+
+@pytest.mark.parametrize(
+  ("kind", "values"), [*VALID.items(), ("memdiff", digits_lt.get_config("smoke").to_dict())]
+)
+def test_the_shipped_config_is_complete_and_valid(kind, values):
+  assert set(config_lib.flatten(values)) == {path for own, path in LEAVES if own == kind}
+  settings = build(settings_of(kind), values)
+  again = build(settings_of(kind), config_lib.as_dict(settings))
   assert settings == again
 
 
@@ -214,62 +233,116 @@ def wrong_for(kind):
   }[kind]
 
 
-@pytest.mark.parametrize("path", sorted(LEAVES))
+@pytest.mark.parametrize(("kind", "path"), sorted(DISTINCT.values()))
 @given(data=st.data())
-def test_every_setting_refuses_values_of_other_types(path, data):
-  value = data.draw(wrong_for(LEAVES[path].type))
-  message = refusal(ExperimentConfig, replaced(VALID, path, value))
+def test_every_setting_refuses_values_of_other_types(kind, path, data):
+  value = data.draw(wrong_for(LEAVES[kind, path][1].type))
+  message = refusal(settings_of(kind), replaced(VALID[kind], path, value))
   assert message.startswith(f"config.{path} is {value!r}, but must be ")
 
 
 OUT_OF_RANGE = {
-  "seeds": [(), (-1,)], "dataset.name": ["mnist"], "dataset.profile": ["flat"],
-  "dataset.imbalance": [0.5], "dataset.split_seed": [-1],
-  "dataset.holdout": [-0.1, 0.6], "dataset.image_size": [-1],
-  "encoder.backbone.name": ["resnet31"], "encoder.backbone.head": ["arc"],
-  "encoder.backbone.scale": [0.0], "encoder.backbone.dtype": ["float16"],
-  "encoder.input.mean": [(1.5,)], "encoder.input.std": [(0.0,)], "encoder.input.channels": ["rbg"],
-  "classifier.loss": ["mse"], "classifier.references": [("mse",), ("csl", "csl")],
-  "classifier.loss_parameters.beta": [-0.1, 1], "classifier.loss_parameters.defer": [1.1],
-  "classifier.loss_parameters.temperature": [0.0], "classifier.loss_parameters.tail_share": [2.0],
-  "classifier.augment.padding": [-1], "classifier.augment.policy": ["trivial"],
-  "classifier.augment.magnitude": [31.0], "classifier.augment.num_layers": [0],
-  "classifier.augment.cutout": [-1], "classifier.augment.mixup": [-0.5],
-  "classifier.stream.num_threads": [0], "classifier.batch_size": [0],
-  "classifier.num_epochs": [-1.0], "classifier.optimizer.name": ["lion"],
-  "classifier.optimizer.learning_rate": [0, -1.0], "classifier.optimizer.momentum": [1.0],
-  "classifier.optimizer.schedule": ["linear"], "classifier.optimizer.weight_decay": [-1e-9],
-  "classifier.optimizer.warmup": [-0.1], "classifier.optimizer.clip_norm": [-1.0],
-  "memory_bank.num_slots": [0], "memory_bank.horizon": [0],
-  "diffusion.schedule.name": ["sigmoid"], "diffusion.schedule.num_steps": [1],
-  "diffusion.denoiser.width": [0], "diffusion.denoiser.num_blocks": [0],
-  "diffusion.denoiser.embedding_dim": [3], "diffusion.denoiser.num_heads": [0],
-  "diffusion.class_exponent": [1.5], "diffusion.prediction": ["noise"],
-  "diffusion.anonymous": [-0.1, 1.5], "diffusion.displacement": [-1.0],
-  "hallucination.condition": ["nothing"], "diffusion.label_dropout": [-0.5],
-  "diffusion.ema_decay": [1.0], "hallucination.tail_below": [0], "hallucination.fill_to": [0],
-  "hallucination.sampler": ["euler"], "hallucination.num_steps": [1],
-  "hallucination.guidance": [-0.5], "hallucination.x0_limit": [0.0],
-  "hallucination.chunk_size": [0], "hallucination.confidence": ["entropy"],
-  "hallucination.confidence_power": [0.0], "head.start": ["random"],
-  "head.gamma_counts": ["fake"], "head.added_batch_size": [0], "evaluation.map_per_class": [1],
-  "loop.steps_per_dispatch": [0], "loop.eval_every": [0], "loop.checkpoint_every": [0],
-  "loop.keep_checkpoints": [0],
+  "memdiff": {
+    "experiment": ["features"],
+    "seeds": [(), (-1,)], "dataset.name": ["mnist"], "dataset.profile": ["flat"],
+    "dataset.imbalance": [0.5], "dataset.split_seed": [-1],
+    "dataset.holdout": [-0.1, 0.6], "dataset.image_size": [-1],
+    "encoder.backbone.name": ["resnet31"], "encoder.backbone.head": ["arc"],
+    "encoder.backbone.scale": [0.0], "encoder.backbone.dtype": ["float16"],
+    "encoder.backbone.taps": [("2",), ("0:1",), ("2:0",), ("2:2", "2-2"), ("2:100",), ("10:1",)],
+    "encoder.input.mean": [(1.5,)], "encoder.input.std": [(0.0,)],
+    "encoder.input.channels": ["rbg"],
+    "classifier.loss": ["mse"], "classifier.references": [("mse",), ("csl", "csl")],
+    "classifier.loss_parameters.beta": [-0.1, 1], "classifier.loss_parameters.power": [-0.5, 2.5],
+    "classifier.loss_parameters.focusing": [-1.0], "classifier.loss_parameters.margin": [-0.1],
+    "classifier.loss_parameters.tau": [-1.0], "classifier.loss_parameters.defer": [1.1],
+    "classifier.loss_parameters.tail_share": [2.0],
+    "classifier.loss_parameters.contrastive_weight": [-0.1],
+    "classifier.loss_parameters.embedding_dim": [0],
+    "classifier.loss_parameters.temperature": [0.0],
+    "classifier.augment.padding": [-1], "classifier.augment.policy": ["trivial"],
+    "classifier.augment.magnitude": [31.0], "classifier.augment.num_layers": [0],
+    "classifier.augment.cutout": [-1], "classifier.augment.mixup": [-0.5],
+    "classifier.stream.num_threads": [0], "classifier.stream.num_workers": [-1],
+    "classifier.stream.prefetch": [0], "classifier.batch_size": [0],
+    "classifier.num_epochs": [-1.0], "classifier.optimizer.name": ["lion"],
+    "classifier.optimizer.learning_rate": [0, -1.0], "classifier.optimizer.momentum": [1.0],
+    "classifier.optimizer.schedule": ["linear"], "classifier.optimizer.weight_decay": [-1e-9],
+    "classifier.optimizer.milestones": [(0.5, 1.5)], "classifier.optimizer.factors": [(0.0,)],
+    "classifier.optimizer.warmup": [-0.1], "classifier.optimizer.clip_norm": [-1.0],
+    "memory_bank.num_slots": [0], "memory_bank.horizon": [0],
+    "diffusion.schedule.name": ["sigmoid"], "diffusion.schedule.num_steps": [1],
+    "diffusion.denoiser.name": ["unet"], "diffusion.denoiser.width": [0],
+    "diffusion.denoiser.num_blocks": [0], "diffusion.denoiser.embedding_dim": [3],
+    "diffusion.denoiser.num_heads": [0],
+    "diffusion.class_exponent": [1.5], "diffusion.prediction": ["noise"],
+    "diffusion.condition": ["nothing"], "diffusion.label_dropout": [-0.5],
+    "diffusion.anonymous": [-0.1, 1.5], "diffusion.displacement": [-1.0],
+    "diffusion.objective.loss": ["l1"], "diffusion.objective.min_snr": [-1.0],
+    "diffusion.objective.infonce.temperature": [0.0],
+    "diffusion.objective.infonce.mse_weight": [-0.1],
+    "diffusion.objective.supcon.weight": [-1.0], "diffusion.objective.supcon.decay": [0.0],
+    "diffusion.objective.supcon.temperature": [0.0],
+    "diffusion.objective.supcon.projection_dim": [0],
+    "diffusion.objective.cbdm.weight": [-1.0], "diffusion.objective.cbdm.commitment": [-0.25],
+    "diffusion.objective.cbdm.labels": ["real"],
+    "diffusion.ema_decay": [1.0], "diffusion.batch_size": [0], "diffusion.num_steps": [0],
+    "hallucination.sampler": ["euler"], "hallucination.num_steps": [1],
+    "hallucination.condition": ["nothing"], "hallucination.guidance": [(), (-0.5,), (1.0, -1.0)],
+    "hallucination.start": [(0.0,), (1.5,), ()],
+    "hallucination.x0_limit": [0.0], "hallucination.chunk_size": [0],
+    "generators.names": [("memdiff", "gan"), ("memdiff", "memdiff")],
+    "generators.tail_below": [0], "generators.fill_to": [(), (0,), (50, -1)],
+    "generators.confidence.name": ["entropy"], "generators.confidence.power": [0.0],
+    "generators.fasa.num_epochs": [0], "generators.fasa.batch_size": [0],
+    "generators.ldmlr_share": [0.0],
+    "head.losses": [("csl", "ldam"), ("csl", "csl")],
+    "head.training.start": ["random"], "head.training.beta": [-0.1, 1.0],
+    "head.training.gamma_counts": ["fake"], "head.training.defer": [-0.5, 1.5],
+    "head.training.batch_size": [0], "head.training.num_steps": [0],
+    "selection.folds": [-1], "selection.repeats": [0], "selection.encoder": ["thawed"],
+    "joint.generators": [("real", "gan"), ("real", "real")], "joint.loss": ["logit_adjustment"],
+    "joint.num_rounds": [1], "joint.ramp": [-0.1, 1.5], "joint.refresh_drift": [-0.1],
+    "joint.added_batch_size": [0],
+    "evaluation.map_per_class": [1],
+    "loop.steps_per_dispatch": [0], "loop.eval_every": [0], "loop.checkpoint_every": [0],
+    "loop.keep_checkpoints": [0],
+  },
+  "features": {
+    "experiment": ["memdiff"], "seeds": [(2**32,)],
+    "dataset.test_share": [-0.1, 0.6], "dataset.test_seed": [-1], "dataset.profile": ["list"],
+    "dataset.imbalance": [0.9], "dataset.split_seed": [2**32], "dataset.holdout": [0.51],
+  },
+  "classification": {
+    "experiment": ["features"], "seeds": [(-1,)],
+    "decoupled.methods": [("ncm", "knn"), ("crt", "crt")], "decoupled.adjustment": [-1.0],
+    "decoupled.tau": [-0.5, 2.5], "decoupled.num_epochs": [0.0],
+  },
 }  # fmt: skip
 
 
+def test_every_range_is_tried():
+  limited = {
+    (cls, field.name) for cls, field in DISTINCT if field.metadata.get("allowed") is not None
+  }
+  tried = [LEAVES[kind, path] for kind, paths in OUT_OF_RANGE.items() for path in paths]
+  assert {(cls, field.name) for cls, field in tried} >= limited
+
+
 @pytest.mark.parametrize(
-  ("path", "value"), [(path, value) for path, values in OUT_OF_RANGE.items() for value in values]
+  ("kind", "path", "value"),
+  [
+    (kind, path, value)
+    for kind, paths in OUT_OF_RANGE.items()
+    for path, values in paths.items()
+    for value in values
+  ],
 )
-def test_values_out_of_range_are_refused_with_the_range(path, value):
-  message = refusal(ExperimentConfig, replaced(VALID, path, value))
-  words = LEAVES[path].metadata["allowed"].words
-  assert message == f"config.{path} is {build_repr(path, value)}, but must be {words}."
-
-
-def build_repr(path, value):
-  """Numbers are shown as the field's own type."""
-  return repr(float(value)) if LEAVES[path].type is float else repr(value)
+def test_values_out_of_range_are_refused_with_the_range(kind, path, value):
+  message = refusal(settings_of(kind), replaced(VALID[kind], path, value))
+  field = LEAVES[kind, path][1]
+  shown = repr(float(value)) if field.type is float else repr(value)
+  assert message == f"config.{path} is {shown}, but must be {field.metadata['allowed'].words}."
 
 
 @pytest.mark.parametrize(
@@ -277,16 +350,40 @@ def build_repr(path, value):
   [
     ("seeds", (1, 2, 1), "each may stand only once"),
     ("hallucination.num_steps", 1001, "the diffusion has only 1000 steps"),
+    ("hallucination.condition", "class", "the denoiser learns"),
+    ("diffusion.anonymous", 0.0, "the denoiser learns class_and_memory;"),
+    ("encoder.backbone.taps", ("3:1", "4:1"), "taps names stage 4, but resnet8 has 3"),
     ("encoder.input.mean", (0.5,), "mean has 1 channels and std 0"),
     ("classifier.optimizer.milestones", (0.5,), "1 milestones and 0 factors"),
     ("diffusion.denoiser.embedding_dim", 13, "must be even"),
+    ("generators.names", (), "names is empty"),
+    ("head.losses", (), "losses is empty"),
+    ("head.exponents", (), "exponents are ()"),
+    ("head.exponents", (0.5, 1.5), "must be numbers from 0 to 1"),
+    ("head.exponents", (-0.1,), "must be numbers from 0 to 1"),
+    ("selection.folds", 1, "cross-validation needs two or more, or 0 for none"),
     ("loop.eval_every", 75, "a multiple of steps_per_dispatch, 50"),
     ("loop.checkpoint_every", 20, "a multiple of steps_per_dispatch, 50"),
   ],
 )
 def test_settings_that_contradict_each_other_are_refused(path, value, words):
-  message = refusal(ExperimentConfig, replaced(VALID, path, value))
+  message = refusal(settings_of("memdiff"), replaced(VALID["memdiff"], path, value))
   assert message.startswith("config") and words in message
+
+
+def test_guidance_needs_a_denoiser_that_learns_without_labels():
+  blind = replaced(VALID["memdiff"], "diffusion.label_dropout", 0.0)
+  guided = replaced(blind, "hallucination.guidance", (1.0, 2.0))
+  assert "guidance is (1.0, 2.0)" in refusal(settings_of("memdiff"), guided)
+  for values in (blind, replaced(VALID["memdiff"], "hallucination.guidance", (1.0, 2.0))):
+    assert build(settings_of("memdiff"), values).hallucination.guidance[0] == 1.0
+
+
+def test_a_test_set_is_given_or_split_off_but_not_both():
+  given_test = replaced(VALID["features"], "dataset.test_path", "test.npz")
+  message = refusal(settings_of("features"), replaced(given_test, "dataset.test_share", 0.2))
+  assert message.startswith("config.dataset: test_path is test.npz and test_share is 0.2")
+  assert build(settings_of("features"), given_test).dataset.test_path == "test.npz"
 
 
 @pytest.mark.parametrize(
@@ -297,15 +394,18 @@ def test_settings_that_contradict_each_other_are_refused(path, value, words):
     ("dataset.split_seed", 2**32),  # more than a RandomState takes
     ("classifier.optimizer.warmup", 1.0),  # leaves no step for the decay
     ("diffusion.optimizer.warmup", 1.0),
+    ("head.training.optimizer.warmup", 1.0),
   ],
 )
 def test_values_that_would_break_a_phase_are_refused_before_any_work(path, value):
-  assert path.rsplit(".", 1)[-1] in refusal(ExperimentConfig, replaced(VALID, path, value))
+  message = refusal(settings_of("memdiff"), replaced(VALID["memdiff"], path, value))
+  assert path.rsplit(".", 1)[-1] in message
 
 
 # --- no setting without an effect ------------------------------------------------------------
 
-CHECKS = {"__post_init__", "check"}  # functions that look at settings without using them
+# Functions that look at settings without using them.
+CHECKS = {"__post_init__", "check", "check_memdiff", "check_features", "check_conditions"}
 
 
 def attributes_read(folder: pathlib.Path) -> set[str]:
@@ -330,7 +430,7 @@ def read_names():
   return attributes_read(ROOT / "memdiff") | attributes_read(ROOT / "input_pipeline")
 
 
-@pytest.mark.parametrize("path", sorted(LEAVES))
+@pytest.mark.parametrize("path", sorted({path for _, path in LEAVES}))
 def test_every_setting_is_read_by_some_code(path, read_names):
   for name in path.split("."):
     assert name in read_names, f"config.{path}: nothing reads .{name}"

@@ -24,6 +24,7 @@ MODULES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "b
 COUNTS = np.array([16, 10, 6, 4])  # of the long tail; the sets have 16 of each class
 CLASSES = tuple("abcd")
 SIZE = 8
+OTHER_DEFAULTS = {"pretrained_cifar": "akamaster_resnet32", "isolating_cifar100_lt": "foreign"}
 
 
 def module_of(name):
@@ -35,7 +36,7 @@ def variants_of(name):
   with pytest.raises(ValueError, match="unknown variant 'none of them'") as caught:
     module_of(name).get_config("none of them")
   names = re.search(r"the variants are (.*)\.$", str(caught.value))[1].split(", ")
-  return [n for n in names if (name, n) != ("pretrained_cifar", "default")]
+  return [n for n in names if n != "default" or name not in OTHER_DEFAULTS]
 
 
 ALL = [(name, variant) for name in MODULES for variant in variants_of(name)]
@@ -47,17 +48,34 @@ RUN_ELSEWHERE = {("digits_lt", "smoke"), ("digits_lt", "classification")}
 
 
 def test_there_is_a_config_for_every_published_benchmark():
-  assert {"cifar10_lt", "cifar100_lt", "fashion_mnist_lt", "imagenet_lt", "inaturalist2018",
-          "food101_lt", "digits_lt", "folder", "pretrained_cifar"} <= set(MODULES)  # fmt: skip
+  assert {
+    "cifar10_lt",
+    "cifar100_lt",
+    "fashion_mnist_lt",
+    "imagenet_lt",
+    "inaturalist2018",
+    "food101_lt",
+    "digits_lt",
+    "folder",
+    "pretrained_cifar",
+    "features",
+  } <= set(MODULES)
   assert len(ALL) >= 20
 
 
+def settings_of(config):
+  return config_lib.build(pipeline.kind_of(config).settings, config)
+
+
 @pytest.mark.parametrize(("name", "variant"), ALL)
-def test_a_config_is_valid_and_its_encoder_fits_its_images(name, variant):
-  config = module_of(name).get_config(variant)
-  kind = pipeline.kind_of(config.to_dict())
-  settings = config_lib.build(kind.settings, config.to_dict())
-  assert config_lib.build(kind.settings, config_lib.as_dict(settings)) == settings
+def test_a_config_is_valid(name, variant):
+  settings = settings_of(module_of(name).get_config(variant).to_dict())
+  assert settings_of(config_lib.as_dict(settings)) == settings
+
+
+@pytest.mark.parametrize(("name", "variant"), [v for v in ALL if v[0] != "features"])
+def test_the_encoder_of_a_config_fits_its_images(name, variant):
+  settings = settings_of(module_of(name).get_config(variant).to_dict())
   assert settings.dataset.name in dataset.SOURCES
   side = settings.dataset.image_size or {"digits": 8, "fashion_mnist": 28}.get(
     settings.dataset.name, 32
@@ -88,8 +106,7 @@ def test_a_file_documents_its_variants_and_its_command(name):
 
 def test_the_default_variant_is_what_no_variant_gives():
   for name in MODULES:
-    default = "akamaster_resnet32" if name == "pretrained_cifar" else "default"
-    module = module_of(name)
+    module, default = module_of(name), OTHER_DEFAULTS.get(name, "default")
     assert module.get_config().to_dict() == module.get_config(default).to_dict()
 
 
@@ -148,16 +165,34 @@ def write_folder(folder):
       Image.fromarray(image).save(own / f"{i:03}.png")
 
 
+def write_embeddings(path):
+  """The same numbers of examples as rows of five numbers, with a test set beside them."""
+  rng = np.random.default_rng(3)
+  labels, test_labels = np.repeat(np.arange(4), COUNTS), np.tile(np.arange(4), 6)
+  centres = rng.normal(size=(4, 5)) * 2
+  np.savez(
+    path,
+    features=centres[labels] + rng.normal(size=(len(labels), 5)),
+    labels=labels,
+    test_features=centres[test_labels] + rng.normal(size=(len(test_labels), 5)),
+    test_labels=test_labels,
+  )
+
+
 def write_list(path):
-  """The first images of each class, in the format of the official lists."""
-  lines = [f"train/n{c}/image_{16 * c + i}.JPEG {c}" for c in range(4) for i in range(COUNTS[c])]
-  path.write_text("\n".join(lines))
+  """The first images of each class: in the format of the official lists, or as indices."""
+  kept = [(c, 16 * c + i) for c in range(4) for i in range(COUNTS[c])]
+  if path.suffix == ".npz":
+    np.savez(path, rows=[number for _, number in kept])
+  else:
+    path.write_text("\n".join(f"train/n{c}/image_{number}.JPEG {c}" for c, number in kept))
 
 
 def write_weights(path, config):
   """A state dict for the network of `config`, by PyTorch's names."""
-  settings = config_lib.build(pipeline.kind_of(config).settings, config).encoder
-  model = encoder.make_model(settings, config["classifier"]["loss"], len(CLASSES))
+  model = encoder.make_model(
+    settings_of(config).encoder, config["classifier"]["loss"], len(CLASSES)
+  )
   images = jnp.zeros((1, SIZE, SIZE, 3))
   variables = jax.jit(lambda: model.init(jax.random.key(7), images, train=False))()
   arrays = {}
@@ -175,40 +210,63 @@ def shrunken(name, variant, folder):
   config = module_of(name).get_config(variant)
   config.seeds = (0,)
   config.dataset.imbalance = 4.0
+  config.loop.update(steps_per_dispatch=2, eval_every=2, checkpoint_every=2)
+  if config.experiment == "features":
+    config.dataset.train_path = str(folder / "embeddings.npz")
+    write_embeddings(folder / "embeddings.npz")
+  else:
+    shrink_images(config, folder)
+  if config.experiment == "classification":
+    config.decoupled.num_epochs = TWO_STEPS
+  else:
+    config.diffusion.denoiser.update(width=16, num_blocks=1, embedding_dim=8, num_heads=2)
+    config.diffusion.num_steps = config.head.training.num_steps = 2
+    config.evaluation.map_per_class = 3
+    config.hallucination.update(num_steps=2, chunk_size=32)
+    config.generators.update(tail_below=16, fill_to=(16,))
+    config.generators.fasa.update(num_epochs=1, batch_size=9)
+    config.selection.folds = 0 if name in WITHOUT_SELECTION else 2
+    config.generators.names = SOME_GENERATORS.get((name, variant), ("memdiff",))
+  if name in OTHER_DEFAULTS:
+    config.encoder.init_from = str(folder / "weights.npz")
+    write_weights(folder / "weights.npz", config.to_dict())
+  return config
+
+
+TWO_STEPS = 2 * 9 / COUNTS.sum()  # epochs of batches of nine
+WITHOUT_SELECTION = ("cifar10_lt", "fashion_mnist_lt")  # which differ from others by their images
+SOME_GENERATORS = {  # of those named; tests/baselines runs each, and each costs seconds here
+  ("isolating_cifar100_lt", "foreign"): ("fasa", "memdiff"),
+  ("features", "default"): ("gaussian_shrunk", "class_only", "memdiff"),
+}
+
+
+def shrink_images(config, folder):
+  """What concerns images alone, and the files that take their place."""
   config.dataset.data_dir = str(folder)
   if config.dataset.image_size:
     config.dataset.image_size = SIZE
   if config.dataset.profile == "list":
-    config.dataset.list_path = str(folder / config.dataset.list_path)
+    official = config.dataset.list_path  # of a large set; of a small one an array of indices
+    config.dataset.list_path = str(folder / (official or "rows.npz"))
     write_list(folder / config.dataset.list_path)
-  if name == "folder":
+  if config.dataset.name == "folder":
     write_folder(folder)
   classifier = config.classifier
   classifier.augment.padding = min(classifier.augment.padding, 1)
   classifier.augment.cutout = min(classifier.augment.cutout, 2)
   classifier.stream.num_threads = 2
   classifier.batch_size = 9
-  two_steps = 2 * 9 / COUNTS.sum()
-  classifier.num_epochs = min(classifier.num_epochs, two_steps)
-  config.loop.update(steps_per_dispatch=2, eval_every=2, checkpoint_every=2)
-  if config.experiment == "classification":
-    config.decoupled.num_epochs = two_steps
-  else:
-    config.diffusion.denoiser.update(width=16, num_blocks=1, embedding_dim=8, num_heads=2)
-    config.diffusion.num_steps = config.head.num_steps = 2
-    config.evaluation.map_per_class = 3
-    config.hallucination.update(num_steps=2, tail_below=16, fill_to=16, chunk_size=32)
-  if name == "pretrained_cifar":
-    config.encoder.init_from = str(folder / "weights.npz")
-    write_weights(folder / "weights.npz", config.to_dict())
-  return config
+  classifier.num_epochs = min(classifier.num_epochs, TWO_STEPS)
+  if config.experiment == "memdiff":
+    config.joint.num_rounds = 2
 
 
 @pytest.fixture
 def _small_parts(monkeypatch):
-  """Networks of one layer in place of those by name, made sets in place of those to download."""
+  """Networks of one convolution in place of those by name, made sets in place of downloads."""
   for name in backbones.BACKBONES:
-    monkeypatch.setitem(backbones.BACKBONES, name, Architecture((0,), (8,), True))
+    monkeypatch.setitem(backbones.BACKBONES, name, Architecture((0, 0, 0), (8, 8, 8), True))
   for name in dataset.SOURCES:
     if name != "folder":
       monkeypatch.setitem(dataset.SOURCES, name, source_of)
@@ -250,19 +308,78 @@ def test_a_config_runs_from_end_to_end(name, variant, tmp_path):
   report = pipeline.run(config.to_dict(), str(workdir), tensorboard=False, command="python main.py")
   assert report["name"] == config.name
   assert report["dataset"]["train_counts"] == COUNTS.tolist()
-  loss, references = config.classifier.loss, config.classifier.references
   methods = [row["method"] for row in report["classification"]]
   if config.experiment == "classification":
+    loss, references = config.classifier.loss, config.classifier.references
     assert methods == [loss, *references, *(f"{loss}+{m}" for m in config.decoupled.methods)]
   else:
-    oracle = ["oracle"] if sum(report["dataset"]["left_out_counts"]) else []
-    assert bool(oracle) == (config.dataset.profile != "natural")
-    assert methods == [*references, loss, "csl_retrain", "memdiff", *oracle]
-    assert ("truth_test" in report["features"]) == bool(oracle)
-    assert report["comparison"]["reference"] == ("oracle" if oracle else None)
+    references = ["oracle", "unseen_exemplars"] if sum(report["dataset"]["left_out_counts"]) else []
+    assert bool(references) == (config.dataset.profile != "natural")
+    trained = ["real", *config.generators.names, *references]
+    jointly = (
+      []
+      if config.experiment == "features"
+      else [f"joint:{name}+{config.joint.loss}" for name in config.joint.generators]
+    )
+    assert methods == [
+      *own_heads(config), *jointly, *(f"{n}+{s}" for n in trained for s in config.head.losses)
+    ]  # fmt: skip
+    assert set(report["generators"]) == set(config.generators.names)
+    for measured in report["generators"].values():
+      assert ("truth_test" in measured) == bool(references)
+    check_choice(config, report, methods)
   for row in report["classification"]:
     assert 0 <= row["top1"]["mean"] <= 1
     if row["method"].endswith("+tau_norm"):
       assert row["description"].endswith("tau = 1 (as configured, nothing is held out)")
   page = (workdir / "report.html").read_text()
   assert all(method in page for method in methods)
+
+
+def own_heads(config):
+  """The rows of the encoders' own heads, where features have some."""
+  if config.experiment == "features" or config.encoder.backbone.taps:
+    return []
+  losses = [f"own_head:{loss}" for loss in reversed(config.classifier.references)] + ["own_head"]
+  return [name + suffix for name in losses for suffix in ("", "+logit_adjustment")]
+
+
+def check_choice(config, report, methods):
+  """Every method has a setting out of the candidates; what is recommended is no reference."""
+  found, comparison = report["recommendation"], report["comparison"]
+  assert comparison["method"].startswith("memdiff+")
+  oracle = f"oracle+{comparison['method'].split('+')[1]}"
+  assert comparison["reference"] == (oracle if oracle in methods else None)
+  names = ("real", *config.generators.names)
+  assert set(report["choices"]) == {m for m in methods if m.split("+")[0] in names}
+  for method, choice in report["choices"].items():
+    assert choice["exponent"] in config.head.exponents
+    assert choice["fill"] == (0 if method.startswith("real+") else 16)
+  if config.selection.folds == 0:
+    assert found is None
+    return
+  own = own_heads(config)[-2:] if config.selection.encoder == "retrained" else []
+  assert set(found["scores"]) == {*own, *report["choices"]}
+  assert found["method"] in (found["best"], found["control"])
+  assert found["control"].split("+")[0] in ("real", "own_head")
+  assert found["control"] == comparison["control"]
+  assert found["basis"] == {
+    "folds": 2, "repeats": config.selection.repeats, "encoder": config.selection.encoder,
+  }  # fmt: skip
+
+
+@pytest.mark.usefixtures("_small_parts")
+def test_features_of_inner_stages_have_no_head_of_their_own(tmp_path):
+  """Encoders that are retrained for every fold have heads, but not on these features."""
+  config = shrunken("digits_lt", "default", tmp_path)
+  config.encoder.backbone.taps = ("2:2", "1:1")
+  config.head.training.start = "zeros"
+  assert config.selection.encoder == "retrained"
+  report = pipeline.run(config.to_dict(), str(tmp_path / "run"), tensorboard=False, command="")
+  assert not any("own_head" in row["method"] for row in report["classification"])
+  assert not any("own_head" in method for method in report["recommendation"]["scores"])
+  with np.load(tmp_path / "run" / "memory_bank" / "features.npz") as file:
+    assert set(file) == {"train", "left_out", "test"}
+    assert file["train"].shape == (1, COUNTS.sum(), 5 * 8)
+  with np.load(tmp_path / "run" / "recommended_head.npz") as file:
+    assert (file["kernel"].shape, file["bias"].shape) == ((1, 5 * 8, 4), (1, 4))

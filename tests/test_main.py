@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from memdiff import pipeline
+
 ROOT = pathlib.Path(__file__).parent.parent
 SMOKE = "--config=configs/digits_lt.py:smoke"
 
@@ -61,7 +63,9 @@ def test_wrong_command_lines_are_usage_errors(arguments, parts, tmp_path):
     ("--config.dataset.name=cifar", ["dataset.name", "digits"]),
     ("--config.classifier.batch_size=4096", ["classifier.batch_size", "4096"]),
     ("--config.hallucination.num_steps=2000", ["hallucination.num_steps", "2000"]),
-    ("--config.hallucination.fill_to=1", ["fill_to"]),
+    ("--config.generators.fill_to=(1,)", ["fill_to=1", "no class with fewer than"]),
+    ("--config.generators.names=('memdiff','gan')", ["generators.names", "'gan'", "memdiff"]),
+    ("--config.head.training.start=nowhere", ["head.training.start", "encoder, zeros"]),
     ("--config.loop.eval_every=7", ["eval_every", "multiple of steps_per_dispatch"]),
   ],
 )
@@ -144,25 +148,25 @@ def test_a_second_call_repeats_nothing(smoke_run):
   before = {p: p.stat().st_mtime_ns for p in smoke_run.rglob("*.npz")}
   result = call(SMOKE, f"--workdir={smoke_run}", "--notensorboard")
   assert result.returncode == 0
-  assert result.stderr.count("finished earlier") == 6
+  assert result.stderr.count("finished earlier") == len(pipeline.MEMDIFF)
   assert "memdiff" in result.stdout
   assert "report.html" in result.stdout
   assert before == {p: p.stat().st_mtime_ns for p in smoke_run.rglob("*.npz")}
 
 
 def test_a_changed_config_for_a_finished_phase_is_refused_with_the_field_named(smoke_run):
-  override = "--config.head.num_steps=31"
+  override = "--config.head.training.num_steps=31"
   result = call(SMOKE, f"--workdir={smoke_run}", "--notensorboard", override)
-  expect_sentence(result, 1, "heads", "head.num_steps was 30 and is now 31")
+  expect_sentence(result, 1, "Phase selection", "head.training.num_steps was 30 and is now 31")
 
 
 def test_damaged_files_of_finished_phases_are_named(smoke_run):
   run = smoke_run
-  damaged = run / "hallucination" / "synthetic_features.npz"
+  damaged = run / "hallucination" / "memdiff.npz"
   damaged.write_bytes(damaged.read_bytes()[:1000])
   (run / "heads" / "manifest.json").unlink()
   result = call(SMOKE, f"--workdir={run}", "--notensorboard")
-  expect_sentence(result, 1, "synthetic_features.npz", "remove the folder")
+  expect_sentence(result, 1, "memdiff.npz", "remove the folder")
   np.savez(damaged, features=np.array([{}], dtype=object))
   result = call(SMOKE, f"--workdir={run}", "--notensorboard")
-  expect_sentence(result, 1, "synthetic_features.npz", "remove the folder")
+  expect_sentence(result, 1, "memdiff.npz", "remove the folder")

@@ -19,7 +19,15 @@ from memdiff.runtime.checkpoint import Checkpointer, abstract
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Everything a resumed run must reproduce to the last digit.
-EXACT = ("classification", "features", "comparison", "dataset", "synthetic_counts", "config")
+EXACT = (
+  "classification", "features", "generators", "comparison", "recommendation", "choices", "dataset",
+  "synthetic_counts", "config",
+)  # fmt: skip
+PHASES = (
+  "classifier", "memory_bank", "diffusion", "selection", "hallucination", "heads", "joint",
+  "evaluation",
+)  # fmt: skip
+LOSSES = ("cross_entropy", "logit_adjustment", "balanced_softmax", "csl")
 
 # Refuses TensorFlow and all that needs it, as an environment without them would.
 WITHOUT_TENSORFLOW = """
@@ -43,7 +51,14 @@ def command(workdir, *arguments):
 
 def environment(devices=1):
   flags = f"--xla_force_host_platform_device_count={devices}"
-  return os.environ | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg", "XLA_FLAGS": flags}
+  return os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "MPLBACKEND": "Agg",
+    "XLA_FLAGS": flags,
+    # A run that goes on compiles nothing twice; nor does the next run of the tests.
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
 
 
 def run(workdir, devices=1):
@@ -67,26 +82,41 @@ def undisturbed(tmp_path_factory):
   return workdir, report, result
 
 
+def arrays_of(path):
+  with np.load(path) as file:
+    return dict(file)
+
+
+def rows_of(report):
+  return {row["method"]: row for row in report["classification"]}
+
+
 def test_the_report_holds_what_it_promises(undisturbed):
   _, report, _ = undisturbed
   assert report["schema"] == 1
   assert set(report["dataset"]) >= {
     *("name", "num_classes", "train_counts", "test_count", "split_sha256")
   }
-  methods = [row["method"] for row in report["classification"]]
-  assert set(methods) >= {"cross_entropy", "csl", "csl_retrain", "memdiff", "oracle"}
+  own = ("own_head:cross_entropy", "own_head")
+  trained = ("real", "kernel_jitter", "memdiff", "oracle", "unseen_exemplars")
+  assert [row["method"] for row in report["classification"]] == [
+    *(name + suffix for name in own for suffix in ("", "+logit_adjustment")),
+    *(f"{name}+{loss}" for name in trained for loss in LOSSES),
+  ]
   for row in report["classification"]:
     assert row["seeds"] == [0, 1]
+    assert row["reference"] == (row["method"].split("+")[0] in trained[-2:])
     for score in ("top1", "many", "medium", "few", "macro_f1"):
       assert 0 <= row[score]["mean"] <= 1
       assert row[score]["std"] >= 0
     assert len(row["per_class_top1"]["mean"]) == len(row["per_class_f1"]["mean"]) == 10
-  assert set(report["features"]) == {
-    *("diversity", "kl_gaussian", "mmd", "separation", "memorization_ratio", "truth_test")
-  }
-  assert set(report["timing"]["phases"]) == {
-    *("classifier", "memory_bank", "diffusion", "hallucination", "heads", "evaluation")
-  }
+  assert set(report["generators"]) == {"kernel_jitter", "memdiff"}
+  for measured in report["generators"].values():
+    assert set(measured) == {
+      *("diversity", "kl_gaussian", "mmd", "separation", "memorization_ratio", "truth_test")
+    }
+  assert report["features"] == report["generators"]["memdiff"]
+  assert tuple(report["timing"]["phases"]) == PHASES
   assert all(p["compile_seconds"] <= p["seconds"] for p in report["timing"]["phases"].values())
   json.dumps(report, allow_nan=False)
 
@@ -97,40 +127,124 @@ def test_the_table_is_what_the_saved_arrays_say(undisturbed):
   from input_pipeline import digits
 
   workdir, report, _ = undisturbed
-  with np.load(workdir / "memory_bank" / "features.npz") as arrays:
-    predictions = arrays["predictions_csl"]
-  labels = digits.load().test_labels
-  row = next(r for r in report["classification"] if r["method"] == "csl")
-  np.testing.assert_allclose(row["top1"]["mean"], (predictions == labels).mean())
-  f1 = [f1_score(labels, p, average="macro", zero_division=0) for p in predictions]
-  np.testing.assert_allclose(row["macro_f1"]["mean"], np.mean(f1))
+  arrays, rows = arrays_of(workdir / "memory_bank" / "features.npz"), rows_of(report)
+  labels, counts = digits.load().test_labels, np.array(report["dataset"]["train_counts"])
+  own_logits = arrays["test"] @ arrays["kernel"] + arrays["bias"][:, None]
+  np.testing.assert_allclose(arrays["logits_csl"], own_logits, rtol=1e-4, atol=1e-4)
+  for loss, name in (("csl", "own_head"), ("cross_entropy", "own_head:cross_entropy")):
+    logits = arrays[f"logits_{loss}"]
+    for suffix, used in (("", logits), ("+logit_adjustment", logits - np.log(counts))):
+      predictions, row = used.argmax(axis=-1), rows[name + suffix]
+      np.testing.assert_allclose(row["top1"]["mean"], (predictions == labels).mean())
+      f1 = [f1_score(labels, p, average="macro", zero_division=0) for p in predictions]
+      np.testing.assert_allclose(row["macro_f1"]["mean"], np.mean(f1))
+
+
+def test_the_recommended_head_scores_what_the_report_says_on_the_encoders_features(undisturbed):
+  from input_pipeline import digits
+
+  workdir, report, _ = undisturbed
+  head = arrays_of(workdir / "recommended_head.npz")
+  assert (head["kernel"].shape, head["bias"].shape) == ((2, 64, 10), (2, 10))
+  features = arrays_of(workdir / "memory_bank" / "features.npz")["test"]
+  predictions = (features @ head["kernel"] + head["bias"][:, None]).argmax(axis=-1)
+  row = rows_of(report)[report["recommendation"]["method"]]
+  accuracy = (predictions == digits.load().test_labels).mean()
+  np.testing.assert_allclose(row["top1"]["mean"], accuracy, atol=2 / 540)  # of ties, at most
+
+
+def test_the_recommendation_is_what_the_held_out_examples_say(undisturbed):
+  workdir, report, _ = undisturbed
+  found, rows = report["recommendation"], rows_of(report)
+  hits = arrays_of(workdir / "selection" / "hits.npz")
+  label, example = hits.pop("label"), hits.pop("example")
+  del hits["fold"]
+  counts = np.array(report["dataset"]["train_counts"])
+  assert sorted(example) == list(range(counts.sum()))  # each once, none of a class of one
+  assert counts.min() > 1
+  np.testing.assert_array_equal(label, np.repeat(np.arange(10), counts)[example])
+  methods = {f"{name}+{loss}" for name in ("real", "kernel_jitter", "memdiff") for loss in LOSSES}
+  assert set(hits) == set(report["choices"]) == set(found["scores"]) == methods
+  scores = {m: np.mean([h[label == c].mean() for c in range(10)]) for m, h in hits.items()}
+  for method, entry in found["scores"].items():
+    assert entry["score"] == pytest.approx(scores[method])
+    assert entry["gain"] == pytest.approx(scores[method] - scores[found["control"]])
+  controls = [m for m in methods if m.startswith("real+")]
+  assert scores[found["control"]] == max(scores[m] for m in controls)
+  assert scores[found["best"]] == max(scores.values())
+  low, high = found["interval"]
+  assert (low + high) / 2 == pytest.approx(found["expected_gain"]) == found["scores"][
+    found["best"]
+  ]["gain"]  # fmt: skip
+  sure = found["best"] not in controls and low > 0
+  assert found["method"] == (found["best"] if sure else found["control"])
+  assert found["basis"] == {"folds": 2, "repeats": 1, "encoder": "frozen"}
+  agreement = found["agreement"]
+  top1 = {m: rows[m]["top1"]["mean"] for m in methods}
+  assert agreement["methods"] == 12
+  assert agreement["regret_of_recommended"] == pytest.approx(
+    max(top1.values()) - top1[found["method"]]
+  )
+  assert agreement["test_gain"]["mean"] == pytest.approx(
+    top1[found["best"]] - top1[found["control"]]
+  )
+
+
+def test_the_comparison_is_of_methods_that_cross_validation_chose(undisturbed):
+  _, report, _ = undisturbed
+  comparison, rows = report["comparison"], rows_of(report)
+  scores = report["recommendation"]["scores"]
+  ours = [f"memdiff+{loss}" for loss in LOSSES]
+  assert comparison["method"] == max(ours, key=lambda m: scores[m]["score"])
+  assert comparison["control"] == report["recommendation"]["control"]
+  assert comparison["reference"] == comparison["method"].replace("memdiff", "oracle")
+  top1 = {m: rows[comparison[m]]["top1"]["mean"] for m in ("method", "control", "reference")}
+  assert comparison["gain"]["mean"] == pytest.approx(top1["method"] - top1["control"])
+  assert comparison["headroom"]["mean"] == pytest.approx(top1["reference"] - top1["control"])
+  assert ("gap_closed" in rows["own_head"]) == (comparison["gap_closed"] is not None)
 
 
 def test_the_run_tells_what_it_does(undisturbed):
   _, _, result = undisturbed
-  for number, phase in enumerate(
-    ("classifier", "memory_bank", "diffusion", "hallucination", "heads", "evaluation"), 1
-  ):
-    assert f"[{number}/6 {phase}]" in result.stderr
+  for number, phase in enumerate(PHASES, 1):
+    assert f"[{number}/{len(PHASES)} {phase}]" in result.stderr
   assert re.search(r"step 30/30 +100% +0:00 left +accuracy", result.stderr)
   assert re.search(r"compiling classifier/csl step .* \.\.\.", result.stderr)
   assert "Traceback" not in result.stderr
 
 
-def test_synthetic_features_say_where_they_come_from(undisturbed):
+@pytest.mark.parametrize("name", ["kernel_jitter", "memdiff"])
+def test_synthetic_features_say_where_they_come_from(undisturbed, name):
   workdir, report, _ = undisturbed
-  with np.load(workdir / "hallucination" / "synthetic_features.npz") as file:
-    arrays = dict(file)
-  number = sum(report["synthetic_counts"])
-  assert arrays["features"].shape == (2, number, 64)
-  assert (arrays["features"] >= 0).all()
-  for name in ("labels", "number", "num_exemplars"):
-    assert arrays[name].shape == (number,)
-  for name in ("confidence", "nearest_index", "nearest_distance"):
-    assert arrays[name].shape == (2, number)
+  arrays = arrays_of(workdir / "hallucination" / f"{name}.npz")
   counts = np.array(report["dataset"]["train_counts"])
-  np.testing.assert_array_equal(arrays["num_exemplars"], np.minimum(counts, 32)[arrays["labels"]])
-  np.testing.assert_array_equal(np.bincount(arrays["labels"], minlength=10) + counts, 122)
+  strengths = {c["strength"] for m, c in report["choices"].items() if m.startswith(f"{name}+")}
+  assert arrays["strengths"].tolist() == sorted(strengths)
+  assert arrays["seeds"].tolist() == [0, 1]
+  np.testing.assert_array_equal(arrays["numbers"], 122 - counts)
+  np.testing.assert_array_equal(arrays["labels"], np.repeat(np.arange(10), 122 - counts))
+  made, num_strengths = (122 - counts).sum(), len(strengths)
+  assert arrays["features"].shape == (2, num_strengths, made, 64)
+  assert (arrays["features"] >= 0).all()
+  for key in ("confidence", "nearest_index", "nearest_distance"):
+    assert arrays[key].shape == (2, num_strengths, made)
+  assert report["synthetic_counts"] == (122 - counts).tolist()
+  train = arrays_of(workdir / "memory_bank" / "features.npz")["train"]
+  train_labels = np.repeat(np.arange(10), counts)
+  mean, scale = train.mean(axis=1), train.std(axis=1)
+  scale = np.where(scale < 1e-6 * train.max(axis=(1, 2))[:, None], 1.0, scale)
+  for seed in (0, 1):
+    exemplars = (train[seed] - mean[seed]) / scale[seed]
+    features = (arrays["features"][seed, 0] - mean[seed]) / scale[seed]
+    for row in range(0, made, 40):
+      label = arrays["labels"][row]
+      index = arrays["nearest_index"][seed, 0, row]
+      assert train_labels[index] == label
+      distance = np.linalg.norm(exemplars[train_labels == label] - features[row], axis=1).min()
+      assert arrays["nearest_distance"][seed, 0, row] == pytest.approx(distance, rel=1e-3, abs=1e-3)
+    for label in np.unique(arrays["labels"]):  # normalised: a class counts as its size says
+      own = arrays["confidence"][seed, 0][arrays["labels"] == label]
+      assert own.mean() == pytest.approx(1, abs=1e-4)
 
 
 def test_hallucination_leaves_the_bank_as_it_was(undisturbed):
@@ -145,7 +259,8 @@ def test_hallucination_leaves_the_bank_as_it_was(undisturbed):
 MOMENTS = {
   "classifier": "classifier/csl/checkpoints/10",
   "memory_bank": "memory_bank/manifest.json",
-  "diffusion": "diffusion/checkpoints/20",
+  "diffusion": "diffusion/memdiff/checkpoints/20",
+  "selection": "selection/memdiff/checkpoints/20",
   "hallucination": "hallucination/manifest.json",
   "heads": "heads/memdiff/checkpoints/10",
   "evaluation": "evaluation/manifest.json",
@@ -175,9 +290,16 @@ def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(undisturbed, tmp
   _, expected, _ = undisturbed
   for part in EXACT:
     assert report[part] == expected[part], part
-  for path in ("classifier/csl", "diffusion", "heads/memdiff"):
-    killed = (workdir / path / "metrics.jsonl").read_text()
-    assert killed == (undisturbed[0] / path / "metrics.jsonl").read_text()
+  whole = undisturbed[0]
+  curves = sorted(path.relative_to(whole) for path in whole.rglob("metrics.jsonl"))
+  assert len(curves) == 12  # two classifiers, two denoisers, three and five trainings of heads
+  for path in curves:
+    assert (workdir / path).read_text() == (whole / path).read_text(), path
+  for path in ("recommended_head", "selection/hits", "hallucination/memdiff"):
+    ours, theirs = (arrays_of(folder / f"{path}.npz") for folder in (workdir, whole))
+    assert set(ours) == set(theirs)
+    for name, array in ours.items():
+      np.testing.assert_array_equal(array, theirs[name], err_msg=f"{path} {name}")
 
 
 def test_eight_devices_give_the_same_bank_split_and_curves(undisturbed, tmp_path):
@@ -191,7 +313,7 @@ def test_eight_devices_give_the_same_bank_split_and_curves(undisturbed, tmp_path
     lines = (folder / stage / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
-  for stage in ("classifier/csl", "diffusion"):
+  for stage in ("classifier/csl", "diffusion/memdiff"):
     for a, b in zip(curve(workdir, stage), curve(one, stage), strict=True):
       assert (a["step"], a["kind"]) == (b["step"], b["kind"])
       # Sums over devices round differently, and training amplifies that step by step.

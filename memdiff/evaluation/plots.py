@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib
 import numpy as np
+import threadpoolctl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -38,7 +39,7 @@ CLASS_COLORS = (
 _METHOD_STYLES = {
   "cross_entropy": ("#8793a0", "o", False),
   "csl": ("#56b4e9", "s", False),
-  "csl_retrain": ("#0072b2", "^", False),
+  "real": ("#0072b2", "^", False),
   "memdiff": ("#d55e00", "D", False),
   "oracle": ("#1f2a37", "o", True),
 }
@@ -295,6 +296,60 @@ def confidence_histogram(
   return figure
 
 
+def gap_closed(rows: Sequence[tuple[str, float, float]]) -> Figure:
+  """Share of the way from the real-only control to the oracle that each method goes.
+
+  Args:
+    rows: (method, mean, standard deviation) as fractions; drawn from the best to the worst.
+  """
+  rows = sorted(rows, key=lambda row: row[1])
+  position = np.arange(len(rows))
+  with style():
+    figure, axes = _figure(height=1.4 + 0.24 * len(rows))
+    for y, (method, mean, std) in zip(position, rows, strict=True):
+      color = SYNTHETIC if method.startswith("memdiff") else REAL
+      axes.errorbar(100 * mean, y, xerr=100 * std, fmt="o", color=color, capsize=2, markersize=5)
+    axes.axvline(0, color=MUTED, linewidth=1)
+    axes.axvline(100, color=MUTED, linewidth=1, linestyle="--")
+    axes.set_yticks(position, [_short(method, 44) for method, _, _ in rows])
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    axes.set_xlabel("0 %: best control with real features only      100 %: oracle")
+    axes.set_title("Share of the gap that each method closes")
+  return figure
+
+
+def reliability(confidence: ArrayLike, distance: ArrayLike, num_bins: int = 10) -> Figure:
+  """Whether confidence tells which synthetic features lie near unseen real ones.
+
+  Args:
+    confidence: [M].
+    distance: [M] to the nearest unseen real feature, 1 as near as those are to each other; NaN
+      where there is none.
+    num_bins: groups of equal size by confidence.
+  """
+  confidence, distance = np.asarray(confidence, float), np.asarray(distance, float)
+  keep = np.isfinite(confidence) & np.isfinite(distance)
+  confidence, distance = confidence[keep], distance[keep]
+  groups = np.array_split(np.argsort(confidence, kind="stable"), num_bins)
+  groups = [group for group in groups if len(group)]
+  with style():
+    figure, axes = _figure(height=4.2)
+    if groups:
+      x = [np.median(confidence[group]) for group in groups]
+      low, middle, high = np.transpose(
+        [np.quantile(distance[group], (0.25, 0.5, 0.75)) for group in groups]
+      )
+      axes.fill_between(x, low, high, color=SYNTHETIC, alpha=0.2, linewidth=0, label="quartiles")
+      axes.plot(x, middle, "o-", color=SYNTHETIC, label="median")
+      axes.axhline(1, color=MUTED, linewidth=1, linestyle="--", label="real to real")
+      _legend_below(axes, axes.get_legend_handles_labels()[0])
+    axes.set_xlabel("confidence")
+    axes.set_ylabel("distance to the nearest unseen real feature")
+    axes.set_title("Are confident features nearer to unseen real ones?")
+  return figure
+
+
 def to_png(figure: Figure, dpi: int = 160) -> bytes:
   """Renders a figure as a PNG file; equal figures give equal bytes."""
   buffer = io.BytesIO()
@@ -404,11 +459,16 @@ def _label_bars(axes: Axes, position: np.ndarray, real: np.ndarray, synthetic: n
 
 
 def _method_styles(methods: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
-  others = [method for method in methods if method not in _METHOD_STYLES]
-  cycle = len(_OTHER_METHOD_STYLES)
-  return {m: _OTHER_METHOD_STYLES[i % cycle] for i, m in enumerate(others)} | {
-    m: _METHOD_STYLES[m] for m in methods if m in _METHOD_STYLES
+  """A look per method: its generator's own where it has one that no other of them claims."""
+  names = [method if method in _METHOD_STYLES else method.split("+")[0] for method in methods]
+  fixed = {
+    method: _METHOD_STYLES[name]
+    for method, name in zip(methods, names, strict=True)
+    if name in _METHOD_STYLES and names.count(name) == 1
   }
+  others = [method for method in methods if method not in fixed]
+  cycle = len(_OTHER_METHOD_STYLES)
+  return {m: _OTHER_METHOD_STYLES[i % cycle] for i, m in enumerate(others)} | fixed
 
 
 def _marker_look(look: tuple[str, str, bool]) -> dict:
@@ -536,7 +596,9 @@ def _tsne(rows: np.ndarray, seed: int) -> np.ndarray:
     rows = PCA(50, random_state=seed).fit_transform(rows)
   perplexity = min(30.0, (len(rows) - 1) / 3)
   init = "pca" if rows.shape[1] >= 2 else "random"
-  return TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform(rows)
+  # On a machine with other work, its threads wait for each other 30 times as long as one takes.
+  with threadpoolctl.threadpool_limits(1, "openmp"):
+    return TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform(rows)
 
 
 def _draw_map(

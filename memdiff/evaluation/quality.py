@@ -1,6 +1,7 @@
 """Feature quality of one run: every metric over seeds and classes, with what it means in words."""
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from memdiff.evaluation import features as metrics
 from memdiff.evaluation.classification import mean_std, plain
@@ -153,3 +154,23 @@ def _over_classes(values: np.ndarray) -> dict:
   over_seeds = np.where(present, values, 0.0).mean(axis=0)
   per_class = plain(np.where(present, over_seeds, np.nan))
   return mean_std(values[:, present].mean(axis=1)) | {"per_class": per_class}
+
+
+def nearness(
+  synthetic: np.ndarray, labels: np.ndarray, left_out: np.ndarray, left_out_labels: np.ndarray
+) -> np.ndarray:
+  """Distance of each synthetic feature to the nearest unseen real one of its class, in units.
+
+  The unit is the class's median distance of an unseen feature to its nearest neighbour among them:
+  1 is as near as real ones are to each other. [M]; NaN where a class has fewer than two unseen.
+  """
+  distances = np.full(len(labels), np.nan)
+  for label in np.unique(labels):
+    unseen, own = left_out[left_out_labels == label], labels == label
+    if len(unseen) < 2:
+      continue
+    between = cdist(unseen, unseen) + np.diag(np.full(len(unseen), np.inf))
+    unit = np.median(between.min(axis=1))
+    if unit > 0:
+      distances[own] = cdist(synthetic[own], unseen).min(axis=1) / unit
+  return distances

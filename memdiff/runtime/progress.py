@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 
@@ -23,6 +24,11 @@ class CompileClock:
   def _record(self, event: str, duration: float, **_) -> None:
     if event in _COMPILE_EVENTS:
       self.seconds += duration
+
+  def start(self) -> Callable[[], float]:
+    """A function that tells the seconds from now on that were not spent compiling."""
+    start = time.perf_counter() - self.seconds
+    return lambda: round(time.perf_counter() - self.seconds - start, 3)
 
 
 def _clock(seconds: float) -> str:

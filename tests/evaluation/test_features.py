@@ -261,3 +261,40 @@ def test_quality_of_copies_says_so():
   entries = [v for k, v in report.items() if k != "truth_test"] + [*report["truth_test"].values()]
   assert all(entry["meaning"] and entry["better"] for entry in entries)
   json.dumps(report, allow_nan=False)
+
+
+# --- nearness to unseen features --------------------------------------------------------------
+
+
+def test_nearness_is_the_distance_to_the_nearest_unseen_in_units_of_theirs():
+  unseen, made = normal(0, 12), normal(1, 9, scale=2.0)
+  unseen_labels = np.repeat([0, 1, 3], [5, 6, 1])
+  labels = np.random.default_rng(2).permutation([0] * 3 + [1] * 3 + [2, 3, 3])
+  result = quality.nearness(made, labels, unseen, unseen_labels)
+  assert result.shape == (9,)
+  for feature, label, value in zip(made, labels, result, strict=True):
+    own = unseen[unseen_labels == label]
+    if label > 1:  # none unseen, or one without a neighbour
+      assert np.isnan(value)
+      continue
+    neighbour = [
+      min(np.linalg.norm(a - b) for j, b in enumerate(own) if j != i) for i, a in enumerate(own)
+    ]
+    nearest = min(np.linalg.norm(feature - b) for b in own)
+    assert value == pytest.approx(nearest / np.median(neighbour))
+
+
+def test_nearness_is_about_one_for_real_features_and_does_not_depend_on_their_scale():
+  unseen, made = normal(0, 300), normal(1, 300)
+  labels = np.zeros(300, int)
+  near = quality.nearness(made, labels, unseen, labels)
+  assert np.median(near) == pytest.approx(1, abs=0.1)
+  np.testing.assert_allclose(quality.nearness(7 * made, labels, 7 * unseen, labels), near)
+  np.testing.assert_array_equal(quality.nearness(unseen, labels, unseen, labels), 0)
+  far = quality.nearness(made + 100, labels, unseen, labels)
+  assert far.min() > 100
+
+
+def test_nearness_is_unknown_where_the_unseen_are_all_alike():
+  same = np.ones((3, 2))
+  assert np.isnan(quality.nearness(same, np.zeros(3), same, np.zeros(3))).all()

@@ -214,6 +214,92 @@ class TestConfidenceHistogram:
     assert plots.to_png(plots.confidence_histogram(values, labels, ["a"]))
 
 
+class TestGapClosed:
+  ROWS = (
+    ("real+csl", 0.0, 0.0),
+    ("memdiff+balanced_softmax", 0.6, 0.1),
+    ("gaussian_shrunk+csl", -0.25, 0.05),
+  )
+
+  def drawn(self, rows):
+    """(method, mean, ends of the error bar) from the top to the bottom."""
+    axes = plots.gap_closed(rows).axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    lines = []
+    for container in axes.containers:
+      (x,), (y,) = container[0].get_data()
+      ((segment,),) = (bars.get_segments() for bars in container[2])
+      lines.append((y, x, tuple(segment[:, 0])))
+    lines.sort(reverse=True)
+    return [(names[int(y)], x, ends) for y, x, ends in lines]
+
+  def test_methods_stand_in_percent_with_the_best_on_top(self):
+    shown = self.drawn(self.ROWS)
+    assert [method for method, _, _ in shown] == [
+      "memdiff+balanced_softmax", "real+csl", "gaussian_shrunk+csl"
+    ]  # fmt: skip
+    np.testing.assert_allclose([mean for _, mean, _ in shown], [60, 0, -25], atol=1e-9)
+    np.testing.assert_allclose([e for _, _, e in shown], [[50, 70], [0, 0], [-30, -20]], atol=1e-9)
+
+  def test_the_order_of_the_rows_does_not_matter(self):
+    assert self.drawn(self.ROWS) == self.drawn(self.ROWS[::-1])
+
+  def test_control_and_oracle_are_lines_and_memdiff_has_its_own_colour(self):
+    axes = plots.gap_closed(self.ROWS).axes[0]
+    assert {line.get_xdata()[0] for line in axes.get_lines() if len(line.get_xdata()) == 2} == {
+      0, 100
+    }  # fmt: skip
+    colors = [container[0].get_color() for container in axes.containers]
+    assert colors == [plots.REAL, plots.REAL, plots.SYNTHETIC]
+
+  @pytest.mark.parametrize("number", [0, 1, 60])
+  def test_any_number_of_methods(self, number):
+    rows = [(f"a generator of a very long name indeed {i}+csl", i / 60, 0.1) for i in range(number)]
+    figure = plots.gap_closed(rows)
+    assert plots.to_png(figure, 40)
+    assert len(figure.axes[0].get_yticklabels()) == number
+
+
+class TestReliability:
+  def drawn(self, *arguments, **options):
+    """Confidence, median and quartiles of every group."""
+    axes = plots.reliability(*arguments, **options).axes[0]
+    middle = next(line for line in axes.get_lines() if line.get_label() == "median")
+    (band,) = (c for c in axes.collections if c.get_label() == "quartiles")
+    corners = band.get_paths()[0].vertices
+    ends = [corners[corners[:, 0] == x][:, 1] for x in middle.get_xdata()]
+    low, high = [min(e) for e in ends], [max(e) for e in ends]
+    return middle.get_xdata(), middle.get_ydata(), low, high
+
+  def test_groups_of_equal_size_by_confidence_with_median_and_quartiles(self):
+    rng = np.random.default_rng(0)
+    confidence, distance = rng.random(40), rng.exponential(size=40)
+    x, middle, low, high = self.drawn(confidence, distance, num_bins=4)
+    ranked = sorted(zip(confidence, distance, strict=True))
+    for group in range(4):
+      own = np.array(ranked[10 * group : 10 * group + 10])
+      assert x[group] == pytest.approx(np.sort(own[:, 0])[4:6].mean())
+      quartiles = np.percentile(own[:, 1], [25, 50, 75])
+      np.testing.assert_allclose([low[group], middle[group], high[group]], quartiles)
+
+  def test_what_is_not_finite_is_left_out(self):
+    confidence = np.array([0.1, 0.2, np.nan, 0.4, 0.5])
+    distance = np.array([1.0, np.nan, 9.0, 3.0, 5.0])
+    x, middle, _, _ = self.drawn(confidence, distance, num_bins=3)
+    np.testing.assert_allclose(x, [0.1, 0.4, 0.5])
+    np.testing.assert_allclose(middle, [1, 3, 5])
+
+  def test_the_distance_between_real_features_is_a_line_at_1(self):
+    axes = plots.reliability([0.1, 0.9], [2.0, 0.5]).axes[0]
+    (line,) = (line for line in axes.get_lines() if line.get_label() == "real to real")
+    assert list(line.get_ydata()) == [1, 1]
+    assert legend_names(axes.figure) == ["quartiles", "median", "real to real"]
+
+  @pytest.mark.parametrize("values", [[], [np.nan], [0.5], [0.3] * 50])
+  def test_few_and_equal_values(self, values):
+    assert plots.to_png(plots.reliability(values, values), 40)
+
+
 @pytest.mark.parametrize("num_classes", [2, 10, 100, 1000])
 def test_every_figure_draws_at_every_size(num_classes):
   counts = long_tail(num_classes)

@@ -8,14 +8,19 @@ import re
 import pytest
 
 from memdiff.evaluation import report as reports
+from memdiff.evaluation import wording
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 PNG = b"\x89PNG\r\n\x1a\n not a whole picture"
-METHODS = {"cross_entropy": 0.80, "csl": 0.82, "csl_retrain": 0.85, "memdiff": 0.87, "oracle": 0.92}
+METHODS = {
+  "own_head": 0.80, "own_head+logit_adjustment": 0.82, "real+csl": 0.85, "memdiff+csl": 0.87,
+  "oracle+csl": 0.92, "unseen_exemplars+csl": 0.95,
+}  # fmt: skip
+REFERENCES = ("oracle+csl", "unseen_exemplars+csl")
 SECTIONS = (
-  "result", "methods", "data", "classes", "map", "confidence", "quality", "training", "timing",
-  "further", "reproduce",
+  "result", "recommendation", "methods", "data", "classes", "gap", "map", "confidence",
+  "reliability", "quality", "training", "timing", "further", "reproduce",
 )  # fmt: skip
 
 
@@ -32,11 +37,37 @@ def metric(mean, **more):
   }
 
 
+def advise(method, control, best, gain, interval, **more) -> dict:
+  scores = {"real+csl": 0.8, "memdiff+csl": 0.831, "own_head": 0.764}
+  return {
+    "method": method,
+    "control": control,
+    "best": best,
+    "expected_gain": gain,
+    "interval": list(interval),
+    "scores": {
+      name: {"score": score, "gain": score - 0.8, "interval": [score - 0.82, score - 0.78]}
+      for name, score in scores.items()
+    },
+    "basis": {"folds": 5, "repeats": 2, "encoder": "retrained"},
+    "agreement": {
+      "kendall_tau": 0.375,
+      "pairs": 0.6875,
+      "regret": 0.0,
+      "methods": 3,
+      "test_gain": stat(0.02, 0.01),
+      "regret_of_recommended": 0.013,
+    },
+    **more,
+  }
+
+
 def make_report() -> dict:
   classification = [
     {
       "method": method,
       "description": f"Description of {method}.",
+      "reference": method in REFERENCES,
       "seeds": [0, 1, 2, 3, 4],
       "top1": stat(score),
       "many": stat(score + 0.05),
@@ -72,13 +103,14 @@ def make_report() -> dict:
     ],
     "classification": classification,
     "comparison": {
-      "method": "memdiff",
-      "control": "csl_retrain",
-      "reference": "oracle",
+      "method": "memdiff+csl",
+      "control": "real+csl",
+      "reference": "oracle+csl",
       "gain": stat(0.02, 0.005),
       "headroom": stat(0.07, 0.01),
       "gap_closed": stat(0.29, 0.08),
     },
+    "recommendation": advise("memdiff+csl", "real+csl", "memdiff+csl", 0.031, (0.012, 0.05)),
     "features": {
       "diversity": metric(0.912),
       "mmd": metric(0.0123, reference={"label": "two halves of real", **stat(0.001)}),
@@ -190,9 +222,9 @@ class TestPage:
 
   def test_bold_marks_the_best_without_the_reference(self):
     source = reports.render_html(make_report(), {})
-    rows = dict(re.findall(r'<th scope="row">(\w+)<small>.*?</th>(.*?)</tr>', source, re.DOTALL))
+    rows = dict(re.findall(r'<th scope="row">(\S+)<small>.*?</th>(.*?)</tr>', source, re.DOTALL))
     assert {method: row.count('class="best"') for method, row in rows.items()} == {
-      method: 5 if method == "memdiff" else 0 for method in METHODS
+      method: 5 if method == "memdiff+csl" else 0 for method in METHODS
     }
 
 
@@ -202,6 +234,7 @@ class TestMissingParts:
     [
       ("long_tail_profile", "data"), ("feature_map", "map"), ("training_curves", "training"),
       ("confidence_histogram", "confidence"), ("something_else", "further"),
+      ("gap_closed", "gap"), ("confidence_reliability", "reliability"),
     ],
   )  # fmt: skip
   def test_section_of_a_missing_figure_is_left_out(self, figure, section):
@@ -220,6 +253,15 @@ class TestMissingParts:
     report[key] = None
     page(report)
     reports.text_table(report)
+
+  def test_of_many_methods_the_table_by_class_shows_those_that_are_compared_or_recommended(self):
+    report = make_report()
+    row = report["classification"][0]
+    report["classification"] += [row | {"method": f"other_{i}"} for i in range(4)]
+    source = reports.render_html(report, {})
+    table = source[source.index('id="classes"') :].partition("</section>")[0]
+    shown = [method for method in (*METHODS, "other_0") if method in table]
+    assert shown == ["real+csl", "memdiff+csl", "oracle+csl"]
 
   def test_an_empty_report_is_a_page(self):
     assert page({}, {}).sections == []
@@ -242,8 +284,8 @@ class TestMissingParts:
       row["many"] = stat(float("nan"), float("nan"))
       row["medium"] = stat(None, None)
     page(report)
-    line = reports.text_table(report).splitlines()[-1]
-    assert line.split() == ["oracle", "92.0", "±", "1.0", "–", "–", "87.0", "±", "1.0", "90.0",
+    (line,) = (x for x in reports.text_table(report).splitlines() if x.startswith("oracle+csl"))
+    assert line.split() == ["oracle+csl", "92.0", "±", "1.0", "–", "–", "87.0", "±", "1.0", "90.0",
                             "±", "1.0"]  # fmt: skip
 
 
@@ -259,67 +301,67 @@ def compare(gain=None, std=0.005, seeds=5, headroom=None, gap=None) -> dict:
 
 class TestHeadline:
   def test_a_clear_gain_is_stated_with_its_interval(self):
-    first = reports.headline(compare(0.012))[0]
-    assert first.startswith("memdiff scores 1.2 ± 0.5 points above csl_retrain (description of")
+    first = wording.headline(compare(0.012))[0]
+    assert first.startswith("memdiff+csl scores 1.2 ± 0.5 points above real+csl (description of")
     assert "more than the noise between the 5 seeds (95 % interval +0.6 to +1.8)" in first
     assert "Better than the control" in page(compare(0.012)).text
 
   def test_a_loss_is_called_a_loss(self):
-    first = reports.headline(compare(-0.012))[0]
-    assert first.startswith("memdiff scores 1.2 ± 0.5 points below csl_retrain")
+    first = wording.headline(compare(-0.012))[0]
+    assert first.startswith("memdiff+csl scores 1.2 ± 0.5 points below real+csl")
     assert "did harm" in first
     shown = page(compare(-0.012)).text
     assert "Worse than the control" in shown and "−1.2 ± 0.5 points" in shown
 
   @pytest.mark.parametrize("gain", [0.004, -0.004])
   def test_what_the_seeds_cannot_tell_from_zero_is_called_noise(self, gain):
-    first = reports.headline(compare(gain))[0]
+    first = wording.headline(compare(gain))[0]
     assert "within the noise between the 5 seeds" in first
     assert "does not show" in first
     assert "No clear difference" in page(compare(gain)).text
 
   def test_equal_scores_are_called_equal(self):
-    assert "scores the same as csl_retrain" in reports.headline(compare(0.0, 0.0))[0]
+    assert "scores the same as real+csl" in wording.headline(compare(0.0, 0.0))[0]
 
   def test_one_seed_makes_no_claim(self):
-    first = reports.headline(compare(0.03, 0.0, seeds=1))[0]
+    first = wording.headline(compare(0.03, 0.0, seeds=1))[0]
     assert "scores 3.0 points above" in first and "±" not in first
     assert "One seed was run" in first
     assert "One seed: no claim" in page(compare(0.03, 0.0, seeds=1)).text
 
   def test_the_reference_tells_the_room_and_the_share_that_is_filled(self):
     report = compare(0.012, headroom=stat(0.05, 0.01), gap=stat(0.24, 0.1))
-    second = reports.headline(report)[1]
-    assert "5.0 ± 1.0 points above csl_retrain" in second
-    assert second.endswith("memdiff fills 24 ± 10 % of it.")
-    assert "of the gap from csl_retrain to oracle closed" in page(report).text
+    second = wording.headline(report)[1]
+    assert "5.0 ± 1.0 points above real+csl" in second
+    assert second.endswith("memdiff+csl fills 24 ± 10 % of it.")
+    assert "of the gap from real+csl to oracle+csl closed" in page(report).text
 
   def test_a_negative_share_fills_nothing(self):
     report = compare(-0.012, headroom=stat(0.05, 0.01), gap=stat(-0.24, 0.1))
-    assert reports.headline(report)[1].endswith("memdiff fills none of it.")
+    assert wording.headline(report)[1].endswith("memdiff+csl fills none of it.")
 
   @pytest.mark.parametrize(
     ("headroom", "words"),
     [
-      (stat(-0.02, 0.001), "2.0 ± 0.1 points below csl_retrain: even real additional examples"),
-      (stat(0.0, 0.0), "level with csl_retrain: even real additional examples"),
+      (stat(-0.02, 0.001), "2.0 ± 0.1 points below real+csl: even real additional examples"),
+      (stat(0.0, 0.0), "level with real+csl: even real additional examples"),
       (stat(0.01, 0.02), "within the noise between seeds"),
     ],
   )
   def test_without_room_no_share_of_it_is_claimed(self, headroom, words):
     report = compare(0.012, headroom=headroom, gap=stat(9.9, 1.0))
-    assert words in reports.headline(report)[1]
+    assert words in wording.headline(report)[1]
     assert "gap from" not in page(report).text
 
   def test_groups_are_compared(self):
-    assert "82.0 % against 80.0 % on few" in reports.headline(make_report())[2]
+    assert "82.0 % against 80.0 % on few" in wording.headline(make_report())[2]
 
   def test_a_rival_that_wins_is_named(self):
     report = make_report()
-    assert not any("scores higher" in sentence for sentence in reports.headline(report))
+    assert not any("scores higher" in sentence for sentence in wording.headline(report))
     report["classification"][1]["top1"] = stat(0.9)
-    assert reports.headline(report)[-1] == (
-      "csl scores higher than memdiff in this run: 90.0 % top-1."
+    assert wording.headline(report)[-1] == (
+      "own_head+logit_adjustment scores higher than memdiff+csl in this run: 90.0 % top-1."
     )
 
   @pytest.mark.parametrize(
@@ -331,7 +373,62 @@ class TestHeadline:
     ],
   )  # fmt: skip
   def test_verdict(self, mean, std, seeds, expected):
-    assert reports.verdict(mean, std, seeds) == expected
+    assert wording.verdict(mean, std, seeds) == expected
+
+
+class TestRecommendation:
+  def said(self, *arguments, **more):
+    report = make_report()
+    report["recommendation"] = advise(*arguments, **more)
+    return wording.recommendation(report), page(report).text
+
+  def test_a_method_that_is_better_for_certain_is_recommended_with_its_gain(self):
+    (first, *_), text = self.said("memdiff+csl", "real+csl", "memdiff+csl", 0.031, (0.012, 0.05))
+    assert first == (
+      "Use memdiff+csl (description of memdiff+csl): +3.1 points against real+csl, 95 % interval"
+      " +1.2 to +5.0."
+    )
+    assert first in text
+
+  def test_a_gain_that_may_be_chance_recommends_the_control(self):
+    (first, *_), text = self.said("real+csl", "real+csl", "memdiff+csl", 0.031, (-0.012, 0.07))
+    assert first.startswith(
+      "Use real+csl (description of real+csl): the best method with synthetic"
+    )
+    assert "memdiff+csl, is not better for certain (+3.1 points" in first
+    assert "−1.2 to +7.0" in first and first in text
+
+  def test_a_control_that_is_best_is_recommended_as_such(self):
+    (first, *_), _ = self.said("real+csl", "real+csl", "real+csl", 0.0, (0.0, 0.0))
+    assert first.endswith(
+      "no method that adds synthetic features scores higher in cross-validation."
+    )
+
+  def test_what_it_rests_on_and_how_the_test_set_agreed_is_said(self):
+    (_, basis, agreement), _ = self.said("real+csl", "real+csl", "real+csl", 0.0, (0.0, 0.0))
+    assert "by 5-fold cross-validation, 2 times, with an encoder per fold that never saw" in basis
+    assert "memdiff" not in agreement and "real+csl against real+csl gives +2.0 points" in agreement
+    assert "69 % of the pairs" in agreement and "Kendall's tau 0.38" in agreement
+    assert "the best of 3 methods is 1.3 points above the recommended one" in agreement
+
+  def test_features_that_were_trained_on_the_same_examples_are_warned_of(self):
+    frozen = {"folds": 3, "repeats": 1, "encoder": "frozen"}
+    (_, basis, *_), _ = self.said("real+csl", "real+csl", "real+csl", 0.0, (0.0, 0.0), basis=frozen)
+    assert "by 3-fold cross-validation, on the features as they are" in basis
+    assert "such scores mislead" in basis
+
+  def test_all_methods_stand_by_score_beside_what_the_test_set_said(self):
+    text = page(make_report()).text
+    rows = ("memdiff+csl 83.1 +3.1 +1.1 to +5.1 87.0", "real+csl 80.0 0.0 −2.0 to +2.0 85.0",
+            "own_head 76.4 −3.6 −5.6 to −1.6 80.0")  # fmt: skip
+    assert " ".join(rows) in text
+
+  def test_without_selection_nothing_is_recommended(self):
+    report = make_report()
+    report["recommendation"] = None
+    assert wording.recommendation(report) == []
+    assert "recommendation" not in page(report).sections
+    assert "recommendation" not in reports.text_table(report)
 
 
 class TestTextTable:
@@ -340,12 +437,13 @@ class TestTextTable:
     report["classification"][0]["top1"] = stat(0.99951, 0.00049)
     report["classification"][1]["top1"] = stat(0.04449, 0.12345)
     lines = reports.text_table(report).splitlines()
-    table = lines[lines.index("") + 1 :]
+    assert lines[-2:] == ["", f"recommendation: {wording.recommendation(report)[0]}"]
+    table = lines[lines.index("") + 1 : -2]
     assert len({len(line) for line in table}) == 1
     assert len(table) == 2 + len(METHODS)
     assert table[0].split() == ["method", "top-1", "many", "medium", "few", "macro-F1"]
-    assert table[2].split()[:4] == ["cross_entropy", "100.0", "±", "0.0"]
-    assert table[3].split()[:4] == ["csl", "4.4", "±", "12.3"]
+    assert table[2].split()[:4] == ["own_head", "100.0", "±", "0.0"]
+    assert table[3].split()[:4] == ["own_head+logit_adjustment", "4.4", "±", "12.3"]
     ends = [re.search(r"± *\d+\.\d", line).end() for line in table[2:]]
     assert len(set(ends)) == 1
 

@@ -1,7 +1,6 @@
 """Embeddings from .npz, .npy and Parquet: what is read, how it is split, what is refused."""
 
 import functools
-import inspect
 
 import numpy as np
 import pyarrow as pa
@@ -703,11 +702,3 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path):
     embeddings.write_synthetic(tmp_path / "made.csv", data, "memdiff", **synthetic(data))
   with pytest.raises(WorkdirError, match=r"Cannot write .*nowhere/made\.npz"):
     embeddings.write_synthetic(tmp_path / "nowhere/made.npz", data, "memdiff", **synthetic(data))
-
-
-def test_it_takes_what_hallucination_makes():
-  from memdiff.hallucination import SyntheticFeatures
-
-  parameters = inspect.signature(embeddings.write_synthetic).parameters.values()
-  names = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-  assert names == set(SyntheticFeatures.__dataclass_fields__)

@@ -1,0 +1,28 @@
+"""Embeddings of any encoder (CLIP, DINO, a tabular model): features and labels in, a head out.
+
+  python main.py --config=configs/features.py --workdir=runs/mine \\
+    --config.dataset.train_path=train.parquet --config.dataset.test_path=test.parquet
+
+Reads .npz, .npy and Parquet; `dataset.test_share=0.2` splits a test set off where there is none.
+The workdir gets report.html, the recommended head (recommended_head.npz) and the synthetic
+embeddings in the format of the training file (synthetic_embeddings.npz or .parquet).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(variant: str = "default") -> ConfigDict:
+  config = ConfigDict()
+  config.experiment = "features"
+  config.name = "features"
+  config.seeds = (0, 1, 2, 3, 4)  # banks, generators and heads; all run at once
+  config.dataset = base.embeddings()
+  config.memory_bank = base.memory_bank()
+  base.on_features(config)
+  config.head.training.start = "zeros"
+  config.head.exponents = (1.0, 0.5)
+  config.loop = base.loop()
+  base.choose(variant, {})
+  return config

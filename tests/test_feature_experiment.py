@@ -1,0 +1,511 @@
+"""The experiment on features: a run on embeddings, the references, and settings that do not fit."""
+
+import dataclasses
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits_lt, features
+from input_pipeline import embeddings
+from memdiff import config as config_lib
+from memdiff import feature_experiment, pipeline, selection
+from memdiff.errors import ConfigError, WorkdirError
+from memdiff.evaluation import phase as evaluation
+from memdiff.experiment import Experiment
+from memdiff.feature_experiment import Choice, Folds
+from memdiff.runtime import loop
+from memdiff.runtime.progress import Progress
+from memdiff.runtime.workdir import Workdir
+from memdiff.runtime.writers import TensorBoard
+
+CLASSES, DIM, STORED = 4, 5, 12
+COUNTS = np.array([12, 6, 3, 2])  # of the long tail, out of 12 each
+FILL = 9  # the second and the smaller classes get 3, 6 and 7
+LOSSES = ("cross_entropy", "logit_adjustment")
+METHODS = [f"{name}+{loss}" for name in ("real", "duplicate", "memdiff") for loss in LOSSES]
+REFERENCES = [f"{name}+{loss}" for name in ("oracle", "unseen_exemplars") for loss in LOSSES]
+
+
+def write_embeddings(path):
+  """Rows around a centre per class, whose names are texts; in no order of class."""
+  rng = np.random.default_rng(3)
+  centres = 2 * rng.normal(size=(CLASSES, DIM))
+  labels = rng.permutation(np.repeat(np.arange(CLASSES), STORED))
+  test_labels = np.tile(np.arange(CLASSES), 6)
+  np.savez(
+    path,
+    features=(centres[labels] + rng.normal(size=(len(labels), DIM))).astype(np.float32),
+    labels=np.array(list("abcd"))[labels],
+    test_features=(centres[test_labels] + rng.normal(size=(24, DIM))).astype(np.float32),
+    test_labels=np.array(list("abcd"))[test_labels],
+  )
+
+
+def config_for(path):
+  """A run of seconds on the embeddings at `path`."""
+  config = features.get_config()
+  config.seeds = (0, 1)
+  config.dataset.update(train_path=str(path), profile="exponential", imbalance=6.0)
+  config.diffusion.denoiser.update(width=16, num_blocks=1, embedding_dim=8, num_heads=2)
+  config.diffusion.update(num_steps=2, batch_size=8)
+  config.hallucination.update(num_steps=2, chunk_size=32)
+  config.generators.update(names=("duplicate", "memdiff"), tail_below=10, fill_to=(7, FILL))
+  config.head.losses, config.head.exponents = LOSSES, (1.0, 0.5)
+  config.head.training.num_steps = 4
+  config.selection.folds = 2
+  config.evaluation.map_per_class = 3
+  config.loop.update(steps_per_dispatch=2, eval_every=2, checkpoint_every=2)
+  return config
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_fast():
+  """These tests compile much and compute little."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
+
+
+def run(config, workdir):
+  report = pipeline.run(config.to_dict(), str(workdir), tensorboard=False, command="command")
+  assert report == json.loads((workdir / "report.json").read_text())
+  return report
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """(config, workdir, report) of a run with two folds."""
+  folder = tmp_path_factory.mktemp("features")
+  write_embeddings(folder / "embeddings.npz")
+  config = config_for(folder / "embeddings.npz")
+  return config, folder / "run", run(config, folder / "run")
+
+
+def arrays_of(path):
+  with np.load(path) as file:
+    return dict(file)
+
+
+@pytest.fixture
+def experiment(finished, mesh):
+  """The finished run, to look into."""
+  config, workdir, _ = finished
+  settings = config_lib.build(feature_experiment.FeatureConfig, config.to_dict())
+  folder = Workdir(str(workdir))
+  writer = TensorBoard(workdir, False)
+  yield Experiment(
+    config=settings,
+    dataset=embeddings.load(settings.dataset),
+    workdir=folder,
+    run=loop.Run(settings.seeds, mesh, settings.loop, Progress(1), writer),
+    command="",
+  )
+  folder.close()
+
+
+# --- a run on embeddings ---------------------------------------------------------------------
+
+
+def test_a_run_on_embeddings_scores_every_method_and_both_references(finished):
+  _, workdir, report = finished
+  rows = {row["method"]: row for row in report["classification"]}
+  assert list(rows) == METHODS + REFERENCES  # embeddings come without a head of their own
+  assert report["experiment"] == "features"
+  assert report["dataset"]["train_counts"] == COUNTS.tolist()
+  assert report["dataset"]["left_out_counts"] == (STORED - COUNTS).tolist()
+  assert report["dataset"]["class_names"] == list("abcd")
+  assert all(row["seeds"] == [0, 1] and 0 <= row["top1"]["mean"] <= 1 for row in rows.values())
+  assert set(report["generators"]) == {"duplicate", "memdiff"}
+  assert report["generators"]["duplicate"]["memorization_ratio"]["mean"] == pytest.approx(
+    0, abs=1e-3
+  )
+  phases = ("memory_bank", "diffusion", "selection", "hallucination", "heads", "evaluation")
+  assert tuple(report["timing"]["phases"]) == phases
+  page = (workdir / "report.html").read_text()
+  assert all(method in page for method in rows)
+
+
+def test_the_features_are_the_rows_of_the_file(finished):
+  config, workdir, _ = finished
+  file = arrays_of(config.dataset.train_path)
+  arrays = arrays_of(workdir / "memory_bank" / "features.npz")
+  assert set(arrays) == {"train", "left_out", "test"}
+  np.testing.assert_array_equal(arrays["test"], file["test_features"][None])
+  used = np.concatenate([arrays["train"][0], arrays["left_out"][0]])
+  assert sorted(map(tuple, used)) == sorted(map(tuple, file["features"]))
+  assert arrays["train"].shape == (1, COUNTS.sum(), DIM)
+
+
+def test_one_of_the_methods_is_recommended_on_what_was_held_out(finished):
+  _, workdir, report = finished
+  found = report["recommendation"]
+  hits = arrays_of(workdir / "selection" / "hits.npz")
+  assert set(found["scores"]) == set(METHODS) == set(hits) - {"label", "example", "fold"}
+  for method, entry in found["scores"].items():
+    own = [hits[method][hits["label"] == c].mean() for c in range(CLASSES)]
+    assert entry["score"] == pytest.approx(np.mean(own))
+  assert sorted(hits["example"]) == list(range(COUNTS.sum()))
+  assert found["method"] in (found["best"], found["control"])
+  assert found["control"].startswith("real+")
+  assert found["basis"] == {"folds": 2, "repeats": 1, "encoder": "frozen"}
+  assert report["comparison"]["control"] == found["control"]
+
+
+def test_choices_are_out_of_the_candidates(finished):
+  _, _, report = finished
+  assert list(report["choices"]) == METHODS
+  for method, choice in report["choices"].items():
+    assert choice["exponent"] in (1.0, 0.5)
+    if method.startswith("real+"):
+      assert (choice["strength"], choice["fill"]) == (0.0, 0)
+    else:
+      assert choice["fill"] in (7, FILL)
+      assert choice["strength"] == (1.0 if method.startswith("memdiff+") else 0.0)
+
+
+def test_descriptions_say_what_was_chosen(finished):
+  _, _, report = finished
+  for row in report["classification"]:
+    choice = report["choices"].get(row["method"])
+    details = ""
+    if choice:
+      details = f" (classes drawn by count^{choice['exponent']:g}"
+      details += f", filled to {choice['fill']})" if choice["fill"] else ")"
+    assert row["description"].partition(" (classes")[1:] == (
+      (" (classes", details.removeprefix(" (classes")) if choice else ("", "")
+    )
+
+
+def test_the_recommended_head_is_for_the_embeddings_as_they_are(finished):
+  config, workdir, report = finished
+  head = arrays_of(workdir / "recommended_head.npz")
+  file = arrays_of(config.dataset.train_path)
+  assert (head["kernel"].shape, head["bias"].shape) == ((2, DIM, CLASSES), (2, CLASSES))
+  names = np.array(list("abcd"))
+  made = names[(file["test_features"] @ head["kernel"] + head["bias"][:, None]).argmax(axis=-1)]
+  rows = {row["method"]: row for row in report["classification"]}
+  accuracy = (made == file["test_labels"]).mean()
+  assert rows[report["recommendation"]["method"]]["top1"]["mean"] == pytest.approx(accuracy)
+
+
+def test_without_folds_settings_come_first_and_nothing_is_recommended(finished, tmp_path):
+  """The phases before selection are taken over from the other run."""
+  config, workdir, _ = finished
+  config = config.copy_and_resolve_references()
+  config.selection.folds = 0
+  for folder in ("memory_bank", "diffusion"):
+    shutil.copytree(workdir / folder, tmp_path / "run" / folder)
+  report = run(config, tmp_path / "run")
+  assert report["recommendation"] is None
+  assert list(report["choices"]) == METHODS
+  for method, choice in report["choices"].items():
+    name = method.split("+")[0]
+    assert choice == {
+      "strength": float(name == "memdiff"), "fill": 0 if name == "real" else 7, "exponent": 1.0
+    }  # fmt: skip
+  assert report["comparison"]["control"] == f"real+{LOSSES[0]}"
+  assert report["comparison"]["method"] == f"memdiff+{LOSSES[0]}"
+  assert (tmp_path / "run" / "recommended_head.npz").exists()
+  assert not (tmp_path / "run" / "selection" / "heads").exists()
+
+
+# --- the references --------------------------------------------------------------------------
+
+
+def standardised(experiment):
+  """Training and left-out rows of the file, moved and scaled by the training rows."""
+  data = experiment.dataset
+  mean, scale = data.train_features.mean(axis=0), data.train_features.std(axis=0)
+  return (data.train_features - mean) / scale, (data.left_out_features - mean) / scale
+
+
+def test_the_oracle_adds_left_out_rows_as_many_as_would_be_made_or_there_are(experiment):
+  space = feature_experiment.load_space(experiment)
+  added = feature_experiment._left_out_pool(experiment, space)
+  left_out_counts = STORED - COUNTS
+  wanted = np.where(COUNTS < 10, np.maximum(FILL - COUNTS, 0), 0)
+  np.testing.assert_array_equal(added.numbers, np.minimum(wanted, left_out_counts))
+  _, left_out = standardised(experiment)
+  labels = experiment.dataset.left_out_labels
+  expected = np.concatenate([left_out[labels == c][:n] for c, n in enumerate(added.numbers)])
+  assert added.features.shape == (2, 1, *expected.shape)
+  for seed in (0, 1):
+    np.testing.assert_allclose(added.features[seed, 0], expected, rtol=1e-4, atol=1e-4)
+  assert np.all(np.asarray(added.confidence) == 1) and added.confidence.shape == (2, 1, 16)
+
+
+def test_the_oracle_takes_no_more_than_there_are(experiment):
+  space = feature_experiment.load_space(experiment)
+  labels = experiment.dataset.left_out_labels
+  few = np.concatenate([np.flatnonzero(labels == c)[: 2 * c] for c in range(CLASSES)])
+  fewer = dataclasses.replace(
+    experiment,
+    dataset=dataclasses.replace(
+      experiment.dataset,
+      left_out_labels=labels[few],
+      left_out_features=experiment.dataset.left_out_features[few],
+    ),
+  )
+  added = feature_experiment._left_out_pool(
+    fewer, dataclasses.replace(space, left_out=space.left_out[:, few])
+  )
+  np.testing.assert_array_equal(added.numbers, [0, 2, 4, 6])
+  assert added.features.shape == (2, 1, 12, DIM)
+  _, left_out = standardised(fewer)
+  np.testing.assert_allclose(
+    added.features[0, 0, 2:6], left_out[labels[few] == 2], rtol=1e-4, atol=1e-4
+  )
+
+
+def test_unseen_exemplars_stand_in_the_place_of_training_ones_of_their_class(experiment):
+  space = feature_experiment.load_space(experiment)
+  made = feature_experiment._unseen_exemplars(experiment, space)
+  train, left_out = standardised(experiment)
+  labels, unseen_labels = experiment.dataset.train_labels, experiment.dataset.left_out_labels
+  for seed in (0, 1):
+    for c, count in enumerate(COUNTS):
+      unseen = left_out[unseen_labels == c][:count]
+      own = np.asarray(made.features[seed])[labels == c]
+      np.testing.assert_allclose(own[: len(unseen)], unseen, rtol=1e-4, atol=1e-4)
+      np.testing.assert_allclose(
+        own[len(unseen) :], train[labels == c][len(unseen) :], rtol=1e-4, atol=1e-4
+      )
+  # The largest class keeps its own, since nothing of it was left out.
+  assert not (unseen_labels == 0).any()
+  np.testing.assert_array_equal(made.labels, space.runs.exemplars.labels)
+  np.testing.assert_array_equal(made.by_class.counts, np.tile(COUNTS, (2, 1)))
+
+
+def test_heads_of_the_references_train_on_just_these_rows(experiment):
+  space = feature_experiment.load_space(experiment)
+  choices, _ = feature_experiment.load_selection(experiment)
+  oracle, unseen, real = (
+    feature_experiment.head_training(experiment, space, choices, name)
+    for name in ("oracle", "unseen_exemplars", "real")
+  )
+  pool = feature_experiment._left_out_pool(experiment, space)
+  np.testing.assert_array_equal(oracle.data.added.features, pool.features)
+  np.testing.assert_array_equal(oracle.data.exemplars.features, space.runs.exemplars.features)
+  expected = feature_experiment._unseen_exemplars(experiment, space).features
+  np.testing.assert_array_equal(unseen.data.exemplars.features, expected)
+  for trained in (unseen, real):
+    assert np.sum(trained.data.added.numbers) == 0
+  # References are trained as the data come; exemplars that were not seen, as the seen ones are.
+  assert {(s.fill, s.exponent) for s in oracle.settings} == {(feature_experiment.generators.ALL, 1)}
+  assert [dataclasses.astuple(s) for s in unseen.settings] == [
+    dataclasses.astuple(s) for s in real.settings
+  ]
+  assert [s.run for s in oracle.settings] == [0, 1] * len(LOSSES)
+  assert oracle.losses == [loss for loss in LOSSES for _ in (0, 1)]
+
+
+def test_without_left_out_examples_of_filled_classes_there_are_no_references(experiment):
+  assert feature_experiment.head_names(experiment)[-2:] == ["oracle", "unseen_exemplars"]
+  for keep in (np.array([], int), np.flatnonzero(experiment.dataset.left_out_labels == 0)):
+    data = dataclasses.replace(
+      experiment.dataset,
+      left_out_labels=experiment.dataset.left_out_labels[keep],
+      left_out_features=experiment.dataset.left_out_features[keep],
+    )
+    without = dataclasses.replace(experiment, dataset=data)
+    assert feature_experiment.head_names(without) == ["real", "duplicate", "memdiff"]
+
+
+# --- the encoder's own head ------------------------------------------------------------------
+
+
+def test_own_heads_of_folds_are_judged_on_what_they_did_not_see_plain_and_adjusted():
+  labels = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2])
+  config = selection.SelectionConfig(folds=2, repeats=2, encoder="retrained")
+  _, held_out = selection.fold_rows(labels, config)
+  logits = np.random.default_rng(0).normal(size=(*held_out.shape, 3))
+  counts = np.array([90, 9, 1])  # far apart, so that the adjustment tells
+  e = SimpleNamespace(dataset=SimpleNamespace(train_labels=labels, train_counts=counts))
+  judged = selection.judged_examples(held_out, labels, 2)
+  folds = Folds(None, None, held_out, None, judged, logits)
+  found = feature_experiment._own_head_hits(e, folds)
+  plain, adjusted = [], []
+  for run, row in enumerate(held_out):
+    for position, example in enumerate(row):
+      if example >= 0:
+        own = logits[run, position]
+        plain.append(own.argmax() == labels[example])
+        adjusted.append((own - np.log(counts / 100)).argmax() == labels[example])
+  assert plain != adjusted
+  np.testing.assert_array_equal(found["own_head"], plain)
+  np.testing.assert_array_equal(found["own_head+logit_adjustment"], adjusted)
+  assert feature_experiment._own_head_hits(e, dataclasses.replace(folds, own_logits=None)) == {}
+
+
+@pytest.mark.parametrize("method", ["own_head", "own_head+logit_adjustment", "memdiff+csl"])
+def test_a_recommended_head_is_in_the_units_of_the_encoder(method, tmp_path):
+  rng = np.random.default_rng(1)
+  made = rng.gamma(2.0, size=(1, 30, DIM)).astype(np.float32)
+  head = {"kernel": rng.normal(size=(1, DIM, 3)), "bias": rng.normal(size=(1, 3))}
+  own = jax.tree.map(lambda x: x.astype(np.float32), head)
+  mean, scale = made.mean(axis=1), made.std(axis=1)
+  standardizer = feature_experiment.feature_space.fit_standardizer(made[0], jnp.ones(30, bool))
+  inside = {
+    "kernel": own["kernel"] * scale[:, :, None],
+    "bias": own["bias"] + np.einsum("sd,sdc->sc", mean, own["kernel"]),
+  }
+  counts = np.array([20, 8, 2])
+  e = SimpleNamespace(
+    dataset=SimpleNamespace(train_counts=counts), workdir=SimpleNamespace(path=tmp_path)
+  )
+  runs = SimpleNamespace(head=inside, standardizer=jax.tree.map(lambda x: x[None], standardizer))
+  trained = {"memdiff+csl": jax.tree.map(lambda x: 2 * x, inside)}
+  scored = evaluation.Scored([], {}, trained)
+  evaluation.save_recommended_head(e, SimpleNamespace(runs=runs), scored, method)
+  saved = arrays_of(tmp_path / "recommended_head.npz")
+  expected = own["bias"] - (np.log(counts / 30) if method.endswith("adjustment") else 0)
+  factor = 2 if method == "memdiff+csl" else 1
+  np.testing.assert_allclose(saved["kernel"], factor * own["kernel"], rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(saved["bias"], factor * expected, rtol=1e-3, atol=1e-3)
+
+
+def test_features_have_a_head_where_one_was_trained_on_them_or_read():
+  def of(**changes):
+    config = digits_lt.get_config("smoke")
+    for path, value in changes.items():
+      config.update_from_flattened_dict({path.replace("__", "."): value})
+    return feature_experiment.has_own_head(
+      config_lib.build(feature_experiment.MemdiffConfig, config.to_dict())
+    )
+
+  assert of()
+  assert of(encoder__init_head=False)  # drawn anew, then trained
+  assert of(classifier__num_epochs=0.0)  # read
+  assert not of(classifier__num_epochs=0.0, encoder__init_head=False)
+  assert not of(encoder__backbone__taps=("2:2",))
+  config = features.get_config().to_dict()
+  settings = config_lib.build(feature_experiment.FeatureConfig, config)
+  assert not feature_experiment.has_own_head(settings)
+
+
+# --- settings that do not fit ----------------------------------------------------------------
+
+
+def data_of(counts=(12, 6, 3, 2), **more):
+  return SimpleNamespace(
+    train_counts=np.array(counts), **({"name": "pets", "streamed": False} | more)
+  )
+
+
+def check(config, data):
+  """Asks the kind of the config, as a run does before any work."""
+  kind = pipeline.kind_of(config.to_dict())
+  kind.check(config_lib.build(kind.settings, config.to_dict()), data)
+
+
+@pytest.mark.parametrize(
+  ("changes", "counts", "words"),
+  [
+    ({"head.training.start": "encoder"}, None, "start is encoder, but these features come without"),
+    ({"generators.confidence.name": "certainty"}, None, "certainty, which asks the encoder's own"),
+    ({"generators.confidence.name": "entropy_literal"}, None, "use cosine or none"),
+    ({"generators.confidence.name": "probability"}, None, "use cosine or none"),
+    ({"selection.encoder": "retrained"}, None, "embeddings have no encoder to train"),
+    ({"generators.fill_to": (2,)}, None, r"no class .* tail_below=10 .* fill_to=2"),
+    ({"generators.tail_below": 2}, None, r"no class .* the counts are \[12, 6, 3, 2\]"),
+    ({}, (1, 1, 1, 1), "no class has two examples; set it to 0"),
+  ],
+)
+def test_settings_that_do_not_fit_embeddings_are_refused(changes, counts, words):
+  config = config_for("x.npz")
+  check(config, data_of())
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(ConfigError, match=words):
+    check(config, data_of(counts or COUNTS))
+
+
+def test_without_folds_classes_of_one_example_are_fine():
+  config = config_for("x.npz")
+  config.selection.folds = 0
+  check(config, data_of((1, 1, 1)))
+
+
+TAPS = {"encoder.backbone.taps": ("2:2",)}
+READ = {"classifier.num_epochs": 0.0}
+
+
+@pytest.mark.parametrize(
+  ("changes", "data", "words"),
+  [
+    (TAPS, {}, "start is encoder, but these features come without a head"),
+    (READ | {"encoder.init_head": False}, {}, "start is encoder, but these features come without"),
+    (
+      TAPS | {"head.training.start": "zeros", "generators.confidence.name": "probability"},
+      {},
+      "use cosine or none",
+    ),
+    ({"classifier.loss": "ldam"}, {}, "the loss ldam has a cosine head"),
+    ({"classifier.references": ("ldam_drw",)}, {}, "the loss ldam_drw has a cosine head"),
+    ({"encoder.backbone.head": "cosine"}, {}, "the loss csl has a cosine head"),
+    (READ | {"selection.encoder": "retrained"}, {}, "but config.classifier.num_epochs is 0"),
+    ({"selection.encoder": "retrained"}, {"streamed": True}, "pets is streamed from disk"),
+    ({"generators.fill_to": (2,)}, {}, "no class with fewer than tail_below"),
+  ],
+)
+def test_settings_that_do_not_fit_an_encoder_are_refused(changes, data, words):
+  config = digits_lt.get_config("smoke")
+  check(config, data_of())
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(ConfigError, match=words):
+    check(config, data_of(**data))
+
+
+def test_what_only_the_retrained_encoder_or_the_head_lacks_is_no_obstacle_without_them():
+  for changes, data in (
+    (READ, {}),
+    ({"selection.encoder": "retrained"}, {}),
+    ({"selection.encoder": "retrained", "selection.folds": 0}, {"streamed": True}),
+    (TAPS | {"head.training.start": "zeros"}, {}),
+    ({"classifier.loss": "ldam", "encoder.backbone.head": "linear"}, {}),
+    ({"generators.confidence.name": "probability"}, {}),
+  ):
+    config = digits_lt.get_config("smoke")
+    config.update_from_flattened_dict(changes)
+    check(config, data_of(**data))
+
+
+def test_a_run_is_refused_before_its_workdir_is_made(tmp_path):
+  write_embeddings(tmp_path / "embeddings.npz")
+  config = config_for(tmp_path / "embeddings.npz")
+  config.head.training.start = "encoder"
+  with pytest.raises(ConfigError, match=r"set it to zeros\.$"):
+    pipeline.run(config.to_dict(), str(tmp_path / "run"), tensorboard=False, command="")
+  assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_kind_is_refused_with_those_that_exist():
+  for values in ({}, {"experiment": "magic"}):
+    with pytest.raises(ConfigError, match="must be one of memdiff, features, classification"):
+      pipeline.kind_of(values)
+
+
+# --- candidates ------------------------------------------------------------------------------
+
+
+def test_candidates_are_all_settings_with_the_plain_ones_first(experiment):
+  plain = feature_experiment.candidates(experiment, "real")
+  assert plain == [Choice(0.0, 0, 1.0), Choice(0.0, 0, 0.5)]
+  made = feature_experiment.candidates(experiment, "memdiff")
+  assert made == [Choice(1.0, f, x) for f in (7, FILL) for x in (1.0, 0.5)]
+  jittered = feature_experiment.candidates(experiment, "kernel_jitter")
+  assert len(jittered) == len(set(jittered)) == 5 * 2 * 2
+  published = feature_experiment.candidates(experiment, "ldmlr_published")
+  assert {c.fill for c in published} == {feature_experiment.generators.ALL}
+
+
+def test_a_broken_choice_is_named_with_what_to_remove(experiment, monkeypatch, tmp_path):
+  (tmp_path / "choices.json").write_text("{")
+  monkeypatch.setattr(experiment.workdir, "folder", lambda _: tmp_path)
+  with pytest.raises(WorkdirError, match=r"Cannot read .*choices\.json .* remove the folder"):
+    feature_experiment.load_selection(experiment)
