@@ -50,14 +50,14 @@ from benchmarks.training import Training
 from configs.digits_lt import get_config
 from input_pipeline import dataset as dataset_lib
 from memdiff import config as config_lib
-from memdiff import feature_diffusion, feature_space, hallucination, memory_bank
+from memdiff import feature_diffusion, feature_space, generators, hallucination, memory_bank
 from memdiff.classifier import encoder
 from memdiff.classifier import training as classifier
 from memdiff.diffusion import objectives
 from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.evaluation.features import mmd
-from memdiff.experiment import ExperimentConfig
 from memdiff.feature_diffusion import FeatureData
+from memdiff.feature_experiment import MemdiffConfig
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
@@ -73,7 +73,7 @@ _SOLVERS = (("ddim", 50), ("dpm++", 20), ("dpm++", 25))
 class Workload:
   """The digits experiment, trained as far as this benchmark needs it."""
 
-  config: ExperimentConfig
+  config: MemdiffConfig
   data: dataset_lib.LongTailDataset
   mesh: Mesh
   own: FeatureData  # standardised, leading axis of one seed
@@ -84,22 +84,23 @@ class Workload:
   def num_classes(self) -> int:
     return self.data.num_classes
 
+  def one_run(self) -> FeatureData:
+    return jax.tree.map(lambda x: x[0], self.own)
+
   def bank(self) -> memory_bank.MemoryBank:
-    return jax.tree.map(lambda x: x[0], self.own.bank)
+    return self.one_run().bank
 
   def denoiser_stage(self, num_seeds: int) -> Stage:
     """The diffusion stage of that many seeds, all on the same features."""
     own = jax.tree.map(lambda x: jnp.repeat(x, num_seeds, axis=0), self.own)
     own = jax.device_put(own, mesh_lib.replicated(self.mesh))
-    return feature_diffusion.make_stage(
-      self.config.diffusion, own, self.data.train_labels, self.num_classes, self.mesh
-    )
+    return feature_diffusion.make_stage(self.config.diffusion, own, self.num_classes, self.mesh)
 
   def encoder_stage(self) -> Stage:
     return make_encoder_stage(self.config, self.data, self.mesh)
 
   def denoiser(self):
-    dim = self.own.features.shape[-1]
+    dim = self.own.exemplars.features.shape[-1]
     return feature_diffusion.make_denoiser(self.config.diffusion, self.num_classes, dim)
 
 
@@ -117,7 +118,7 @@ def prepare(encoder_steps: int) -> tuple[Workload, Training]:
   Returns:
     The workload, and the training of the encoder, for more of it.
   """
-  config = config_lib.build(ExperimentConfig, get_config().to_dict())
+  config = config_lib.build(MemdiffConfig, get_config().to_dict())
   data, mesh = dataset_lib.load(config.dataset), mesh_lib.make_mesh()
   stage = make_encoder_stage(config, data, mesh)
   training = Training(stage, (0,), mesh, steps=25)
@@ -131,21 +132,24 @@ def prepare(encoder_steps: int) -> tuple[Workload, Training]:
 
   train = feature_space.encode(encode_chunk, data.train_images)
   left_out = feature_space.encode(encode_chunk, data.left_out_images)
-  bank = feature_space.fill_bank(
-    train, data.train_labels, data.num_classes, (0,), config.memory_bank, mesh
-  )
-  scale = jax.vmap(feature_space.fit_standardizer)(jnp.asarray(train))
+  labels = np.asarray(data.train_labels)[None]
+  bank = feature_space.fill_bank(train, labels, data.num_classes, (0,), config.memory_bank, mesh)
+  runs = feature_space.make_runs(train, labels, bank, None, data.num_classes, mesh)
   standardize = jax.vmap(lambda s, x: s.forward(x))
-  numbers = hallucination.plan(data.train_counts, config.hallucination)
+  numbers = generators.plan(data.train_counts, config.generators)
   work = Workload(
     config=config,
     data=data,
     mesh=mesh,
-    own=FeatureData(
-      features=standardize(scale, train),
-      bank=jax.vmap(lambda b, s: memory_bank.standardize(b, s.mean, s.scale))(bank, scale),
+    own=feature_diffusion.make_data(
+      runs.exemplars.features,
+      labels,
+      runs.bank,
+      data.num_classes,
+      config.diffusion.class_exponent,
+      mesh,
     ),
-    left_out=np.asarray(standardize(scale, left_out))[0],
+    left_out=np.asarray(standardize(runs.standardizer, left_out))[0],
     labels=np.repeat(np.arange(data.num_classes), numbers).astype(np.int32),
   )
   return work, training
@@ -158,15 +162,11 @@ def make_torch_trainer(work: Workload, params: Any):
   """A torch_denoiser.Trainer that starts from `params`."""
   from benchmarks import torch_denoiser
 
-  config, features = work.config.diffusion, np.asarray(work.own.features[0])
-  model = torch_denoiser.Denoiser(work.num_classes, features.shape[-1], config.denoiser)
+  config, own = work.config.diffusion, work.one_run()
+  dim = own.exemplars.features.shape[-1]
+  model = torch_denoiser.Denoiser(work.num_classes, dim, config.denoiser)
   torch_denoiser.load_parameters(model, params)
-  deck = feature_diffusion.make_deck(
-    work.data.train_labels, work.num_classes, config.class_exponent
-  )
-  return torch_denoiser.Trainer(
-    model, config, deck, features, work.bank(), work.num_classes, seed=0
-  )
+  return torch_denoiser.Trainer(model, config, own, work.num_classes, seed=0)
 
 
 def disagreement(work: Workload, updates: int = 3) -> dict[str, float]:
@@ -182,10 +182,8 @@ def disagreement(work: Workload, updates: int = 3) -> dict[str, float]:
     config, num_steps=40, optimizer=dataclasses.replace(config.optimizer, warmup=0.05)
   )
   work = dataclasses.replace(work, config=dataclasses.replace(work.config, diffusion=config))
-  deck = feature_diffusion.make_deck(work.data.train_labels, work.num_classes, 0.5)
-  own = jax.tree.map(lambda x: x[0], work.own)
   batch = feature_diffusion.draw_batch(
-    jax.random.key(1), mesh_lib.replicate(work.mesh, deck), own, config, work.num_classes, work.mesh
+    jax.random.key(1), work.one_run(), config, work.num_classes, work.mesh
   )
   x_t = random.standard_normal(batch.x0.shape).astype(np.float32)
   t = random.uniform(0, 1000, len(x_t)).astype(np.float32)
@@ -306,7 +304,7 @@ def quality(work: Workload, samples: np.ndarray) -> float:
 
 def quality_of_training_set(work: Workload) -> float:
   """The same of the training features, over the classes that have two or more."""
-  train, labels = np.asarray(work.own.features[0]), work.data.train_labels
+  train, labels = np.asarray(work.own.exemplars.features[0]), work.data.train_labels
   values = [
     mmd(work.left_out[work.data.left_out_labels == c], train[labels == c])
     for c in np.unique(work.labels)
@@ -331,6 +329,7 @@ def make_sampler(work: Workload, params: Any, method: str, steps: int) -> Callab
       config,
       work.config.diffusion.prediction,
       work.mesh,
+      1.0,
     )
 
   seeds = itertools.count()
@@ -448,7 +447,7 @@ def time_encoder(
 
 def make_bank_updates(work: Workload, num_seeds: int, steps: int) -> Callable[[], Any]:
   """Every call does `steps` updates of that many banks and nothing else, as one program."""
-  features, labels = work.own.features[0], jnp.asarray(work.data.train_labels)
+  features, labels = work.own.exemplars.features[0], work.own.exemplars.labels[0]
   config, batch = work.config.memory_bank, work.config.classifier.batch_size
 
   def updates(bank, key, features, labels):

@@ -21,8 +21,7 @@ from torch.nn import functional
 from memdiff.diffusion.objectives import target
 from memdiff.diffusion.sampler import coefficients
 from memdiff.diffusion.schedules import NoiseSchedule
-from memdiff.diffusion.training import DiffusionConfig
-from memdiff.feature_diffusion import Deck
+from memdiff.feature_diffusion import DiffusionConfig, FeatureData
 
 _SAME_FEATURE = 1e-3  # as in memdiff.memory_bank
 
@@ -144,18 +143,16 @@ class Trainer:
     self,
     model: Denoiser,
     config: DiffusionConfig,
-    deck: Deck,
-    features: np.ndarray,
-    bank: Any,
+    own: FeatureData,
     num_classes: int,
     seed: int,
   ):
     self.model, self.config, self.num_classes = model, config, num_classes
-    self.features = as_tensor(features)
-    self.labels = as_tensor(deck.labels).long()
-    self.by_class = as_tensor(deck.by_class).long()
-    self.first, self.counts = as_tensor(deck.first).long(), as_tensor(deck.counts).long()
-    self.cumulative = as_tensor(deck.cumulative)
+    by_class, bank = own.exemplars.by_class, own.bank
+    self.features = as_tensor(own.exemplars.features)
+    self.order = as_tensor(by_class.order).long()
+    self.first, self.counts = as_tensor(by_class.starts).long(), as_tensor(by_class.counts).long()
+    self.cumulative = as_tensor(own.cumulative)
     self.slots, self.prototype = as_tensor(bank.slots), as_tensor(bank.prototype)
     self.seen = as_tensor(bank.seen).float()
     alphas_bar = NoiseSchedule(config.schedule).alphas_bar
@@ -218,12 +215,11 @@ class Trainer:
   def draw(self) -> tuple[torch.Tensor, torch.Tensor, Memory]:
     """A batch (x0, label, memory) as memdiff.feature_diffusion.draw_batch draws it."""
     batch = self.config.batch_size
-    drawn = torch.searchsorted(
+    label = torch.searchsorted(
       self.cumulative, self._uniform(batch) * self.cumulative[-1], right=True
     )
-    member = (self._uniform(batch) * self.counts[drawn]).long()
-    index = self.by_class[self.first[drawn] + member]
-    x0, label = self.features[index], self.labels[index]
+    member = (self._uniform(batch) * self.counts[label]).long()
+    x0 = self.features[self.order[self.first[label] + member]]
     slots, count = self.slots[label], self.seen[label]
     mask = torch.arange(slots.shape[1]) < count[:, None]
     # The feature itself is left out.
