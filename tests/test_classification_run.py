@@ -1,7 +1,6 @@
 """The classification experiment from the command line: its table, its heads, kill and resume."""
 
 import ast
-import dataclasses
 import json
 import os
 import pathlib
