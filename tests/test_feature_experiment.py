@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from configs import digits_lt, features
@@ -509,3 +511,46 @@ def test_a_broken_choice_is_named_with_what_to_remove(experiment, monkeypatch, t
   monkeypatch.setattr(experiment.workdir, "folder", lambda _: tmp_path)
   with pytest.raises(WorkdirError, match=r"Cannot read .*choices\.json .* remove the folder"):
     feature_experiment.load_selection(experiment)
+
+
+# --- synthetic embeddings back ---------------------------------------------------------------
+
+
+def test_the_synthetic_embeddings_are_those_of_the_first_seed(finished):
+  _, workdir, report = finished
+  made = arrays_of(workdir / "synthetic_embeddings.npz")
+  name = set(made["method"].tolist())
+  assert len(name) == 1
+  name = name.pop()
+  recommended = report["recommendation"]["method"].split("+")
+  loss = recommended[1] if recommended[0] == name else report["comparison"]["method"].split("+")[1]
+  saved = arrays_of(workdir / "hallucination" / f"{name}.npz")
+  k = saved["strengths"].tolist().index(report["choices"][f"{name}+{loss}"]["strength"])
+  np.testing.assert_array_equal(made["features"], saved["features"][0, k])
+  np.testing.assert_array_equal(made["confidence"], saved["confidence"][0, k])
+  np.testing.assert_array_equal(made["labels"], np.array(list("abcd"))[saved["labels"]])
+  np.testing.assert_array_equal(made["num_exemplars"], COUNTS[saved["labels"]])
+
+
+def test_parquet_in_parquet_out_with_a_class_of_one_row(tmp_path):
+  """The class of one is never held out, trains, and gets synthetic rows; the file can be read."""
+  rng = np.random.default_rng(0)
+  labels = np.repeat([7, 11, 30], [14, 6, 1])
+  rows = (rng.normal(size=(21, DIM)) + labels[:, None] / 5).astype(np.float32)
+  table = pa.table({"features": list(rows), "label": labels})
+  parquet.write_table(table, tmp_path / "train.parquet")
+  config = config_for(tmp_path / "train.parquet")
+  config.dataset.update(profile="natural", test_share=0.3)
+  report = run(config, tmp_path / "run")
+  counts = np.array(report["dataset"]["train_counts"])
+  assert counts[2] == 1 and counts.sum() + report["dataset"]["test_count"] == 21
+  assert report["comparison"]["reference"] is None  # nothing was left out
+  made = parquet.read_table(tmp_path / "run" / "synthetic_embeddings.parquet").to_pydict()
+  number = {label: made["label"].count(label) for label in (7, 11, 30)}
+  expected = np.where(counts < 10, np.maximum(FILL - counts, 0), 0)
+  np.testing.assert_array_equal(list(number.values()), expected)
+  assert np.isfinite(np.array(made["features"])).all()
+  of_one = [row for row, label in zip(made["nearest_row"], made["label"], strict=True)
+            if label == 30]  # fmt: skip
+  assert set(of_one) == {20}  # the file's only row of that class
+  assert (tmp_path / "run" / "report.html").exists()
