@@ -251,6 +251,7 @@ def joint() -> ConfigDict:
   config = ConfigDict()
   config.generators = ()  # real (the control) and any of generators.names; (): none
   config.loss = "balanced_softmax"  # cross_entropy | balanced_softmax | csl, with head.training's
+  config.counts = "real"  # real | effective, for prior and gamma; effective adds trusted synthetic
   config.num_rounds = 4  # of equal length; the first sees images only
   config.ramp = 0.5  # share of the other rounds over which synthetic features gain weight
   config.refresh_drift = 0.1  # shift of the class means, over their spread, that asks for new ones

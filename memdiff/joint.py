@@ -42,6 +42,7 @@ class JointConfig:
 
   generators: tuple[str, ...] = some_of((REAL, *generators.DESCRIPTIONS))
   loss: str = one_of(heads.TRAINED)
+  counts: str = one_of(heads.GAMMA_COUNTS)
   num_rounds: int = at_least(2)
   ramp: float = between(0, 1)
   refresh_drift: float = at_least(0)
@@ -83,7 +84,7 @@ def curriculum(step: jax.Array, first: int, num_steps: int, ramp: float) -> jax.
 
 
 def weighted_rows(
-  loss: str, real_counts, added_counts, weight, gamma_counts: str, beta: float, active
+  loss: str, real_counts, added_counts, weight, counts: str, beta: float, active
 ) -> tuple[jax.Array, jax.Array]:
   """(offset [C] of the logits, gamma [C]) of a loss on real and synthetic rows.
 
@@ -92,18 +93,19 @@ def weighted_rows(
     real_counts: [C].
     added_counts: [C] sums of the confidences of synthetic features.
     weight: of the curriculum.
-    gamma_counts, beta: as in the head stage.
+    counts: whether prior and gamma come from real or from effective (real and trusted synthetic)
+      counts. Real ones keep, on real rows, the margins of training without synthetic features.
+    beta: of gamma, as in the head stage.
     active: whether the class weights of csl have set in.
   """
-  effective = real_counts + weight * added_counts
+  seen = real_counts + weight * added_counts if counts == "effective" else real_counts
+  offset, gamma = jnp.zeros_like(seen), jnp.ones_like(seen)
   if loss == "balanced_softmax":
-    return jnp.log(jnp.maximum(effective / effective.sum(), 1e-12)), jnp.ones_like(effective)
-  gamma = jnp.ones_like(effective)
+    offset = jnp.log(jnp.maximum(seen / seen.sum(), 1e-12))
   if loss == "csl":
-    seen = effective if gamma_counts == "effective" else real_counts
     own = losses.effective_number(jnp.maximum(seen, 1e-3), beta)
     gamma = jnp.where(active, own, 1.0)
-  return jnp.zeros_like(effective), gamma
+  return offset, gamma
 
 
 def make_stage(
@@ -175,7 +177,7 @@ def make_stage(
     if pool is not None:
       added_counts = jax.ops.segment_sum(pool.confidence, pool.labels, num_classes)
     offset, gamma = weighted_rows(
-      config.loss, real_counts, added_counts, weight, head.gamma_counts, head.beta, active
+      config.loss, real_counts, added_counts, weight, config.counts, head.beta, active
     )
 
     def loss_of(params):

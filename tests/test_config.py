@@ -302,6 +302,7 @@ OUT_OF_RANGE = {
     "head.training.batch_size": [0], "head.training.num_steps": [0],
     "selection.folds": [-1], "selection.repeats": [0], "selection.encoder": ["thawed"],
     "joint.generators": [("real", "gan"), ("real", "real")], "joint.loss": ["logit_adjustment"],
+    "joint.counts": ["all"],
     "joint.num_rounds": [1], "joint.ramp": [-0.1, 1.5], "joint.refresh_drift": [-0.1],
     "joint.added_batch_size": [0],
     "evaluation.map_per_class": [1],

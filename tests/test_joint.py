@@ -62,20 +62,19 @@ def test_drift_is_the_mean_shift_of_classes_over_their_spread():
   assert joint.drift(bank_of(before, [5, 0, 2]), pool) == 0
 
 
-@pytest.mark.parametrize("gamma_counts", ["real", "effective"])
+@pytest.mark.parametrize("kind", ["real", "effective"])
 @pytest.mark.parametrize("active", [True, False])
 @pytest.mark.parametrize("loss", ["cross_entropy", "balanced_softmax", "csl"])
-def test_offset_and_gamma_follow_the_counts_that_the_loss_sees(loss, active, gamma_counts):
+def test_offset_and_gamma_follow_the_counts_that_the_loss_sees(loss, active, kind):
   real, added, weight, beta = np.array([50.0, 9.0, 2.0]), np.array([0.0, 20.0, 40.0]), 0.5, 0.99
-  effective = real + weight * added
+  counts = real + weight * added if kind == "effective" else real
   offset, gamma = joint.weighted_rows(
-    loss, jnp.asarray(real), jnp.asarray(added), weight, gamma_counts, beta, active
+    loss, jnp.asarray(real), jnp.asarray(added), weight, kind, beta, active
   )
   expected_offset, expected_gamma = np.zeros(3), np.ones(3)
   if loss == "balanced_softmax":
-    expected_offset = np.log(effective / effective.sum())
+    expected_offset = np.log(counts / counts.sum())
   if loss == "csl" and active:
-    counts = effective if gamma_counts == "effective" else real
     own = (1 - beta) / (1 - beta**counts)
     expected_gamma = own / own.mean()
   np.testing.assert_allclose(offset, expected_offset, rtol=1e-5)
