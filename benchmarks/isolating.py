@@ -22,7 +22,7 @@ from memdiff.evaluation import wording
 from memdiff.runtime.workdir import write_atomically, write_json
 
 _KEPT = (
-  "name", "command", "dataset", "groups", "classification", "comparison", "recommendation",
+  "name", "command", "dataset", "groups", "classification", "comparison", "joint", "recommendation",
   "choices", "generators", "generator_seconds", "timing", "hardware", "versions", "config",
 )  # fmt: skip
 _FIGURES = {
@@ -30,6 +30,7 @@ _FIGURES = {
   "feature_map": "Real, left-out and hallucinated features, t-SNE, first seed.",
   "confidence_reliability": "Confidence against nearness to left-out features, first seed.",
 }
+_AS_TRAINED = "as trained"  # the encoder's own head
 _LOSSES = {
   "cross_entropy": "CE",
   "balanced_softmax": "balanced softmax",
@@ -67,21 +68,21 @@ def _by_generator(report: Mapping[str, Any]) -> dict[str, dict[str, dict]]:
   found: dict[str, dict[str, dict]] = {}
   for row in report["classification"]:
     name, _, loss = row["method"].partition("+")
-    found.setdefault(name, {})[loss or "as trained"] = row
+    found.setdefault(name, {})[loss or _AS_TRAINED] = row
   return found
 
 
 def accuracy_table(report: Mapping[str, Any]) -> str:
   """Top-1 of every generator under every loss."""
-  losses = report["config"]["head"]["losses"]
-  lines = []
-  for name, rows in _by_generator(report).items():
-    plain = rows.get("as trained")
-    cells = [percent((rows.get(loss) or {}).get("top1"), 2) for loss in losses]
-    if plain and "cross_entropy" in losses:  # the encoder's own head was trained with its own loss
-      cells[losses.index("cross_entropy")] = percent(plain["top1"], 2)
-    lines.append([f"`{name}`", *cells])
-  return _table(["top-1 %", *(_LOSSES[loss] for loss in losses)], lines)
+  found = _by_generator(report)
+  losses = list(report["config"]["head"]["losses"])
+  if any(_AS_TRAINED in rows for rows in found.values()):
+    losses.insert(0, _AS_TRAINED)
+  lines = [
+    [f"`{name}`", *(percent(rows.get(loss, {}).get("top1"), 2) for loss in losses)]
+    for name, rows in found.items()
+  ]
+  return _table(["top-1 %", *(_LOSSES.get(loss, loss) for loss in losses)], lines)
 
 
 def chosen_table(report: Mapping[str, Any]) -> str:
@@ -184,24 +185,44 @@ def markdown(report: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
   return "\n\n".join(parts) + "\n"
 
 
+def _portable_path(text: str) -> str:
+  """An absolute path, perhaps with `:key` behind it, without the folders of one machine."""
+  path = text.partition(":")[0]
+  return text.replace(path, f"DIR/{pathlib.Path(path).name}") if path.startswith("/") else text
+
+
 def _portable(command: str) -> str:
   """The command with folders of one machine left out."""
   typed = []
   for word in shlex.split(command):
-    name, _, value = word.partition("=")
-    path = value.partition(":")[0]
-    if path.startswith("/"):
-      value = value.replace(path, f"DIR/{pathlib.Path(path).name}")
-      word = f"{name}={value}"
-    typed.append(word)
+    name, equals, value = word.partition("=")
+    typed.append(name + equals + _portable_path(value))
   return shlex.join(typed)
+
+
+def _portable_config(tree: Any) -> Any:
+  """The same of every text in the config."""
+  if isinstance(tree, Mapping):
+    return {key: _portable_config(value) for key, value in tree.items()}
+  return _portable_path(tree) if isinstance(tree, str) else tree
+
+
+def _without_classes(tree: Any) -> Any:
+  """Measures without their values per class, which would be most of the file."""
+  if not isinstance(tree, Mapping):
+    return tree
+  return {key: _without_classes(value) for key, value in tree.items() if key != "per_class"}
 
 
 def write(report: Mapping[str, Any], folder: pathlib.Path, path: pathlib.Path) -> None:
   """FILE.json, FILE.md and the pictures of the run in `folder`."""
   stem = path.with_suffix("")
   path.parent.mkdir(parents=True, exist_ok=True)
-  kept = {key: report[key] for key in _KEPT} | {"command": _portable(report["command"])}
+  kept = {key: report[key] for key in _KEPT if key in report} | {
+    "command": _portable(report["command"]),
+    "config": _portable_config(report["config"]),
+    "generators": _without_classes(report["generators"]),
+  }
   write_json(path, kept)
   pictures = {}
   for name, title in _FIGURES.items():

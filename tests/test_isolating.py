@@ -20,11 +20,16 @@ def row(method, top1, closed=None, *, reference=False):
 
 @pytest.fixture
 def report():
-  quality = {"memorization_ratio": stat(0.9), "diversity": stat(1.1), "separation": stat(0.2)}
+  quality = {
+    "memorization_ratio": stat(0.9) | {"per_class": [0.8, 1.0]},
+    "diversity": stat(1.1),
+    "separation": stat(0.2),
+  }
   quality["truth_test"] = {k: stat(0.5) for k in ("mmd", "frechet", "precision", "recall")}
   losses = ["cross_entropy", "balanced_softmax"]
   return {
-    "name": "run", "schema": 1, "config": {"head": {"losses": losses}, "seeds": [0, 1]},
+    "name": "run", "schema": 1,
+    "config": {"head": {"losses": losses}, "seeds": [0, 1], "list": "/c/d.npz:key"},
     "command": "main.py --config=configs/x.py --workdir=/a/b/run --config.list=/c/d.npz:key",
     "dataset": {"name": "set", "num_classes": 2, "train_counts": [9, 2], "split_sha256": "ab" * 32},
     "groups": [], "hardware": {"platform": "cpu"}, "versions": {"jax": "1"},
@@ -61,10 +66,10 @@ def report():
 
 def test_every_generator_stands_under_every_loss(report):
   lines = isolating.accuracy_table(report).splitlines()
-  assert lines[0] == "| top-1 % | CE | balanced softmax |"
-  assert "| `real` | 50.00 ± 1.00 | 52.00 ± 1.00 |" in lines
-  assert "| `memdiff` | 51.00 ± 1.00 | 56.00 ± 1.00 |" in lines
-  assert "| `own_head` | 40.00 ± 1.00 | – |" in lines
+  assert lines[0] == "| top-1 % | as trained | CE | balanced softmax |"
+  assert "| `real` | – | 50.00 ± 1.00 | 52.00 ± 1.00 |" in lines
+  assert "| `memdiff` | – | 51.00 ± 1.00 | 56.00 ± 1.00 |" in lines
+  assert "| `own_head` | 40.00 ± 1.00 | – | – |" in lines
 
 
 def test_a_generator_is_shown_with_the_loss_that_cross_validation_chose(report):
@@ -97,6 +102,8 @@ def test_files_lie_beside_each_other_and_name_no_folder_of_this_machine(report, 
   assert (tmp_path / "out" / "table_gap_closed.png").read_bytes() == b"png"
   text = (tmp_path / "out" / "table.md").read_text()
   saved = json.loads((tmp_path / "out" / "table.json").read_text())
+  assert saved["config"]["list"] == "DIR/d.npz:key"
+  assert saved["generators"]["memdiff"]["memorization_ratio"] == stat(0.9)
   for content in (text, saved["command"]):
     assert "--workdir=DIR/run" in content and "--config.list=DIR/d.npz:key" in content
     assert "/a/b" not in content and "/c/d" not in content
