@@ -1,4 +1,4 @@
-# make run    the main job: long-tailed digits, about two minutes on two cores
+# make run    the main job: long-tailed digits, a few minutes on two cores
 # make test   the test suite
 # make bench  speed of feature diffusion; BENCH=classifier: of classifiers
 # Both make .venv from the lock of the Python at hand; choose another with PYTHON=python3.12.

@@ -2,7 +2,7 @@
 
   python main.py --config=configs/digits_lt.py --workdir=runs/digits_lt
 
-About two minutes on two CPU cores. Variants, as in --config=configs/digits_lt.py:smoke:
+A few minutes on two CPU cores. Variants, as in --config=configs/digits_lt.py:smoke:
   default         the whole of memdiff, five seeds
   smoke           two seeds and a few steps of everything, for tests: seconds, learns little
   classification  classifiers alone, with the decoupled heads
@@ -54,14 +54,16 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.generators.names = (
       "duplicate", "kernel_jitter", "feature_mixup", "gaussian_shared", "class_only", "memdiff",
     )  # fmt: skip
-    config.diffusion.num_steps = 1000
     config.head.training.num_steps = 500
     config.selection.folds = 3
 
   def joint():
-    config.classifier.references = ("cross_entropy", "balanced_softmax", "logit_adjustment")
-    config.joint.generators = ("real", "kernel_jitter", "memdiff")
+    config.classifier.references = ("balanced_softmax", "logit_adjustment")
+    config.generators.names = ("kernel_jitter", "memdiff")
+    config.head.losses = ("balanced_softmax", "csl")
+    config.diffusion.num_steps = 1000
     config.selection.folds = 0
+    config.joint.generators = ("real", "kernel_jitter", "memdiff")
 
   base.choose(variant, {"classification": classification, "smoke": smoke, "joint": joint})
   return config
