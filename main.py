@@ -17,6 +17,19 @@ from memdiff.errors import ConfigError, MemdiffError
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: results, checkpoints, logs.")
 _TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard events to WORKDIR.")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  False,
+  "Join the other processes of the run first; also where JAX_COORDINATOR_ADDRESS is set.",
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "HOST:PORT of process 0; not needed on TPU pods, under Slurm or Open MPI."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+_CLUSTER_TIMEOUT = flags.DEFINE_integer(
+  "cluster_timeout", 300, "Seconds to wait until all processes have joined."
+)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors.")
 
 
@@ -55,8 +68,24 @@ def _explain(error: Exception, argv: list[str]) -> str:
 def _exit(error: MemdiffError) -> None:
   if "--debug" in sys.argv:
     raise error
-  print(f"memdiff: {error}", file=sys.stderr)
+  print(f"memdiff: {error}", file=sys.stderr, flush=True)
+  if "jax" in sys.modules and sys.modules["jax"].process_count() > 1:
+    os._exit(error.exit_code)  # at once: the others must not wait for this one
   sys.exit(error.exit_code)
+
+
+def _join_cluster() -> None:
+  """Joins the other processes, where flags or the environment ask for it."""
+  asked = _DISTRIBUTED.value or _COORDINATOR.value is not None
+  asked = asked or _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None
+  if not asked and "JAX_COORDINATOR_ADDRESS" not in os.environ:
+    return
+  from memdiff.runtime import distributed
+
+  cluster = distributed.Cluster(
+    _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _CLUSTER_TIMEOUT.value
+  )
+  distributed.join(distributed.from_environment(cluster, os.environ))
 
 
 def main(_) -> None:
@@ -66,10 +95,11 @@ def main(_) -> None:
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
   for noisy in ("absl", "jax"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
-  from memdiff import pipeline
-
   command = shlex.join(["python", *sys.argv])
   try:
+    _join_cluster()
+    from memdiff import pipeline
+
     pipeline.run(
       _CONFIG.value.to_dict(), _WORKDIR.value, tensorboard=_TENSORBOARD.value, command=command
     )

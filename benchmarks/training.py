@@ -1,15 +1,33 @@
 """A training stage as the training loop runs it, for timing."""
 
-import functools
+import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from memdiff.runtime import loop
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.loop import Stage
-from memdiff.runtime.random import base_keys
+from memdiff.runtime.preemption import Preemption
+from memdiff.runtime.progress import Progress
+from memdiff.runtime.writers import TensorBoard
+
+
+def make_run(
+  seeds: tuple[int, ...], mesh: Mesh, steps: int, parameters: str = "replicated"
+) -> loop.Run:
+  """What the loop's programs ask of a run; nothing is reported or written."""
+  return loop.Run(
+    seeds=seeds,
+    mesh=mesh,
+    config=loop.LoopConfig(steps, steps, steps, 1, 0, "stop", 0),
+    progress=Progress(1),
+    tensorboard=TensorBoard(pathlib.Path("unused"), enabled=False),
+    preemption=Preemption(mesh),
+    execution=loop.ExecutionConfig(parameters, "", ()),
+  )
 
 
 class Training:
@@ -18,20 +36,18 @@ class Training:
   def __init__(self, stage: Stage, seeds: tuple[int, ...], mesh: Mesh, steps: int):
     self.stage, self.steps, self.work = stage, steps, steps * len(seeds)
     self.done = 0
-    shardings = loop.state_shardings(stage, mesh)
-    init = jax.jit(jax.vmap(stage.init), out_shardings=shardings)
-    self.state = init(base_keys(seeds, stage.name), stage.own)
-    dispatch = jax.jit(
-      functools.partial(loop._dispatch, stage=stage),
-      static_argnames="num_steps",
-      donate_argnums=0,
-      out_shardings=(shardings, mesh_lib.replicated(mesh)),
+    run = make_run(seeds, mesh, steps)
+    self.state = loop.make_init(stage, run)()
+    self._alive = mesh_lib.replicate(mesh, np.ones(len(seeds), bool))
+    lowered = loop.make_dispatch(stage, run).lower(
+      self.state, self._alive, stage.shared, stage.own, None, num_steps=steps
     )
-    lowered = dispatch.lower(self.state, stage.shared, stage.own, None, num_steps=steps)
     self._compiled = lowered.compile()
 
   def __call__(self) -> Any:
-    self.state, metrics = self._compiled(self.state, self.stage.shared, self.stage.own, None)
+    self.state, self._alive, metrics = self._compiled(
+      self.state, self._alive, self.stage.shared, self.stage.own, None
+    )
     self.done += self.steps
     return self.state, metrics
 

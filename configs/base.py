@@ -60,6 +60,7 @@ def optimizer() -> ConfigDict:
   config.weight_decay = 2e-4  # L2 in sgd, decoupled in adamw
   config.warmup = 0.025  # share of the steps with a rising rate
   config.clip_norm = 0.0  # cap of the gradient norm; 0: none
+  config.accumulate = 1  # batches whose mean gradient makes one update
   return config
 
 
@@ -264,7 +265,19 @@ def loop() -> ConfigDict:
   config.steps_per_dispatch = 50  # steps per call of the compiled program
   config.eval_every = 1000  # steps
   config.checkpoint_every = 1000  # steps; a killed run loses at most these
-  config.keep_checkpoints = 2
+  config.keep_checkpoints = 2  # the newest ...
+  config.keep_every = 0  # ... and one every so many steps for good; 0: none
+  config.on_non_finite = "stop"  # stop, and keep the batch | skip the step
+  config.max_skipped = 0  # skip: steps that may be skipped before the run stops
+  return config
+
+
+def execution() -> ConfigDict:
+  """How a run is executed; may change when it is resumed."""
+  config = ConfigDict()
+  config.parameters = "replicated"  # replicated | fsdp, split with their optimiser over the devices
+  config.profile_stage = ""  # name of the stage to profile, "classifier/csl"
+  config.profile_steps = ()  # (first, last) of its steps; lands in the stage's folder
   return config
 
 
@@ -280,6 +293,7 @@ def classification(name: str) -> ConfigDict:
   config.memory_bank = memory_bank()  # of losses that read it: semantic_scale
   config.decoupled = decoupled()
   config.loop = loop()
+  config.execution = execution()
   return config
 
 

@@ -24,5 +24,6 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.head.training.start = "zeros"
   config.head.exponents = (1.0, 0.5)
   config.loop = base.loop()
+  config.execution = base.execution()
   base.choose(variant, {})
   return config

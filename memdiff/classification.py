@@ -31,6 +31,7 @@ from memdiff.experiment import (
   seeds_field,
 )
 from memdiff.runtime import loop
+from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.workdir import read_arrays, write_arrays
 
 _MAX_CURVES = 6  # methods in one picture
@@ -49,6 +50,7 @@ class ClassificationConfig:
   memory_bank: memory_bank.BankConfig
   decoupled: decoupled.DecoupledConfig
   loop: loop.LoopConfig
+  execution: loop.ExecutionConfig
 
   def __post_init__(self):
     check_seeds(self.seeds)
@@ -94,7 +96,7 @@ def extract_features(e: Experiment) -> dict:
   summary = {}
   for loss in training.trained_losses(e.config.classifier):
     state = load(e, loss)
-    arrays = dict(jax.device_get(state.params["head"]))
+    arrays = dict(mesh_lib.fetch(state.params["head"]))
     arrays["logits"], arrays["features"] = forward_images(e, loss, state, e.dataset.test_images)
     if len(e.dataset.holdout_labels):
       held_out = forward_images(e, loss, state, e.dataset.holdout_images)
@@ -110,9 +112,8 @@ def extract_features(e: Experiment) -> dict:
 
 def class_means(features: np.ndarray, dataset: dataset_lib.LongTailDataset) -> np.ndarray:
   """Mean of the training features [S, N, D] per class and seed, [S, C, D]."""
-  sums = np.stack([
-    np.asarray(jax.ops.segment_sum(f, dataset.train_labels, dataset.num_classes)) for f in features
-  ])  # fmt: skip
+  labels, number = dataset.train_labels, dataset.num_classes
+  sums = np.stack([mesh_lib.fetch(jax.ops.segment_sum(f, labels, number)) for f in features])
   return sums / dataset.train_counts[None, :, None]
 
 
@@ -176,9 +177,11 @@ def choose_tau(e: Experiment, rows) -> tuple[float, str]:
   if not len(e.dataset.holdout_labels):
     return e.config.decoupled.tau, "as configured, nothing is held out"
   labels = e.dataset.holdout_labels[None]
-  tau = posthoc.select_tau(
-    posthoc.TAUS, lambda tau: float((np.asarray(rows["tau_norm"](tau)).argmax(-1) == labels).mean())
-  )
+
+  def accuracy(tau):
+    return float((mesh_lib.fetch(rows["tau_norm"](tau)).argmax(-1) == labels).mean())
+
+  tau = posthoc.select_tau(posthoc.TAUS, accuracy)
   return tau, "the best on the held-out part of train"
 
 
@@ -204,10 +207,11 @@ def predict(e: Experiment) -> dict[str, dict[str, Any]]:
       arguments, words = (tau,), f"{words}, tau = {tau:g} ({how})"
     if method == "logit_adjustment":
       words = f"{words}, tau = {e.config.decoupled.adjustment:g}"
+    held = mesh_lib.fetch(held_rows[method](*arguments)) if held_out else None
     rows[f"{loss}+{method}"] = {
       "description": words,
-      "test": np.asarray(logits(*arguments)).argmax(axis=-1),
-      "holdout": np.asarray(held_rows[method](*arguments)).argmax(axis=-1) if held_out else None,
+      "test": mesh_lib.fetch(logits(*arguments)).argmax(axis=-1),
+      "holdout": None if held is None else held.argmax(axis=-1),
     }
   return rows
 

@@ -23,3 +23,15 @@ class WorkdirError(MemdiffError):
 
 class NonFiniteError(MemdiffError):
   """Training produced NaN or infinity."""
+
+
+class Preempted(MemdiffError):
+  """The run was asked to stop and saved what it had."""
+
+  exit_code = 143  # 128 + SIGTERM, as schedulers expect of a job that they stopped
+
+
+class LostProcessError(MemdiffError):
+  """Another process of the run is gone; the same command on all hosts goes on."""
+
+  exit_code = 75  # EX_TEMPFAIL: try again

@@ -97,6 +97,7 @@ class FeatureConfig:
   selection: SelectionConfig
   evaluation: EvaluationConfig
   loop: loop.LoopConfig
+  execution: loop.ExecutionConfig
 
   def __post_init__(self):
     check_seeds(self.seeds)
@@ -200,7 +201,7 @@ def encode_memory_bank(e: Experiment) -> dict:
       state = jax.tree.map(lambda x: x[:1], state)
     logits, arrays["test"] = forward_images(e, loss, state, data.test_images)
     if has_own_head(e.config):
-      arrays |= {f"logits_{loss}": logits} | jax.device_get(state.params["head"])
+      arrays |= {f"logits_{loss}": logits} | mesh_lib.fetch(state.params["head"])
   _, arrays["train"] = forward_images(e, loss, state, data.train_images)
   _, arrays["left_out"] = forward_images(e, loss, state, data.left_out_images)
   return _fill_memory_bank(e, arrays)
@@ -226,7 +227,7 @@ def _fill_memory_bank(e: Experiment, arrays: dict[str, np.ndarray]) -> dict:
   checkpointer.save(0, bank)
   checkpointer.close()
   write_arrays(folder / "features.npz", arrays)
-  stored = np.minimum(bank.seen, bank.slots.shape[2]).sum()
+  stored = np.minimum(mesh_lib.fetch(bank.seen), bank.slots.shape[2]).sum()
   return {"stored_features": int(stored), "feature_dim": arrays["train"].shape[-1]}
 
 
@@ -380,7 +381,7 @@ def _encode_folds(e: Experiment, run: loop.Run, train: np.ndarray):
   loop.train(stage, run, folder)
   state = loop.load_final(stage, run, folder)
   _, features = forward_images(e, loss, state, e.dataset.train_images)
-  head = jax.device_get(state.params["head"]) if has_own_head(e.config) else None
+  head = mesh_lib.fetch(state.params["head"]) if has_own_head(e.config) else None
   return features, head
 
 
@@ -492,7 +493,7 @@ def _score_generator(e: Experiment, folds: Folds, name: str) -> dict[str, np.nda
     return jax.lax.map(of_head, (params, priors, number))
 
   number = np.array([s.run for s in every])
-  plain, adjusted = jax.device_get(predict(state.params, priors, number, folds.features))
+  plain, adjusted = mesh_lib.fetch(predict(state.params, priors, number, folds.features))
   shape = (len(trained), len(settings), num_runs, -1)
   plain, adjusted = plain.reshape(shape), adjusted.reshape(shape)
   found = {}
@@ -575,7 +576,7 @@ def _provenance(runs: FeatureRuns, features: synthetic.SyntheticFeatures) -> dic
   raw, index, distance = jax.jit(lambda *a: jax.lax.map(of_run, a))(
     features.features, runs.standardizer, runs.exemplars
   )
-  return jax.device_get({"features": raw, "nearest_index": index, "nearest_distance": distance})
+  return mesh_lib.fetch({"features": raw, "nearest_index": index, "nearest_distance": distance})
 
 
 def load_synthetic(e: Experiment, name: str) -> dict[str, np.ndarray]:
@@ -686,11 +687,11 @@ def _left_out_pool(e: Experiment, space: Space) -> heads.Added:
 
 def _unseen_exemplars(e: Experiment, space: Space):
   """Exemplars in which a class's features are left-out ones, as many as it has or there are."""
-  features = np.array(space.runs.exemplars.features)
+  features = np.array(mesh_lib.fetch(space.runs.exemplars.features))
   for c, count in enumerate(e.dataset.train_counts):
     unseen = np.flatnonzero(e.dataset.left_out_labels == c)[:count]
     rows = np.flatnonzero(e.dataset.train_labels == c)[: len(unseen)]
-    features[:, rows] = np.asarray(space.left_out[:, unseen])
+    features[:, rows] = mesh_lib.fetch(space.left_out[:, unseen])
   return space.runs.exemplars.replace(features=mesh_lib.replicate(e.mesh, features))
 
 

@@ -19,7 +19,6 @@ from memdiff import memory_bank
 from memdiff.exemplars import Exemplars
 from memdiff.memory_bank import BankConfig, MemoryBank
 from memdiff.runtime import mesh as mesh_lib
-from memdiff.runtime.loop import with_seed_axis
 from memdiff.runtime.random import base_keys, stream
 
 _CHUNK = 512  # rows per encoder call and per bank update
@@ -142,7 +141,7 @@ def encode(encode_chunk, images):
   for start in range(0, max(len(images), 1), _CHUNK):  # one even of no images, for the shapes
     chunk = images[start : start + _CHUNK]
     padded = np.concatenate([chunk, np.zeros((_CHUNK - len(chunk), *chunk.shape[1:]), chunk.dtype)])
-    made, size = jax.device_get(encode_chunk(padded)), len(chunk)
+    made, size = mesh_lib.fetch(encode_chunk(padded)), len(chunk)
     chunks.append(jax.tree.map(lambda x, n=size: x[:, :n], made))
   return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *chunks)
 
@@ -194,5 +193,5 @@ def fill_bank(
 
 def bank_sharding(num_classes: int, mesh: Mesh) -> NamedSharding:
   """Of a bank with a leading axis of seeds."""
-  spec = memory_bank.class_spec(memory_bank.num_rows(num_classes), mesh)
-  return NamedSharding(mesh, with_seed_axis(spec))
+  spec = mesh_lib.class_spec(memory_bank.num_rows(num_classes), mesh)
+  return NamedSharding(mesh, mesh_lib.with_seed_axis(spec))

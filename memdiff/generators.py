@@ -30,6 +30,7 @@ from memdiff.feature_diffusion import DiffusionConfig
 from memdiff.feature_space import FeatureRuns
 from memdiff.hallucination import SamplerConfig
 from memdiff.runtime import loop
+from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.random import base_keys, stream
 from memdiff.synthetic import ConfidenceConfig, SyntheticFeatures
@@ -132,7 +133,7 @@ def stage(name: str, shop: Workshop, runs: FeatureRuns, mesh: Mesh) -> Stage | N
   if name in DIFFUSIONS:
     config = _diffusion(name, shop)
     own = feature_diffusion.make_data(
-      runs.exemplars.features, np.asarray(runs.exemplars.labels), runs.bank, shop.num_classes,
+      runs.exemplars.features, mesh_lib.fetch(runs.exemplars.labels), runs.bank, shop.num_classes,
       config.class_exponent, mesh,
     )  # fmt: skip
     return feature_diffusion.make_stage(config, own, shop.num_classes, mesh)
@@ -181,7 +182,7 @@ def _fasa_parts(runs: FeatureRuns) -> tuple[Exemplars, Exemplars, np.ndarray]:
   """Four fifths of each run's exemplars, the fifth that is held out, and groups of the classes."""
   num_classes = runs.exemplars.by_class.counts.shape[-1]
   parts, groups = ([], []), []
-  features, labels = (np.asarray(runs.exemplars.features), np.asarray(runs.exemplars.labels))
+  features, labels = mesh_lib.fetch((runs.exemplars.features, runs.exemplars.labels))
   for own, own_labels in zip(features, labels, strict=True):
     fold = selection.deal(own_labels, 5, seed=0)
     for part, inside in zip(parts, (fold != 0, fold == 0), strict=True):

@@ -220,11 +220,12 @@ def make_stage(
     name=name,
     num_steps=last - first,
     init=init,
+    batch=lambda state, shared, _: draw(state, shared),
     step=step,
     evaluate=evaluate,
     shared=encoder.device_data(encoder_config.input, dataset, mesh),
     own={"start": start, "pool": pool},
-    partition=lambda state: training.partition_with_bank(state, mesh),
+    batch_size=classifier.batch_size,
   )
 
 
@@ -243,7 +244,7 @@ def make_pool(
   bank = feature_space.fill_bank(
     features, labels, e.dataset.num_classes, e.seeds, e.config.memory_bank, e.mesh
   )
-  head = jax.device_get(state.params["head"])
+  head = mesh_lib.fetch(state.params["head"])
   runs = feature_space.make_runs(features, labels, bank, head, e.dataset.num_classes, e.mesh)
   generators.train(generator, shop, runs, e.run, folder)
   numbers = generators.numbers(generator, e.dataset.train_counts, shop.config)

@@ -69,11 +69,6 @@ def create(num_classes: int, num_slots: int, feature_dim: int) -> MemoryBank:
   )
 
 
-def class_spec(rows: int, mesh: Mesh) -> PartitionSpec:
-  """How the class axis is split: over all devices, or replicated where it does not divide."""
-  return PartitionSpec(mesh_lib.split_over_data(rows, mesh))
-
-
 def _rank_in_class(labels: jax.Array) -> jax.Array:
   """For each row, how many earlier rows carry the same label. [B] int32 -> [B] int32."""
   order = jnp.argsort(labels, stable=True)
@@ -160,7 +155,7 @@ def update(
   valid = valid & jnp.isfinite(features).all(axis=-1)
   features = jnp.where(valid[:, None], features, 0.0)
   labels = jnp.where(valid, labels, -1).astype(jnp.int32)
-  spec = class_spec(bank.seen.shape[0], mesh)
+  spec = mesh_lib.class_spec(bank.seen.shape[0], mesh)
 
   def on_device(bank, features, labels, key_data):
     key = jax.random.wrap_key_data(key_data)
@@ -188,7 +183,7 @@ def _uniform_below(key: jax.Array, bound: jax.Array) -> jax.Array:
 def read(bank: MemoryBank, labels: jax.Array, *, mesh: Mesh) -> Memory:
   """The bank's rows of `labels` [B], which must be rows of it; one collective on a split bank."""
   rows, num_slots, _ = bank.slots.shape
-  spec = class_spec(rows, mesh)
+  spec = mesh_lib.class_spec(rows, mesh)
 
   def on_device(prototype, slots, seen, labels):
     def pick(row):

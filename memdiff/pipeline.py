@@ -15,8 +15,9 @@ from memdiff.errors import ConfigError
 from memdiff.evaluation import phase as evaluation
 from memdiff.evaluation import report, result
 from memdiff.experiment import Experiment, Phase
-from memdiff.runtime import environment, loop
+from memdiff.runtime import distributed, environment, loop
 from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.preemption import Preemption
 from memdiff.runtime.progress import CompileClock, Progress
 from memdiff.runtime.workdir import Workdir
 from memdiff.runtime.writers import TensorBoard
@@ -136,16 +137,26 @@ def run(config: Mapping[str, Any], workdir: str, *, tensorboard: bool, command: 
   kind.check(settings, data)
   folder = Workdir(workdir)
   writer = TensorBoard(folder.path / "tensorboard", tensorboard)
+  mesh = mesh_lib.make_mesh()
+  preemption = Preemption(mesh)
+  e = Experiment(
+    config=settings,
+    dataset=data,
+    workdir=folder,
+    run=loop.Run(
+      seeds=settings.seeds,
+      mesh=mesh,
+      config=settings.loop,
+      progress=Progress(len(kind.phases)),
+      tensorboard=writer,
+      preemption=preemption,
+      execution=settings.execution,
+    ),
+    command=command,
+  )
   try:
-    progress = Progress(len(kind.phases))
-    e = Experiment(
-      config=settings,
-      dataset=data,
-      workdir=folder,
-      run=loop.Run(settings.seeds, mesh_lib.make_mesh(), settings.loop, progress, writer),
-      command=command,
-    )
-    return _run_phases(e, kind.phases)
+    with preemption.listening(), distributed.noticing():
+      return _run_phases(e, kind.phases)
   finally:
     writer.close()
     folder.close()
@@ -158,6 +169,7 @@ def _run_phases(e: Experiment, phases: tuple[Phase, ...]) -> dict:
       e.workdir.begin(phase.name, phase_config(e, phases, phase))
   for number, phase in enumerate(phases, 1):
     progress.phase(number, phase.name)
+    e.run.preemption.check(f"before the phase {phase.name}")
     if e.workdir.begin(phase.name, phase_config(e, phases, phase)):
       progress.say("finished earlier")
       continue
@@ -177,6 +189,8 @@ def _run_phases(e: Experiment, phases: tuple[Phase, ...]) -> dict:
     progress.say(f"finished in {seconds:.1f} s, of which compiling {compile_seconds:.1f} s")
   manifests = {phase.name: e.workdir.manifest(phase.name) for phase in phases}
   written = result.write_report(e, manifests)
-  print(report.text_table(written))
-  print(f"\nreport: {e.workdir.path / 'report.html'}")
+  if distributed.is_main():
+    print(report.text_table(written))
+    print(f"\nreport: {e.workdir.path / 'report.html'}")
+  distributed.barrier("the end")
   return written

@@ -270,6 +270,7 @@ OUT_OF_RANGE = {
     "classifier.optimizer.schedule": ["linear"], "classifier.optimizer.weight_decay": [-1e-9],
     "classifier.optimizer.milestones": [(0.5, 1.5)], "classifier.optimizer.factors": [(0.0,)],
     "classifier.optimizer.warmup": [-0.1], "classifier.optimizer.clip_norm": [-1.0],
+    "classifier.optimizer.accumulate": [0],
     "memory_bank.num_slots": [0], "memory_bank.horizon": [0],
     "diffusion.schedule.name": ["sigmoid"], "diffusion.schedule.num_steps": [1],
     "diffusion.denoiser.name": ["unet"], "diffusion.denoiser.width": [0],
@@ -307,7 +308,8 @@ OUT_OF_RANGE = {
     "joint.added_batch_size": [0],
     "evaluation.map_per_class": [1],
     "loop.steps_per_dispatch": [0], "loop.eval_every": [0], "loop.checkpoint_every": [0],
-    "loop.keep_checkpoints": [0],
+    "loop.keep_checkpoints": [0], "loop.keep_every": [-50], "loop.on_non_finite": ["ignore"],
+    "loop.max_skipped": [-1], "execution.parameters": ["split"],
   },
   "features": {
     "experiment": ["memdiff"], "seeds": [(2**32,)],
@@ -365,6 +367,10 @@ def test_values_out_of_range_are_refused_with_the_range(kind, path, value):
     ("selection.folds", 1, "cross-validation needs two or more, or 0 for none"),
     ("loop.eval_every", 75, "a multiple of steps_per_dispatch, 50"),
     ("loop.checkpoint_every", 20, "a multiple of steps_per_dispatch, 50"),
+    ("loop.keep_every", 50, "a multiple of checkpoint_every"),
+    ("execution.profile_steps", (3,), "(first, last)"),
+    ("execution.profile_steps", (3, 3), "first below last"),
+    ("execution.profile_steps", (3, 5), "profile_stage and profile_steps go together"),
   ],
 )
 def test_settings_that_contradict_each_other_are_refused(path, value, words):
@@ -446,5 +452,6 @@ def test_the_search_for_reads_sees_neither_checks_nor_assignments(tmp_path):
 
 def test_every_group_of_settings_decides_some_phase():
   for kind in pipeline.KINDS.values():
-    groups = {field.name for field in dataclasses.fields(kind.settings)} - {"experiment"}
+    groups = {field.name for field in dataclasses.fields(kind.settings)}
+    groups -= {"experiment", "execution"}  # how a run is executed may change when it goes on
     assert {name for phase in kind.phases for name in phase.reads} == groups

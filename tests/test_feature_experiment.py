@@ -20,10 +20,8 @@ from memdiff.errors import ConfigError, WorkdirError
 from memdiff.evaluation import phase as evaluation
 from memdiff.experiment import Experiment
 from memdiff.feature_experiment import Choice, Folds
-from memdiff.runtime import loop
-from memdiff.runtime.progress import Progress
 from memdiff.runtime.workdir import Workdir
-from memdiff.runtime.writers import TensorBoard
+from tests import support
 
 CLASSES, DIM, STORED = 4, 5, 12
 COUNTS = np.array([12, 6, 3, 2])  # of the long tail, out of 12 each
@@ -100,12 +98,11 @@ def experiment(finished, mesh):
   config, workdir, _ = finished
   settings = config_lib.build(feature_experiment.FeatureConfig, config.to_dict())
   folder = Workdir(str(workdir))
-  writer = TensorBoard(workdir, False)
   yield Experiment(
     config=settings,
     dataset=embeddings.load(settings.dataset),
     workdir=folder,
-    run=loop.Run(settings.seeds, mesh, settings.loop, Progress(1), writer),
+    run=support.make_run(mesh, settings.seeds, settings.loop.steps_per_dispatch),
     command="",
   )
   folder.close()

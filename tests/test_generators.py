@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import io
 
 import flax.linen as nn
 import jax
@@ -25,17 +24,15 @@ from memdiff.feature_diffusion import DiffusionConfig
 from memdiff.generators import DESCRIPTIONS, DIFFUSIONS, LDMLR, GeneratorsConfig, Workshop
 from memdiff.hallucination import SamplerConfig
 from memdiff.memory_bank import BankConfig
-from memdiff.runtime.loop import LoopConfig, Run
-from memdiff.runtime.progress import Progress
 from memdiff.runtime.train_state import OptimizerConfig
-from memdiff.runtime.writers import TensorBoard
 from memdiff.synthetic import ConfidenceConfig
+from tests import support
 
 COUNTS = np.array([12, 9, 5, 2])
 CLASSES, DIM, BANK = len(COUNTS), 6, BankConfig(num_slots=4, horizon=1000)
 MADE = np.array([0, 3, 7, 5])
 LABELS = np.repeat(np.arange(CLASSES), MADE)
-OPTIMIZER = OptimizerConfig("adamw", 1e-2, "constant", (), (), 0.9, False, 0.0, 0.0, 1.0)
+OPTIMIZER = OptimizerConfig("adamw", 1e-2, "constant", (), (), 0.9, False, 0.0, 0.0, 1.0, 1)
 CONFIG = GeneratorsConfig(
   names=("duplicate",), tail_below=10, fill_to=(8, 20),
   confidence=ConfidenceConfig("cosine", power=1.0, calibrate=False, normalize=False),
@@ -208,14 +205,8 @@ def runs(mesh):
 SEEDS = (5, 6, 5)
 
 
-def make_run(mesh, folder, seeds=SEEDS):
-  config = LoopConfig(4, eval_every=4, checkpoint_every=4, keep_checkpoints=1)
-  progress = Progress(1, stream=io.StringIO())
-  return Run(seeds, mesh, config, progress, TensorBoard(folder / "tb", enabled=False))
-
-
 def train_and_make(name, runs, mesh, folder, seeds=SEEDS, shop=SHOP, chosen=None):
-  run, chosen = make_run(mesh, folder, seeds), chosen or generators.strengths(name, shop)[:2]
+  run, chosen = support.make_run(mesh, seeds, 4), chosen or generators.strengths(name, shop)[:2]
   own = folder / "diffusion" / name  # names the random streams too
   generators.train(name, shop, runs, run, own)
   return generators.make(name, shop, runs, run, own, MADE, chosen)
@@ -316,9 +307,9 @@ def test_only_denoisers_are_trained(made, runs, mesh, tmp_path, name):
   folder = tmp_path / name
   if name in TRAINED:
     with pytest.raises(WorkdirError, match="no checkpoint of step 4"):
-      generators.make(name, SHOP, runs, make_run(mesh, tmp_path), folder, MADE, (1.0,))
+      generators.make(name, SHOP, runs, support.make_run(mesh, SEEDS, 4), folder, MADE, (1.0,))
   else:
-    generators.train(name, SHOP, runs, make_run(mesh, tmp_path), folder)
+    generators.train(name, SHOP, runs, support.make_run(mesh, SEEDS, 4), folder)
     assert not folder.exists()
 
 

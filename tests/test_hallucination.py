@@ -27,7 +27,7 @@ SAMPLING = SamplerConfig(
 TRAINING = DiffusionConfig(
   schedule=ScheduleConfig("cosine", 20), prediction="v", objective=objectives.PLAIN, ema_decay=0.9,
   num_steps=10,
-  optimizer=OptimizerConfig("adamw", 1e-3, "cosine", (), (), 0.9, False, 0.0, 0.0, 1.0),
+  optimizer=OptimizerConfig("adamw", 1e-3, "cosine", (), (), 0.9, False, 0.0, 0.0, 1.0, 1),
   denoiser=DenoiserConfig("mlp", width=16, num_blocks=1, embedding_dim=8, num_heads=2),
   condition="class_and_memory", class_exponent=0.5, label_dropout=0.1, anonymous=0.5,
   displacement=1.0, batch_size=8,

@@ -35,12 +35,13 @@ def child(out: str) -> None:
   from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
   from memdiff import memory_bank
+  from memdiff.runtime import mesh as mesh_lib
 
   features, labels, valid = make_batches()
   arrays, programs = {}, {}
   for number in DEVICES:
     mesh = Mesh(np.array(jax.devices()[:number]), ("data",), axis_types=(AxisType.Auto,))
-    split = memory_bank.class_spec(ROWS, mesh)
+    split = mesh_lib.class_spec(ROWS, mesh)
     assert split == PartitionSpec("data")
     by_class = NamedSharding(mesh, split)
     by_seed_and_class = NamedSharding(mesh, PartitionSpec(None, *split))

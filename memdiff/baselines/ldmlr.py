@@ -36,6 +36,7 @@ from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.diffusion.training import Batch, TrainingConfig
 from memdiff.exemplars import Exemplars
 from memdiff.feature_space import Standardizer
+from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.mesh import replicate
 from memdiff.runtime.train_state import OptimizerConfig
@@ -80,7 +81,7 @@ ROWS = {
     ema_decay=0.0,  # the average is the weights
     batch_size=256,
     num_steps=8643,  # 201 epochs of CIFAR-100-LT at imbalance 100
-    optimizer=OptimizerConfig("sgd", 1e-4, "constant", (), (), 0.0, False, 0.0, 0.0, 0.0),
+    optimizer=OptimizerConfig("sgd", 1e-4, "constant", (), (), 0.0, False, 0.0, 0.0, 0.0, 1),
     sampler="ddpm",
     sample_steps=1000,
     x0_limit=1.0,
@@ -96,7 +97,7 @@ ROWS = {
     ema_decay=0.999,
     batch_size=256,
     num_steps=8643,
-    optimizer=OptimizerConfig("adamw", 3e-4, "cosine", (), (), 0.9, False, 0.01, 0.05, 1.0),
+    optimizer=OptimizerConfig("adamw", 3e-4, "cosine", (), (), 0.9, False, 0.01, 0.05, 1.0, 1),
     sampler="ddim",
     sample_steps=50,
     x0_limit=8.0,
@@ -156,11 +157,11 @@ def make_rows(
 ) -> TrainingRows:
   """Of exemplars and a standardizer that lead with runs."""
   features = jax.vmap(lambda s, x: to_denoiser(config, s, x))(standardizer, exemplars.features)
-  labels = np.asarray(exemplars.labels)
+  labels = mesh_lib.fetch(exemplars.labels)
   place = np.random.default_rng(0).random(labels.shape)
   order = np.argsort(np.where(labels < num_classes, place, 2.0), axis=1)
   return TrainingRows(
-    features=np.take_along_axis(np.asarray(features), order[:, :, None], axis=1),
+    features=np.take_along_axis(mesh_lib.fetch(features), order[:, :, None], axis=1),
     labels=np.take_along_axis(labels, order, axis=1),
     count=np.sum(labels < num_classes, axis=1, dtype=np.int32),
   )

@@ -88,15 +88,15 @@ def make_stage(
     images, labels = mesh_lib.shard_batch((shared["images"][index], shared["labels"][index]), mesh)
     return own, images, labels
 
-  def step(state, shared, own):
+  def prepare(state, shared, own):
+    """(frozen encoder, normalised images, labels)."""
     frozen, images, labels = draw(state, shared, own)
-    images = training.augmented(
-      stream(state.key, "views", state.step),
-      images,
-      classifier.augment,
-      encoder_config.input,
-      shared,
-    )
+    key = stream(state.key, "views", state.step)
+    images = training.augmented(key, images, classifier.augment, encoder_config.input, shared)
+    return frozen, images, labels
+
+  def step(state, shared, own):
+    frozen, images, labels = prepare(state, shared, own)
     _, features = model.apply(frozen, images, train=False)
 
     def loss_of(params):
@@ -110,10 +110,12 @@ def make_stage(
     name=f"heads/{method}",
     num_steps=num_steps,
     init=init,
+    batch=lambda *arguments: prepare(*arguments)[1:],
     step=step,
     evaluate=None,
     shared=shared | {"by_class": by_class},
     own={"params": frozen.params, "batch_stats": frozen.model_state},
+    batch_size=classifier.batch_size,
     batches=training.host_batches(dataset, classifier, f"heads/{method}", balanced=True),
   )
 

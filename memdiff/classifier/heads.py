@@ -202,8 +202,9 @@ def make_stage(
     names = ("run", "strength", "fill", "exponent")
     return mixture(counts, data.added, *(own[name] for name in names))
 
-  def draw(key, data, own, mixed):
+  def draw(state, data, own):
     """Features [B, D], labels [B] and trust [B] of a minibatch."""
+    key, mixed = stream(state.key, "batch", state.step), mixture_of(data, own)
     run, size = own["run"], (config.batch_size,)
     class_key, real_key, added_key, kind_key = jax.random.split(key, 4)
     cumulative = jnp.cumsum(mixed.draw)
@@ -220,7 +221,7 @@ def make_stage(
     confidence = data.added.confidence[run, own["strength"], row]
     synthetic = jax.random.uniform(kind_key, size) < mixed.share[label]
     features = jnp.where(synthetic[:, None], added, real)
-    return features, label, jnp.where(synthetic, confidence, 1.0)
+    return mesh_lib.shard_batch((features, label, jnp.where(synthetic, confidence, 1.0)), mesh)
 
   def class_weights(mixed, counts):
     """gamma [C] of csl."""
@@ -231,8 +232,7 @@ def make_stage(
 
   def step(state, data, own):
     mixed = mixture_of(data, own)
-    batch = draw(stream(state.key, "batch", state.step), data, own, mixed)
-    features, label, trust = mesh_lib.shard_batch(batch, mesh)
+    features, label, trust = draw(state, data, own)
     balanced = own["loss"] == TRAINED.index("balanced_softmax")
     offset = jnp.where(balanced, jnp.log(jnp.maximum(mixed.prior, 1e-12)), 0.0)
     gamma = class_weights(mixed, data.exemplars.by_class.counts[own["run"]])
@@ -254,8 +254,10 @@ def make_stage(
     name=name,
     num_steps=config.num_steps,
     init=init,
+    batch=draw,
     step=step,
     evaluate=evaluate if data.test_labels.shape[1] else None,
     shared=data,
     own=mesh_lib.replicate(mesh, setting_arrays(settings)),
+    batch_size=config.batch_size,
   )

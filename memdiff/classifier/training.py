@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from input_pipeline import augment, batches, streaming
 from input_pipeline.augment import AugmentConfig
@@ -21,7 +21,7 @@ from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.random import stream
-from memdiff.runtime.train_state import OptimizerConfig, TrainState
+from memdiff.runtime.train_state import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +99,6 @@ def host_batches(
   return make
 
 
-def partition_with_bank(state: TrainState, mesh: Mesh) -> TrainState:
-  """Specs of one seed's state: the bank split by class, all else on every device."""
-  specs = jax.tree.map(lambda _: PartitionSpec(), state)
-  if state.bank is None:
-    return specs
-  rows = state.bank.seen.shape[0]
-  return specs.replace(bank=jax.tree.map(lambda _: memory_bank.class_spec(rows, mesh), state.bank))
-
-
 def make_stage(
   config: ClassifierConfig,
   encoder_config: EncoderConfig,
@@ -174,8 +165,9 @@ def make_stage(
     index = index if rows is None else own[index]
     return mesh_lib.shard_batch((shared["images"][index], shared["labels"][index]), mesh)
 
-  def prepare(state, images, shared):
-    """The loss's views of a batch, one after the other, and mixup's partners."""
+  def prepare(state, shared, own):
+    """The loss's views of a batch, one after the other, its labels, and mixup's partners."""
+    images, labels = draw(state, shared, own)
     key = stream(state.key, "views", state.step)
     views = [
       augmented(jax.random.fold_in(key, view), images, config.augment, encoder_config.input, shared)
@@ -184,11 +176,10 @@ def make_stage(
     partner = share = None
     if config.augment.mixup > 0:
       views[0], partner, share = augment.mixup(stream(key, "mixup"), views[0], config.augment.mixup)
-    return jnp.concatenate(views), partner, share
+    return jnp.concatenate(views), labels, partner, share
 
   def step(state, shared, own):
-    images, labels = draw(state, shared, own)
-    images, partner, share = prepare(state, images, shared)
+    images, labels, partner, share = prepare(state, shared, own)
     batch = len(labels)
 
     def loss_of(params):
@@ -247,10 +238,11 @@ def make_stage(
     name=name,
     num_steps=num_steps,
     init=init,
+    batch=prepare,
     step=step,
     evaluate=None if dataset.streamed or rows is not None else evaluate,
     shared=shared,
     own=() if rows is None else mesh_lib.replicate(mesh, rows),
-    partition=lambda state: partition_with_bank(state, mesh),
+    batch_size=config.batch_size,
     batches=host_batches(dataset, config, name),
   )

@@ -151,11 +151,16 @@ def make_stage(
     ema_params = jax.tree.map(jnp.copy, params)
     return train_state.create(key, params, optimizer, ema_params=ema_params)
 
-  def step(state, shared, own):
+  def noised_batch(state, shared, own):
+    """(batch, t [B], eps)."""
     batch = draw_batch(stream(state.key, "batch", state.step), shared, own)
     batch = mesh_lib.shard_batch(batch, mesh)
     t = jax.random.randint(stream(state.key, "time", state.step), batch.label.shape, 0, num_times)
     eps = jax.random.normal(stream(state.key, "noise", state.step), batch.x0.shape)
+    return batch, t, eps
+
+  def step(state, shared, own):
+    batch, t, eps = noised_batch(state, shared, own)
 
     def loss_of(params):
       terms = loss_terms(config, denoiser, params, batch, t, eps)
@@ -173,8 +178,10 @@ def make_stage(
     name="diffusion",
     num_steps=config.num_steps,
     init=init,
+    batch=noised_batch,
     step=step,
     evaluate=None,
     shared=shared,
     own=own,
+    batch_size=example.x0.shape[0],
   )

@@ -16,6 +16,7 @@ from memdiff.evaluation import classification, plots, quality, result
 from memdiff.experiment import Experiment
 from memdiff.feature_experiment import OWN, REAL, REFERENCES, Choice, Space
 from memdiff.feature_space import raw_head
+from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.workdir import write_arrays
 
 JOINT = "joint"  # joint:<generator>+<loss>
@@ -165,11 +166,11 @@ def judge(e: Experiment, space: Space, made: Mapping[str, Mapping[str, np.ndarra
   for name, arrays in made.items():
     e.run.progress.say(f"measuring the features of {name}")
     measured = quality.measure(
-      np.asarray(space.runs.exemplars.features),
+      mesh_lib.fetch(space.runs.exemplars.features),
       data.train_labels,
-      np.asarray(space.left_out),
+      mesh_lib.fetch(space.left_out),
       data.left_out_labels,
-      np.asarray(forward(space.runs.standardizer, arrays["features"])),
+      mesh_lib.fetch(forward(space.runs.standardizer, arrays["features"])),
       arrays["labels"],
       data.num_classes,
     )
@@ -198,7 +199,7 @@ def draw(e: Experiment, space: Space, scored: Scored, comparison: Mapping, shown
   data = e.dataset
   made = np.bincount(shown["labels"], minlength=data.num_classes)
   first = jax.tree.map(lambda x: x[0], space.runs.standardizer)
-  samples, left_out = np.asarray(first.forward(shown["features"][0])), np.asarray(space.left_out[0])
+  samples, left_out = mesh_lib.fetch((first.forward(shown["features"][0]), space.left_out[0]))
   named = [comparison[key] for key in ("control", "method", "reference") if comparison[key]]
   figures = {
     "long_tail_profile": plots.long_tail_profile(
@@ -206,7 +207,7 @@ def draw(e: Experiment, space: Space, scored: Scored, comparison: Mapping, shown
     ),
     "per_class_accuracy": result.accuracy_by_class(e, scored.rows, named),
     "feature_map": plots.feature_map(
-      np.asarray(space.runs.exemplars.features[0]),
+      mesh_lib.fetch(space.runs.exemplars.features[0]),
       data.train_labels,
       left_out,
       data.left_out_labels,
@@ -241,7 +242,7 @@ def save_recommended_head(e: Experiment, space: Space, scored: Scored, method: s
   if method == f"{OWN}+logit_adjustment":
     head = head | {"bias": head["bias"] - experiment.log_prior(e.dataset.train_counts)[None]}
   raw = jax.jit(jax.vmap(raw_head))(head, space.runs.standardizer)
-  write_arrays(e.workdir.path / "recommended_head.npz", jax.device_get(raw))
+  write_arrays(e.workdir.path / "recommended_head.npz", mesh_lib.fetch(raw))
 
 
 def export_embeddings(e: Experiment, generator: str, made: Mapping[str, np.ndarray]) -> None:

@@ -11,13 +11,18 @@ from memdiff.errors import WorkdirError
 
 
 class Checkpointer:
-  """Saves and restores the train state of one stage, in the background, newest `keep` steps."""
+  """Saves and restores the train state of one stage, in the background.
 
-  def __init__(self, directory: pathlib.Path, keep: int):
+  The newest `keep` steps stay, and every step that is a multiple of `keep_every` (0: none).
+  """
+
+  def __init__(self, directory: pathlib.Path, keep: int, keep_every: int = 0):
     self._directory = directory
     self._manager = ocp.CheckpointManager(
       directory.absolute(),
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True
+      ),
     )
 
   def latest_step(self) -> int | None:
@@ -70,12 +75,17 @@ class Checkpointer:
       )
     return None
 
-  def close(self) -> None:
-    """Waits for the last save and stops the background threads."""
+  def wait(self) -> None:
+    """Waits for the last save."""
     try:
       self._manager.wait_until_finished()
     except Exception as error:  # Orbax passes on what its storage layer raised
       raise WorkdirError(_cannot_write(self._directory, error)) from error
+
+  def close(self) -> None:
+    """Waits for the last save and stops the background threads."""
+    try:
+      self.wait()
     finally:
       self._manager.close()
 

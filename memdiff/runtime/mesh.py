@@ -1,32 +1,110 @@
-"""The device mesh and the few shardings memdiff uses.
+"""The device mesh and every sharding memdiff uses.
 
-One mesh axis, `data`: batches and samples are split over it, parameters are replicated, and the
-memory bank is split by class. Arrays of a training stage carry a leading axis of seeds, which is
-never split.
+One mesh axis, `data`, over all devices of all processes. Batches and samples are split over it, the
+memory bank is split by class, and parameters with their optimiser are replicated or, on request,
+split as well (FSDP). Arrays of a training stage lead with seeds, an axis that is never split.
 """
+
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = "data"
+PARAMETERS = ("replicated", "fsdp")
+_SPLIT_FROM = 2**14  # numbers; smaller parameters cost more to gather than to keep
 
 
-def make_mesh() -> Mesh:
-  """A one-axis mesh over all devices of all processes.
+def make_mesh(devices=None) -> Mesh:
+  """A one-axis mesh over `devices`, by default all of all processes.
 
   The axis is `Auto`: JAX makes axes `Explicit` by default, under which `nn.Dropout` fails.
   """
-  return jax.make_mesh((jax.device_count(),), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+  number = jax.device_count() if devices is None else len(devices)
+  return jax.make_mesh((number,), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+# --- rules -----------------------------------------------------------------------------------
+
+
+def split_over_data(size: int, mesh: Mesh) -> str | None:
+  """The mesh axis for a dimension of `size`: `data`, or None where it does not divide evenly."""
+  return DATA_AXIS if size % mesh.shape[DATA_AXIS] == 0 else None
+
+
+def class_spec(rows: int, mesh: Mesh) -> PartitionSpec:
+  """How the class axis of a bank is split: over all devices, or replicated where it cannot be."""
+  return PartitionSpec(split_over_data(rows, mesh))
+
+
+def parameter_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+  """FSDP: the largest axis that divides evenly is split; small parameters are replicated."""
+  fitting = [size for size in shape if split_over_data(size, mesh)]
+  if not fitting or np.prod(shape) < _SPLIT_FROM:
+    return PartitionSpec()
+  return PartitionSpec(*(None,) * shape.index(max(fitting)), DATA_AXIS)
+
+
+def with_seed_axis(spec: PartitionSpec) -> PartitionSpec:
+  """The spec of an array that carries a leading, unsplit axis of seeds."""
+  return PartitionSpec(None, *spec)
+
+
+def state_specs(state: Any, mesh: Mesh, parameters: str) -> Any:
+  """The spec of every leaf of one seed's TrainState (or of its shapes).
+
+  Args:
+    state: of one seed. Its bank is split by class; what else it holds follows `parameters`.
+    mesh: the device mesh.
+    parameters: out of PARAMETERS.
+  """
+
+  def of_leaf(leaf):
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    split = parameters == "fsdp" and not is_key
+    return parameter_spec(leaf.shape, mesh) if split else PartitionSpec()
+
+  specs = jax.tree.map(of_leaf, state)
+  bank = jax.tree.map(lambda leaf: class_spec(leaf.shape[0], mesh), state.bank)
+  return specs.replace(bank=bank)
+
+
+def gather(tree: Any, mesh: Mesh) -> Any:
+  """Inside jit: the whole of every array on every device; nothing where it is there already."""
+  sharding = replicated(mesh)
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
+
+
+def constrain(tree: Any, specs: Any, mesh: Mesh) -> Any:
+  """Inside jit: every array split as its spec says."""
+  return jax.tree.map(
+    lambda x, spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)), tree, specs
+  )
+
+
+def shard_batch(tree: Any, mesh: Mesh) -> Any:
+  """Inside jit: constrains the leading axis of every array to be split over the devices."""
+  specs = jax.tree.map(lambda x: PartitionSpec(split_over_data(x.shape[0], mesh)), tree)
+  return constrain(tree, specs, mesh)
+
+
+# --- from hosts to devices and back ----------------------------------------------------------
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def replicate(mesh: Mesh, tree):
-  """Places host arrays on every device of the mesh."""
-  return jax.tree.map(lambda x: jax.device_put(np.asarray(x), replicated(mesh)), tree)
+def replicate(mesh: Mesh, tree: Any) -> Any:
+  """Places host arrays, which every process holds alike, on every device of the mesh."""
+
+  def place(x):
+    x = np.asarray(x)
+    return jax.make_array_from_process_local_data(replicated(mesh), x, x.shape)
+
+  return jax.tree.map(place, tree)
 
 
 def place_batches(mesh: Mesh, array: np.ndarray) -> jax.Array:
@@ -36,16 +114,12 @@ def place_batches(mesh: Mesh, array: np.ndarray) -> jax.Array:
   return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
 
 
-def split_over_data(size: int, mesh: Mesh) -> str | None:
-  """The mesh axis for a dimension of `size`: `data`, or None where it does not divide evenly."""
-  return DATA_AXIS if size % mesh.shape[DATA_AXIS] == 0 else None
+def fetch(tree: Any) -> Any:
+  """NumPy arrays of device arrays, whichever process holds their parts; all processes must call."""
 
+  def of_leaf(x):
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+      return multihost_utils.process_allgather(x, tiled=True)
+    return x
 
-def shard_batch(tree, mesh: Mesh):
-  """Inside jit: constrains the leading axis of every array to be split over the devices."""
-
-  def constrain(x):
-    spec = PartitionSpec(split_over_data(x.shape[0], mesh))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-  return jax.tree.map(constrain, tree)
+  return jax.device_get(jax.tree.map(of_leaf, tree))

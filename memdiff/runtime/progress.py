@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import jax
 
+from memdiff.runtime import distributed
+
 _COMPILE_EVENTS = (
   "/jax/core/compile/jaxpr_trace_duration",
   "/jax/core/compile/jaxpr_to_mlir_module_duration",
@@ -38,7 +40,7 @@ def _clock(seconds: float) -> str:
 
 
 class Progress:
-  """Prints one line per event; steps at most every `every` seconds."""
+  """Prints one line per event, in the main process; steps at most every `every` seconds."""
 
   def __init__(self, num_phases: int, every: float = 2.0, stream=None):
     self._num_phases = num_phases
@@ -49,7 +51,8 @@ class Progress:
     self._last_line = 0.0
 
   def _print(self, text: str) -> None:
-    print(text, file=self._stream, flush=True)
+    if distributed.is_main():
+      print(text, file=self._stream, flush=True)
 
   def phase(self, number: int, name: str) -> None:
     """All further lines belong to this phase."""

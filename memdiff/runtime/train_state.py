@@ -45,6 +45,7 @@ class OptimizerConfig:
   weight_decay: float = at_least(0)
   warmup: float = between(0, 0.9)
   clip_norm: float = at_least(0)
+  accumulate: int = at_least(1)
 
   def __post_init__(self):
     if len(self.milestones) != len(self.factors):
@@ -92,10 +93,11 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     config: `momentum` is that of sgd (Nesterov's if `nesterov`) and b1 of adamw; `weight_decay` is
       added to the gradient in sgd (L2 of every parameter, as the LDAM recipe has it) and decoupled
       in adamw; `warmup` and `schedule` as in `learning_rate`; `clip_norm` caps the global gradient
-      norm, 0 leaves it alone.
+      norm, 0 leaves it alone; `accumulate` steps average their gradients and make one update, which
+      is what warm-up and schedule then count.
     num_steps: of the whole training.
   """
-  schedule = learning_rate(config, max(num_steps, 1))
+  schedule = learning_rate(config, max(num_steps // config.accumulate, 1))
   if config.name == "sgd":
     rule = [
       optax.add_decayed_weights(config.weight_decay),
@@ -108,7 +110,10 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
       )
     ]
   clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
-  return optax.chain(*clip, *rule)
+  optimizer = optax.chain(*clip, *rule)
+  if config.accumulate > 1:
+    optimizer = optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
+  return optimizer
 
 
 def create(key: jax.Array, params: Any, optimizer: optax.GradientTransformation, **extra) -> Any:

@@ -14,9 +14,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from memdiff.errors import WorkdirError
+from memdiff.runtime import distributed
 
 
 @contextlib.contextmanager
@@ -32,7 +34,12 @@ def writing(path: pathlib.Path):
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
-  """Writes a file so that a kill leaves either the old content or the new, never a part."""
+  """Writes a file so that a kill leaves either the old content or the new, never a part.
+
+  Of several processes the main one writes.
+  """
+  if not distributed.is_main():
+    return
   partial = path.with_name(path.name + ".partial")
   with writing(path):
     with partial.open("wb") as file:
@@ -67,27 +74,21 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 class Workdir:
-  """One run's folder; holds its lock until `close`."""
+  """One run's folder, which all its processes see; the main one holds its lock until `close`."""
 
   def __init__(self, path: str):
     self.path = pathlib.Path(path).absolute()
-    try:
-      self.path.mkdir(parents=True, exist_ok=True)
-      self._lock = (self.path / ".lock").open("w")
-    except OSError as error:
+    self._lock = _lock(self.path) if distributed.is_main() else None
+    distributed.barrier("workdir")
+    if not self.path.is_dir():
       raise WorkdirError(
-        f"Cannot use the workdir {path} ({error.strerror}); choose another --workdir."
-      ) from error
-    try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-      self._lock.close()
-      raise WorkdirError(
-        f"Another run is working in {path}; wait for it, or choose another --workdir."
-      ) from None
+        f"Process {jax.process_index()} does not see the workdir {path}, which process 0 made;"
+        " choose a --workdir on a file system that all hosts share."
+      )
 
   def close(self) -> None:
-    self._lock.close()
+    if self._lock is not None:
+      self._lock.close()
 
   def folder(self, phase: str) -> pathlib.Path:
     return self.path / phase
@@ -116,6 +117,7 @@ class Workdir:
       WorkdirError: where it ran, or began, with another config.
     """
     manifest = self.manifest(phase)
+    distributed.barrier(f"manifest of {phase}")  # before the main process writes it
     config = json.loads(json.dumps(config))
     if manifest is None:
       self.folder(phase).mkdir(parents=True, exist_ok=True)
@@ -136,5 +138,26 @@ class Workdir:
 
   def finish(self, phase: str, record: Mapping[str, Any]) -> None:
     """Marks `phase` finished; `record` (timings, versions, metrics) joins its manifest."""
-    manifest = self.manifest(phase) | {"finished": True} | dict(record)
-    write_json(self.folder(phase) / "manifest.json", manifest)
+    if distributed.is_main():
+      manifest = self.manifest(phase) | {"finished": True} | dict(record)
+      write_json(self.folder(phase) / "manifest.json", manifest)
+    distributed.barrier(f"{phase} finished")
+
+
+def _lock(path: pathlib.Path):
+  """Makes the folder and locks it; the lock ends with the process, however that ends."""
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = (path / ".lock").open("w")
+  except OSError as error:
+    raise WorkdirError(
+      f"Cannot use the workdir {path} ({error.strerror}); choose another --workdir."
+    ) from error
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    lock.close()
+    raise WorkdirError(
+      f"Another run is working in {path}; wait for it, or choose another --workdir."
+    ) from None
+  return lock

@@ -9,11 +9,14 @@ import importlib.util
 import json
 import os
 import pathlib
+import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from memdiff.errors import ConfigError
+from memdiff.runtime import distributed
 from memdiff.runtime.workdir import write_atomically, writing
 
 
@@ -23,16 +26,16 @@ class History:
   def __init__(self, path: pathlib.Path):
     self._path = path
 
-  def rewind(self, step: int) -> None:
-    """Drops what a killed process had written beyond the checkpoint it is restored from."""
-    kept = [
-      record
-      for record in read_history(self._path)
-      if record["step"] < step or (record["step"] == step and record["kind"] == "train")
-    ]
+  def rewind(self, step: int) -> list[dict]:
+    """Drops what a killed process had written beyond the checkpoint of `step`; returns the rest."""
+    kept = [record for record in read_history(self._path) if record["step"] <= step]
+    distributed.barrier("read history")  # before the main process writes it anew
     write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    return kept
 
   def write(self, step: int, kind: str, metrics: Mapping[str, np.ndarray]) -> None:
+    if not distributed.is_main():
+      return
     values = {name: np.asarray(value, float).tolist() for name, value in metrics.items()}
     with writing(self._path), self._path.open("a") as file:
       file.write(json.dumps({"step": step, "kind": kind, "metrics": values}) + "\n")
@@ -52,7 +55,10 @@ def read_history(path: pathlib.Path) -> list[dict]:
 
 
 class TensorBoard:
-  """Scalars, pictures and hyper-parameters of one run, or nothing where it is switched off.
+  """Curves, pictures and hyper-parameters of one run, or nothing where it is switched off.
+
+  Every stage has a folder of its own, a run in TensorBoard's list, so that the curves of stages lie
+  over each other and a resumed stage can take back its own.
 
   Raises:
     ConfigError: where it is switched on and TensorFlow or clu is missing.
@@ -60,7 +66,8 @@ class TensorBoard:
 
   def __init__(self, directory: pathlib.Path, enabled: bool):
     self._directory = directory
-    self._enabled = enabled
+    self._enabled = enabled and distributed.is_main()
+    self._writers: dict[str, Any] = {}
     for package in ("tensorflow", "tensorboard", "clu"):
       if enabled and importlib.util.find_spec(package) is None:
         raise ConfigError(
@@ -68,33 +75,56 @@ class TensorBoard:
           " or run with --notensorboard."
         )
 
-  @functools.cached_property
-  def _writer(self):
+  def _writer(self, stage: str):
     """Made when first written to: the import takes seconds."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow only writes events here
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    import tensorflow as tf
-    from clu import metric_writers
+    if stage not in self._writers:
+      _import_tensorflow()
+      from clu import metric_writers
 
-    for device in ("GPU", "TPU"):  # they belong to JAX
-      tf.config.set_visible_devices([], device)
-    return metric_writers.SummaryWriter(str(self._directory))
+      self._writers[stage] = metric_writers.SummaryWriter(str(self._directory / stage))
+    return self._writers[stage]
 
-  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+  def rewind(self, stage: str, step: int) -> None:
+    """Takes back what a killed process had written of a stage beyond `step`."""
+    folder = self._directory / stage
+    if not self._enabled or not any(folder.glob("events.out.tfevents.*")):
+      return
+    _import_tensorflow()
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    start = Event(step=step + 1, wall_time=time.time())  # what came before with this step or more
+    start.session_log.status = SessionLog.START
+    writer = EventFileWriter(str(folder), filename_suffix=".rewind")
+    writer.add_event(start)
+    writer.close()
+
+  def scalars(self, step: int, values: Mapping[str, float], stage: str = "") -> None:
     if self._enabled:
-      self._writer.write_scalars(step, values)
+      self._writer(stage).write_scalars(step, values)
 
   def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
     """Writes uint8 pictures [H, W, 3]."""
     if self._enabled:
-      self._writer.write_images(step, {name: p[None] for name, p in pictures.items()})
+      self._writer("").write_images(step, {name: p[None] for name, p in pictures.items()})
 
   def hparams(self, values: Mapping[str, object]) -> None:
     if self._enabled:
       plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values.items()}
-      self._writer.write_hparams(plain)
+      self._writer("").write_hparams(plain)
 
   def close(self) -> None:
-    if self._enabled and "_writer" in self.__dict__:
-      self._writer.flush()
-      self._writer.close()
+    for writer in self._writers.values():
+      writer.flush()
+      writer.close()
+
+
+@functools.cache
+def _import_tensorflow() -> None:
+  """Imports TensorFlow, which only writes events here, and leaves the accelerators to JAX."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  import tensorflow as tf
+
+  for device in ("GPU", "TPU"):
+    tf.config.set_visible_devices([], device)

@@ -20,7 +20,7 @@ HELD_OUT = np.array([6, 3, 0, 2, 0])  # ... and nothing held out
 CONFIG = FASAConfig(
   num_epochs=5,
   batch_size=8,
-  optimizer=OptimizerConfig("sgd", 0.2, "constant", (), (), 0.0, False, 0.0, 0.0, 0.0),
+  optimizer=OptimizerConfig("sgd", 0.2, "constant", (), (), 0.0, False, 0.0, 0.0, 0.0, 1),
 )
 GROUPS = np.array([0, 1, 2, 1, 4])
 

@@ -268,6 +268,6 @@ def test_the_published_rows_optimiser_is_plain_gradient_descent():
   row = ROWS["ldmlr_published"]
   assert row.optimizer == OptimizerConfig(
     name="sgd", learning_rate=1e-4, schedule="constant", milestones=(), factors=(), momentum=0.0,
-    nesterov=False, weight_decay=0.0, warmup=0.0, clip_norm=0.0,
+    nesterov=False, weight_decay=0.0, warmup=0.0, clip_norm=0.0, accumulate=1,
   )  # fmt: skip
   assert row.num_steps == 201 * -(-10_847 // row.batch_size)

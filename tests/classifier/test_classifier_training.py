@@ -1,7 +1,6 @@
 """The classifier stage: what a step computes, for every kind of loss and way of reading images."""
 
 import dataclasses
-import io
 import json
 
 import jax
@@ -25,11 +24,10 @@ from memdiff.classifier.training import ClassifierConfig
 from memdiff.errors import ConfigError
 from memdiff.memory_bank import BankConfig
 from memdiff.runtime import loop
-from memdiff.runtime.loop import LoopConfig, Run
-from memdiff.runtime.progress import Progress
+from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import stream
 from memdiff.runtime.train_state import OptimizerConfig
-from memdiff.runtime.writers import TensorBoard
+from tests import support
 
 TINY = Architecture((0,), (8,), for_small_images=True)
 COUNTS = np.array([8, 4, 2])
@@ -42,7 +40,7 @@ CONFIG = ClassifierConfig(
   loss="cross_entropy", references=(), loss_parameters=LOSS,
   augment=AugmentConfig(0, False, "none", 2, 9.0, 0, 0.0), stream=StreamConfig(2, 0, 8),
   batch_size=14, num_epochs=2.0,
-  optimizer=OptimizerConfig("sgd", RATE, "constant", (), (), 0.9, False, DECAY, 0.0, 0.0),
+  optimizer=OptimizerConfig("sgd", RATE, "constant", (), (), 0.9, False, DECAY, 0.0, 0.0, 1),
 )  # fmt: skip
 ENCODER = EncoderConfig(
   BackboneConfig("resnet8", "auto", 16.0, "float32", ()), InputConfig((), (), "rgb"), "", True
@@ -343,8 +341,7 @@ def test_a_term_with_memory_remembers_every_batch(mesh):
 
 def test_a_stage_with_a_bank_trains_in_the_loop_and_is_found_again(mesh, tmp_path):
   stage = make(mesh, "semantic_scale", bank=BANK)
-  progress, config = Progress(1, stream=io.StringIO()), LoopConfig(2, 2, 2, 1)
-  run = Run((0, 5), mesh, config, progress, TensorBoard(tmp_path, False))
+  run = support.make_run(mesh, (0, 5), 2)
   state = loop.train(stage, run, tmp_path)
   assert stage.name == "classifier/semantic_scale" and stage.num_steps == 2
   assert np.asarray(state.step).tolist() == [2, 2]
@@ -382,11 +379,11 @@ def test_the_bank_holds_the_features_of_the_batches_and_feeds_semantic_scale(mes
 
 def test_the_bank_is_split_by_class_and_nothing_else_is(mesh):
   stage = make(mesh, "semantic_scale", bank=BANK)
-  specs = stage.partition(jax.eval_shape(stage.init, KEY, ()))
+  specs = mesh_lib.state_specs(jax.eval_shape(stage.init, KEY, ()), mesh, "replicated")
   assert set(jax.tree.leaves(specs.replace(bank=None))) == {PartitionSpec()}
   assert set(jax.tree.leaves(specs.bank)) == {PartitionSpec("data")}
   plain = make(mesh)
-  specs = plain.partition(jax.eval_shape(plain.init, KEY, ()))
+  specs = mesh_lib.state_specs(jax.eval_shape(plain.init, KEY, ()), mesh, "replicated")
   assert set(jax.tree.leaves(specs)) == {PartitionSpec()}
 
 

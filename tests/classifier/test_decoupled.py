@@ -1,7 +1,6 @@
 """Heads trained on a frozen encoder: what is drawn, what moves, and what stays bit for bit."""
 
 import dataclasses
-import io
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +20,14 @@ from memdiff.classifier.encoder import EncoderConfig, InputConfig
 from memdiff.classifier.losses import LossConfig
 from memdiff.classifier.training import ClassifierConfig
 from memdiff.runtime import loop, train_state
-from memdiff.runtime.loop import LoopConfig, Run
-from memdiff.runtime.progress import Progress
 from memdiff.runtime.train_state import OptimizerConfig
-from memdiff.runtime.writers import TensorBoard
+from tests import support
 
 TINY = Architecture((0,), (4,), for_small_images=True)
 SIZE, RATE = 5, 0.05
 COUNTS = np.array([24, 5, 1])
 LABELS = np.repeat(np.arange(3), COUNTS).astype(np.int32)
-SGD = OptimizerConfig("sgd", RATE, "constant", (), (), 0.0, False, 0.0, 0.0, 0.0)
+SGD = OptimizerConfig("sgd", RATE, "constant", (), (), 0.0, False, 0.0, 0.0, 0.0, 1)
 CLASSIFIER = ClassifierConfig(
   loss="cross_entropy", references=(),
   loss_parameters=LossConfig(0.99, 1.0, 1.0, 0.5, 1.0, 0.8, 0.3, 0.35, 5, 0.1),
@@ -200,8 +197,7 @@ def test_the_head_is_trained_on_features_of_the_frozen_encoder(method, mesh, dra
 def test_the_encoder_stays_as_it_is_bit_for_bit(method, mesh, tmp_path):
   stage, frozen = make(method, mesh, seeds=2)
   before = jax.tree.map(np.array, (frozen.params, frozen.model_state))
-  run = Run((0, 1), mesh, LoopConfig(3, 3, 3, 1), Progress(1, stream=io.StringIO()),
-            TensorBoard(tmp_path, False))  # fmt: skip
+  run = support.make_run(mesh, (0, 1), 3)
   state = loop.train(stage, run, tmp_path)
   assert stage.name == f"heads/{method}" and stage.num_steps == 6
   assert state.model_state is None and state.bank is None

@@ -26,7 +26,7 @@ RUNS, STRENGTHS, TESTS, BETA = 2, 3, 7, 0.9
 ALL = 10**9
 CONFIG = HeadConfig(
   start="encoder", beta=BETA, gamma_counts="real", defer=0.0, batch_size=64, num_steps=10,
-  optimizer=OptimizerConfig("sgd", 0.1, "constant", (), (), 0.0, False, 0.0, 0.0, 0.0),
+  optimizer=OptimizerConfig("sgd", 0.1, "constant", (), (), 0.0, False, 0.0, 0.0, 0.0, 1),
 )  # fmt: skip
 
 

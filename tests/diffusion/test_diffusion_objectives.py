@@ -28,7 +28,7 @@ CONFIG = TrainingConfig(
   objective=PLAIN,
   ema_decay=0.9,
   num_steps=10,
-  optimizer=OptimizerConfig("adamw", 1e-2, "cosine", (), (), 0.9, False, 0.0, 0.05, 1.0),
+  optimizer=OptimizerConfig("adamw", 1e-2, "cosine", (), (), 0.9, False, 0.0, 0.05, 1.0, 1),
 )
 
 

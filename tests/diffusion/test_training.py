@@ -35,7 +35,7 @@ CONFIG = DiffusionConfig(
   ema_decay=0.9,
   batch_size=64,
   num_steps=120,
-  optimizer=OptimizerConfig("adamw", 1e-2, "cosine", (), (), 0.9, False, 0.0, 0.05, 1.0),
+  optimizer=OptimizerConfig("adamw", 1e-2, "cosine", (), (), 0.9, False, 0.0, 0.05, 1.0, 1),
 )
 
 

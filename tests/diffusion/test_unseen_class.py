@@ -23,7 +23,7 @@ CONFIG = DiffusionConfig(
   objective=objectives.PLAIN,
   ema_decay=0.99,
   num_steps=STEPS,
-  optimizer=OptimizerConfig("adamw", 2e-3, "cosine", (), (), 0.9, False, 0.0, 0.05, 1.0),
+  optimizer=OptimizerConfig("adamw", 2e-3, "cosine", (), (), 0.9, False, 0.0, 0.05, 1.0, 1),
   denoiser=DenoiserConfig("mlp", width=48, num_blocks=1, embedding_dim=16, num_heads=2),
   condition="memory",
   class_exponent=0.5,

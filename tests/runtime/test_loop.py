@@ -13,16 +13,17 @@ from memdiff.errors import NonFiniteError, WorkdirError
 from memdiff.runtime import checkpoint as checkpoints
 from memdiff.runtime import loop, train_state
 from memdiff.runtime.checkpoint import Checkpointer
-from memdiff.runtime.loop import LoopConfig, Run, Stage
+from memdiff.runtime.loop import LoopConfig, Stage
 from memdiff.runtime.progress import Progress
 from memdiff.runtime.random import base_keys, stream
 from memdiff.runtime.train_state import OptimizerConfig
-from memdiff.runtime.writers import History, TensorBoard, read_history
+from memdiff.runtime.writers import History, read_history
+from tests import support
 
 SEEDS = (3, 7)
 STEPS = 23
 OPTIMIZER = train_state.make_optimizer(
-  OptimizerConfig("adamw", 0.05, "cosine", (), (), 0.9, False, 0.0, 0.1, 1.0), STEPS
+  OptimizerConfig("adamw", 0.05, "cosine", (), (), 0.9, False, 0.0, 0.1, 1.0, 1), STEPS
 )
 
 
@@ -55,8 +56,12 @@ def make_stage(poison=None, num_steps=STEPS):
     del own
     return train_state.create(key, {"w": jax.random.normal(stream(key, "w"), (3,))}, OPTIMIZER)
 
-  def step(state, shared, own):
+  def batch(state, shared, own):
     noise = jax.random.normal(stream(state.key, "noise", state.step), (32,))
+    return {"x": shared["x"], "y": own["y"], "noise": noise}
+
+  def step(state, shared, own):
+    noise = batch(state, shared, own)["noise"]
 
     def loss_of(params):
       return jnp.mean((shared["x"] @ params["w"] - own["y"] - 0.1 * noise) ** 2)
@@ -70,13 +75,14 @@ def make_stage(poison=None, num_steps=STEPS):
   def evaluate(state, shared, own):
     return {"error": jnp.mean(jnp.abs(shared["x"] @ state.params["w"] - own["y"]))}
 
-  return Stage("toy", num_steps, init, step, evaluate, shared, own)
+  return Stage("toy", num_steps, init, batch, step, evaluate, shared, own, batch_size=32)
 
 
-def make_run(mesh, folder, progress=None, per_dispatch=5, keep=2):
-  progress = progress or Progress(1, stream=io.StringIO())
-  config = LoopConfig(per_dispatch, eval_every=5, checkpoint_every=10, keep_checkpoints=keep)
-  return Run(SEEDS, mesh, config, progress, TensorBoard(folder / "tb", enabled=False))
+def make_run(mesh, progress=None, per_dispatch=5, keep=2, **changes):
+  changes |= {} if progress is None else {"progress": progress}
+  return support.make_run(
+    mesh, SEEDS, per_dispatch, eval_every=5, checkpoint_every=10, keep_checkpoints=keep, **changes
+  )
 
 
 def numbers(state):
@@ -92,7 +98,7 @@ def check_same(one, other):
 @pytest.fixture(scope="module")
 def uninterrupted(mesh, tmp_path_factory):
   folder = tmp_path_factory.mktemp("uninterrupted")
-  state = loop.train(make_stage(), make_run(mesh, folder), folder)
+  state = loop.train(make_stage(), make_run(mesh), folder)
   return state, (folder / "metrics.jsonl").read_text()
 
 
@@ -136,7 +142,7 @@ def test_the_loop_equals_plain_steps(mesh, uninterrupted):
 
 def test_steps_per_dispatch_do_not_change_the_result(mesh, tmp_path, uninterrupted):
   state, text = uninterrupted
-  other = loop.train(make_stage(), make_run(mesh, tmp_path, per_dispatch=1), tmp_path)
+  other = loop.train(make_stage(), make_run(mesh, per_dispatch=1), tmp_path)
   for a, b in zip(numbers(state), numbers(other), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
   evals = [r for r in map(json.loads, text.splitlines()) if r["kind"] == "eval"]
@@ -147,7 +153,7 @@ def test_steps_per_dispatch_do_not_change_the_result(mesh, tmp_path, uninterrupt
 
 
 def test_a_finished_stage_is_not_trained_again(mesh, tmp_path, uninterrupted):
-  run = make_run(mesh, tmp_path)
+  run = make_run(mesh)
   loop.train(make_stage(), run, tmp_path)
   again = loop.train(make_stage(poison=(0, 3)), run, tmp_path)  # a step would fail
   check_same(again, uninterrupted[0])
@@ -156,7 +162,7 @@ def test_a_finished_stage_is_not_trained_again(mesh, tmp_path, uninterrupted):
 
 
 def test_only_the_newest_checkpoints_are_kept(mesh, tmp_path):
-  loop.train(make_stage(), make_run(mesh, tmp_path, keep=1), tmp_path)
+  loop.train(make_stage(), make_run(mesh, keep=1), tmp_path)
   assert steps_on_disk(tmp_path) == [23]
 
 
@@ -165,7 +171,7 @@ def test_only_the_newest_checkpoints_are_kept(mesh, tmp_path):
 
 def kill_at(mesh, folder, at):
   with pytest.raises(Killed):
-    loop.train(make_stage(), make_run(mesh, folder, KilledAt(at)), folder)
+    loop.train(make_stage(), make_run(mesh, KilledAt(at)), folder)
 
 
 @pytest.mark.parametrize("at", [5, 10, 15, 20, 23])
@@ -173,7 +179,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
   mesh, tmp_path, uninterrupted, at
 ):
   kill_at(mesh, tmp_path, at)
-  state = loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+  state = loop.train(make_stage(), make_run(mesh), tmp_path)
   check_same(state, uninterrupted[0])
   assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
 
@@ -183,7 +189,7 @@ def test_a_resumed_run_goes_on_at_its_checkpoint_and_says_so(mesh, tmp_path):
   assert steps_on_disk(tmp_path) == [10]
   progress = Progress(1, stream=io.StringIO())
   poisoned = make_stage(poison=(9, 3))  # steps before the checkpoint are not taken again
-  loop.train(poisoned, make_run(mesh, tmp_path, progress), tmp_path)
+  loop.train(poisoned, make_run(mesh, progress), tmp_path)
   assert "toy resumes at step 10/23" in progress._stream.getvalue()
 
 
@@ -192,7 +198,7 @@ def test_a_run_killed_many_times_has_no_record_twice(mesh, tmp_path, uninterrupt
     kill_at(mesh, tmp_path, at)
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"step": 23, "kind": "tra')  # killed while writing
-  state = loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+  state = loop.train(make_stage(), make_run(mesh), tmp_path)
   check_same(state, uninterrupted[0])
   assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
 
@@ -203,8 +209,8 @@ def test_history_keeps_what_led_to_the_checkpoint_and_drops_the_rest(tmp_path):
     history.write(step, kind, {"m": np.array([step, 1.0])})
   history.rewind(5)
   kept = [(r["step"], r["kind"]) for r in read_history(tmp_path / "metrics.jsonl")]
-  assert kept == [(0, "eval"), (5, "train")]
-  history.rewind(0)
+  assert kept == [(0, "eval"), (5, "train"), (5, "eval")]
+  history.rewind(-1)
   assert read_history(tmp_path / "metrics.jsonl") == []
   assert read_history(tmp_path / "none.jsonl") == []
 
@@ -222,7 +228,7 @@ def tear(folder, step):
 
 @pytest.mark.parametrize("damage", ["empty", "half", "missing"])
 def test_a_torn_newest_checkpoint_falls_back_to_the_older(mesh, tmp_path, uninterrupted, damage):
-  loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+  loop.train(make_stage(), make_run(mesh), tmp_path)
   assert steps_on_disk(tmp_path) == [20, 23]
   files = [p for p in (tmp_path / "checkpoints" / "23").rglob("*") if p.is_file()]
   for path in files:
@@ -232,20 +238,20 @@ def test_a_torn_newest_checkpoint_falls_back_to_the_older(mesh, tmp_path, uninte
       data = path.read_bytes()
       path.write_bytes(data[: len(data) // 2] if damage == "half" else b"")
   progress = Progress(1, stream=io.StringIO())
-  state = loop.train(make_stage(), make_run(mesh, tmp_path, progress), tmp_path)
+  state = loop.train(make_stage(), make_run(mesh, progress), tmp_path)
   assert "toy resumes at step 20/23" in progress._stream.getvalue()
   check_same(state, uninterrupted[0])
   assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
   assert steps_on_disk(tmp_path) == [20, 23]
-  check_same(loop.load_final(make_stage(), make_run(mesh, tmp_path), tmp_path), uninterrupted[0])
+  check_same(loop.load_final(make_stage(), make_run(mesh), tmp_path), uninterrupted[0])
 
 
 def test_where_no_checkpoint_can_be_read_the_folder_is_named(mesh, tmp_path):
-  loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+  loop.train(make_stage(), make_run(mesh), tmp_path)
   for step in (20, 23):
     tear(tmp_path, step)
   with pytest.raises(WorkdirError, match=r"No checkpoint in .*checkpoints can be read") as caught:
-    loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+    loop.train(make_stage(), make_run(mesh), tmp_path)
   message = str(caught.value)
   assert "step 23" in message and "step 20" in message and "remove that folder" in message
   assert "\n" not in message
@@ -254,7 +260,7 @@ def test_where_no_checkpoint_can_be_read_the_folder_is_named(mesh, tmp_path):
 def test_the_end_of_an_unfinished_stage_cannot_be_loaded(mesh, tmp_path):
   kill_at(mesh, tmp_path, 20)
   with pytest.raises(WorkdirError, match="no checkpoint of step 23, the end of toy"):
-    loop.load_final(make_stage(), make_run(mesh, tmp_path), tmp_path)
+    loop.load_final(make_stage(), make_run(mesh), tmp_path)
 
 
 # --- non-finite numbers ----------------------------------------------------------------------
@@ -263,7 +269,7 @@ def test_the_end_of_an_unfinished_stage_cannot_be_loaded(mesh, tmp_path):
 @pytest.mark.parametrize(("step", "seed", "survivor"), [(13, 7, 10), (20, 3, 20), (2, 3, None)])
 def test_a_loss_that_is_no_number_stops_the_run(mesh, tmp_path, step, seed, survivor):
   with pytest.raises(NonFiniteError) as caught:
-    loop.train(make_stage(poison=(step, seed)), make_run(mesh, tmp_path), tmp_path)
+    loop.train(make_stage(poison=(step, seed)), make_run(mesh), tmp_path)
   message = str(caught.value)
   assert f"Stage toy: loss became nan at step {step} (seed {seed})" in message
   assert "\n" not in message and caught.value.exit_code == 1
@@ -275,8 +281,8 @@ def test_a_loss_that_is_no_number_stops_the_run(mesh, tmp_path, step, seed, surv
 
 def test_the_checkpoint_before_a_bad_loss_is_intact(mesh, tmp_path, uninterrupted):
   with pytest.raises(NonFiniteError):
-    loop.train(make_stage(poison=(13, 7)), make_run(mesh, tmp_path), tmp_path)
-  state = loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)  # goes on from step 10
+    loop.train(make_stage(poison=(13, 7)), make_run(mesh), tmp_path)
+  state = loop.train(make_stage(), make_run(mesh), tmp_path)  # goes on from step 10
   check_same(state, uninterrupted[0])
   assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
 
@@ -291,7 +297,7 @@ def test_the_first_bad_step_is_named(mesh, tmp_path):
 
   stage = dataclasses.replace(make_stage(), step=step)
   with pytest.raises(NonFiniteError, match=r"loss became inf at step 12 \(seed 7\)"):
-    loop.train(stage, make_run(mesh, tmp_path), tmp_path)
+    loop.train(stage, make_run(mesh), tmp_path)
 
 
 # --- a full disk -----------------------------------------------------------------------------
@@ -306,10 +312,10 @@ def test_a_full_disk_is_said_before_the_save_and_earlier_checkpoints_stay(
   with pytest.raises(
     WorkdirError, match=r"Cannot write a checkpoint to .*make room there"
   ) as caught:
-    loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+    loop.train(make_stage(), make_run(mesh), tmp_path)
   assert "\n" not in str(caught.value) and steps_on_disk(tmp_path) == [10]
   monkeypatch.undo()
-  state = loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+  state = loop.train(make_stage(), make_run(mesh), tmp_path)
   check_same(state, uninterrupted[0])
   assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
 
@@ -325,11 +331,11 @@ def test_errors_without_words_still_end_in_a_sentence(mesh, tmp_path, monkeypatc
   kill_at(mesh, tmp_path, 20)
   monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "restore", fail)
   with pytest.raises(WorkdirError, match="No checkpoint in"):
-    loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+    loop.train(make_stage(), make_run(mesh), tmp_path)
   monkeypatch.undo()
   monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", fail)
   with pytest.raises(WorkdirError, match="Cannot write a checkpoint"):
-    loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+    loop.train(make_stage(), make_run(mesh), tmp_path)
 
 
 # --- checkpoints and streams -----------------------------------------------------------------
@@ -357,4 +363,4 @@ def test_streams_are_pure_and_differ_by_name_and_step():
 
 def test_settings_of_the_loop_must_divide():
   with pytest.raises(ValueError, match=r"eval_every is 7, but must be a multiple of .*, 5"):
-    LoopConfig(5, 7, 10, 1)
+    LoopConfig(5, 7, 10, 1, 0, "stop", 0)

@@ -1,6 +1,6 @@
 """Stages whose batches come from a host iterator: as from the devices, and exact after a kill."""
 
-import io
+import dataclasses
 import json
 from typing import ClassVar
 
@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 
 from memdiff.runtime import loop, train_state
-from memdiff.runtime.loop import LoopConfig, Run, Stage
-from memdiff.runtime.progress import Progress
+from memdiff.runtime.loop import Stage
 from memdiff.runtime.train_state import OptimizerConfig
-from memdiff.runtime.writers import TensorBoard
+from tests import support
 
 SEEDS = (2, 5)
 STEPS, BATCH = 13, 16
 OPTIMIZER = train_state.make_optimizer(
-  OptimizerConfig("sgd", 0.1, "constant", (), (), 0.9, False, 0.0, 0.0, 0.0), STEPS
+  OptimizerConfig("sgd", 0.1, "constant", (), (), 0.9, False, 0.0, 0.0, 0.0, 1), STEPS
 )
 
 
@@ -56,6 +55,11 @@ def update(state, x):
   return train_state.apply_gradients(state, gradients, OPTIMIZER), {"loss": loss}
 
 
+def batch(state, shared, own):
+  del state, shared
+  return own[1]
+
+
 def step(state, shared, own):
   own, batch = own
   state, metrics = update(state, batch["x"] + shared["shift"])
@@ -64,18 +68,17 @@ def step(state, shared, own):
 
 def make_stage():
   shared, own = {"shift": jnp.float32(0.5)}, {"number": jnp.asarray(SEEDS, jnp.float32)}
-  return Stage("fed", STEPS, init, step, None, shared, own, batches=Batches)
+  return Stage("fed", STEPS, init, batch, step, None, shared, own, batch_size=4, batches=Batches)
 
 
-def make_run(mesh, folder, checkpoint_every=4):
-  config = LoopConfig(4, eval_every=4, checkpoint_every=checkpoint_every, keep_checkpoints=2)
-  return Run(SEEDS, mesh, config, Progress(1, stream=io.StringIO()), TensorBoard(folder, False))
+def run_of(mesh):
+  return support.make_run(mesh, SEEDS, 4, keep_checkpoints=2)
 
 
 @pytest.fixture(scope="module")
 def trained(mesh, tmp_path_factory):
   folder = tmp_path_factory.mktemp("fed")
-  return loop.train(make_stage(), make_run(mesh, folder), folder)
+  return loop.train(make_stage(), run_of(mesh), folder)
 
 
 def test_the_steps_are_those_of_a_plain_loop_over_the_batches(trained):
@@ -87,7 +90,7 @@ def test_the_steps_are_those_of_a_plain_loop_over_the_batches(trained):
 
 
 def test_the_constant_part_of_own_reaches_every_step(mesh, tmp_path):
-  loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+  loop.train(make_stage(), run_of(mesh), tmp_path)
   records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert records and all(record["metrics"]["own"] == [2.0, 5.0] for record in records)
 
@@ -103,9 +106,9 @@ def test_a_resumed_run_asks_for_the_batches_it_has_not_seen(mesh, tmp_path, trai
   with monkeypatch.context() as context:
     context.setattr(loop._Feed, "take", killed)
     with pytest.raises(KeyboardInterrupt):
-      loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+      loop.train(make_stage(), run_of(mesh), tmp_path)
   Batches.opened.clear()
-  state = loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+  state = loop.train(make_stage(), run_of(mesh), tmp_path)
   assert [iterator.seed for iterator in Batches.opened] == list(SEEDS)
   assert all(iterator.step == STEPS and iterator.closed for iterator in Batches.opened)
   np.testing.assert_array_equal(state.params["w"], trained.params["w"])
@@ -115,13 +118,13 @@ def test_iterators_are_closed_when_a_stage_fails(mesh, tmp_path, monkeypatch):
   Batches.opened.clear()
   monkeypatch.setattr(loop._Feed, "take", lambda *_: 1 / 0)
   with pytest.raises(ZeroDivisionError):
-    loop.train(make_stage(), make_run(mesh, tmp_path), tmp_path)
+    loop.train(make_stage(), run_of(mesh), tmp_path)
   assert len(Batches.opened) == 2 and all(iterator.closed for iterator in Batches.opened)
 
 
 def test_a_stage_of_no_steps_leaves_its_initial_state(mesh, tmp_path):
-  stage = Stage("none", 0, init, step, None, {"shift": jnp.float32(0.0)}, make_stage().own)
-  state = loop.train(stage, make_run(mesh, tmp_path), tmp_path)
-  again = loop.load_final(stage, make_run(mesh, tmp_path), tmp_path)
+  stage = dataclasses.replace(make_stage(), num_steps=0)
+  state = loop.train(stage, run_of(mesh), tmp_path)
+  again = loop.load_final(stage, run_of(mesh), tmp_path)
   np.testing.assert_array_equal(state.params["w"], np.zeros((2, 3)))
   np.testing.assert_array_equal(again.params["w"], np.zeros((2, 3)))

@@ -13,7 +13,7 @@ from memdiff.runtime.train_state import OptimizerConfig
 LDAM = {
   "name": "sgd", "learning_rate": 0.1, "schedule": "step", "milestones": (0.8, 0.9),
   "factors": (0.01, 0.0001), "momentum": 0.9, "nesterov": False, "weight_decay": 2e-4,
-  "warmup": 0.025, "clip_norm": 0.0,
+  "warmup": 0.025, "clip_norm": 0.0, "accumulate": 1,
 }  # fmt: skip
 
 

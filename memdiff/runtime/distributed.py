@@ -1,0 +1,185 @@
+"""Several processes as one run: joining them, who writes, and noticing when one is gone.
+
+Joining happens on request only, and never falls back to separate runs: where processes do not find
+each other, each of them ends with a sentence.
+"""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+
+import jax
+from jax._src.distributed import global_state  # the key-value store has no public name
+from jax.experimental import multihost_utils
+
+from memdiff.errors import ConfigError, LostProcessError
+
+_BEAT = 2.0  # seconds between signs of life
+_SILENCE = 60.0  # seconds without one, after which a process counts as gone
+_AGAIN = "start the same command on all hosts again, which goes on from the last checkpoint."
+_SHUTDOWN = 30  # seconds that processes wait for each other when all is done
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+  """How a process finds the others; what is None is asked of TPU, Slurm, Open MPI or Kubernetes.
+
+  Attributes:
+    coordinator: HOST:PORT of process 0.
+    num_processes: of the run.
+    process_id: of this one, from 0.
+    timeout: seconds to wait for all to join; shortens the patience with a silent one, too.
+  """
+
+  coordinator: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
+  timeout: int = 300
+
+  def __post_init__(self):
+    number, own = self.num_processes, self.process_id
+    if number is not None and number < 1:
+      raise ConfigError(f"--num_processes is {number}, but must be at least 1.")
+    if own is not None and not 0 <= own < (number or own + 1):
+      raise ConfigError(f"--process_id is {own}, but must be from 0 to {number} - 1.")
+    if self.timeout < 10:
+      raise ConfigError(f"--cluster_timeout is {self.timeout}, but must be at least 10 seconds.")
+
+
+def from_environment(cluster: Cluster, environment: Mapping[str, str]) -> Cluster:
+  """Fills what is None from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
+
+  def number(name: str) -> int | None:
+    text = environment.get(name)
+    if text is None:
+      return None
+    if not text.isdigit():
+      raise ConfigError(f"The environment's {name} is {text!r}, but must be a whole number.")
+    return int(text)
+
+  def first(*values):
+    return next((v for v in values if v is not None), None)
+
+  return dataclasses.replace(
+    cluster,
+    coordinator=first(cluster.coordinator, environment.get("JAX_COORDINATOR_ADDRESS")),
+    num_processes=first(cluster.num_processes, number("JAX_NUM_PROCESSES")),
+    process_id=first(cluster.process_id, number("JAX_PROCESS_ID")),
+  )
+
+
+def join(cluster: Cluster) -> None:
+  """Joins the run; must be the first use of JAX in the process.
+
+  Raises:
+    ConfigError: where no cluster is known, or not all processes joined in time.
+  """
+  # SIGTERM is ours to note (memdiff.runtime.preemption): JAX's service numbers steps once for all,
+  # while the stages of a run count anew.
+  jax.config.update("jax_enable_preemption_service", False)
+  try:
+    jax.distributed.initialize(
+      cluster.coordinator,
+      cluster.num_processes,
+      cluster.process_id,
+      initialization_timeout=cluster.timeout,
+      heartbeat_timeout_seconds=int(2 * _SILENCE),  # the watch below speaks first
+      shutdown_timeout_seconds=_SHUTDOWN,
+    )
+  except (ValueError, TypeError) as error:
+    raise ConfigError(
+      f"A run of several processes was asked for, but no cluster was found ({_first_line(error)});"
+      " give --coordinator=HOST:PORT --num_processes=N --process_id=K."
+    ) from error
+  except RuntimeError as error:  # jax.errors.JaxRuntimeError is one
+    raise ConfigError(
+      f"Not all processes joined within {cluster.timeout} s ({_first_line(error)}); start the same"
+      " command on every host, and see that all reach the coordinator's port."
+    ) from error
+  expected = cluster.num_processes or global_state.num_processes
+  if jax.process_count() != expected:
+    raise ConfigError(
+      f"{expected} processes were expected, but {jax.process_count()} take part; the devices do not"
+      " span the processes: see that every host has JAX for the same accelerator."
+    )
+  print(
+    f"memdiff: process {jax.process_index()} of {jax.process_count()}, with"
+    f" {jax.local_device_count()} of {jax.device_count()} devices ({jax.devices()[0].device_kind})",
+    file=sys.stderr,
+    flush=True,
+  )
+  _Watch(min(_SILENCE, cluster.timeout)).start()
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip() or repr(error)).splitlines()[0][:200]
+
+
+class _Watch(threading.Thread):
+  """Ends this process with a sentence when another has given no sign of life for `timeout` s.
+
+  A process that waits for a dead one inside a collective cannot look up; this thread can. Signs of
+  life are counters in the coordinator's key-value store.
+  """
+
+  def __init__(self, timeout: float):
+    super().__init__(daemon=True, name="watch over the other processes")
+    self._timeout = timeout
+    self._client = global_state.client
+    self._last: dict[str, tuple[str, float]] = {}
+
+  def run(self) -> None:
+    for beat in range(sys.maxsize):
+      try:
+        self._client.key_value_set(f"memdiff/alive/{jax.process_index()}", str(beat), True)
+        signs = self._client.key_value_dir_get("memdiff/alive/")
+      except Exception:  # the coordinator is gone, and JAX itself ends the process
+        return
+      now = time.monotonic()
+      for name, sign in signs:
+        if self._last.get(name, ("", 0.0))[0] != sign:
+          self._last[name] = sign, now
+        elif now - self._last[name][1] > self._timeout:
+          abandon(
+            LostProcessError(
+              f"Process {name.rsplit('/', 1)[-1]} of {jax.process_count()} has given no sign of"
+              f" life for {self._timeout:.0f} s; {_AGAIN}"
+            )
+          )
+      time.sleep(_BEAT)
+
+
+def abandon(error: LostProcessError) -> None:
+  """Says `error` and ends this process at once, without waiting for the others."""
+  print(f"memdiff: {error}", file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  os._exit(error.exit_code)
+
+
+@contextlib.contextmanager
+def noticing():
+  """Turns the failure of a collective, whose partner is gone, into a sentence."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    raise LostProcessError(
+      f"Process {jax.process_index()} of {jax.process_count()} lost touch with another one"
+      f" ({_first_line(error)}); {_AGAIN}"
+    ) from error
+
+
+def is_main() -> bool:
+  """Whether this process writes reports, logs and manifests."""
+  return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+  """Waits until all processes are here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
