@@ -352,6 +352,22 @@ def _timing(report: Mapping[str, Any]) -> dict[str, Any] | None:
     })  # fmt: skip
   return {
     "lines": lines,
+    "stages": [_stage_speed(name, speed) for name, speed in (timing.get("stages") or {}).items()],
     "total": wording.seconds(timing.get("total_seconds")),
     "total_compile": wording.seconds(timing.get("total_compile_seconds")),
+  }
+
+
+def _stage_speed(name: str, speed: Mapping[str, float]) -> dict[str, str]:
+  """A line of the table of speeds."""
+  mfu, peak = speed.get("mfu"), speed.get("peak_device_bytes", speed.get("program_device_bytes"))
+  return {
+    "name": name,
+    "steps": f"{speed['steps_per_second']:,.3g}",
+    "examples": f"{speed['examples_per_second_per_device']:,.4g}",
+    "wait": f"{100 * speed['data_wait_share']:.0f} %",
+    "checkpoint": wording.seconds(speed["checkpoint_seconds"]),
+    "compile": wording.seconds(speed["compile_seconds"]),
+    "mfu": "–" if mfu is None else f"{100 * mfu:.1f} %",
+    "memory": "–" if peak is None else f"{peak / 2**20:,.0f} MiB",
   }

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from memdiff import config as config_lib
 from memdiff.evaluation import classification, plots, report
 from memdiff.experiment import Experiment
-from memdiff.runtime import environment
+from memdiff.runtime import environment, meter
 from memdiff.runtime.workdir import write_atomically, write_json
 from memdiff.runtime.writers import read_history
 
@@ -112,7 +112,7 @@ def write_report(e: Experiment, manifests: Mapping[str, dict]) -> dict:
   result = json.loads((folder / "result.json").read_text())
   keys = ("seconds", "compile_seconds")
   phases = {name: {key: manifest[key] for key in keys} for name, manifest in manifests.items()}
-  result["timing"] = {"phases": phases} | {
+  result["timing"] = {"phases": phases, "stages": meter.read_all(e.workdir.path)} | {
     f"total_{key}": sum(phase[key] for phase in phases.values()) for key in keys
   }
   pictures = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}

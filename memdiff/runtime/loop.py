@@ -273,7 +273,7 @@ class _Training:
     """Drops the records beyond `step`, which a killed process had written."""
     kept = self._history.rewind(step if restored else -1)
     self.run.tensorboard.rewind(self.stage.name, step if restored else -1)
-    self._skipped = sum(np.max(r["metrics"].get("skipped", [0])) for r in kept)
+    self._skipped = sum(int(max(r["metrics"].get("skipped", [0]))) for r in kept)
 
   def write(self, step: int, kind: str, metrics: dict[str, np.ndarray]) -> None:
     self._history.write(step, kind, metrics)

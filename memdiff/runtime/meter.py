@@ -121,7 +121,9 @@ class Meter:
       write_json(self._path, self.summary() | {"steps": self._steps})
 
 
-def read(folder: pathlib.Path) -> dict[str, float] | None:
-  """The speed of a finished stage, of the last call that trained it."""
-  path = folder / "speed.json"
-  return json.loads(path.read_text()) if path.exists() else None
+def read_all(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
+  """stage -> its speed, of all stages below a workdir."""
+  paths = sorted(workdir.rglob("speed.json"))
+  return {
+    path.parent.relative_to(workdir).as_posix(): json.loads(path.read_text()) for path in paths
+  }

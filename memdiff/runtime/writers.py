@@ -86,18 +86,21 @@ class TensorBoard:
 
   def rewind(self, stage: str, step: int) -> None:
     """Takes back what a killed process had written of a stage beyond `step`."""
-    folder = self._directory / stage
-    if not self._enabled or not any(folder.glob("events.out.tfevents.*")):
+    files = sorted((self._directory / stage).glob("*.tfevents.*")) if self._enabled else []
+    if not files:
       return
     _import_tensorflow()
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
-    start = Event(step=step + 1, wall_time=time.time())  # what came before with this step or more
+    now = time.time()
+    start = Event(step=step + 1, wall_time=now)  # drops all that came before at this step or later
     start.session_log.status = SessionLog.START
-    writer = EventFileWriter(str(folder), filename_suffix=".rewind")
-    writer.add_event(start)
-    writer.close()
+    newest = files[-1]  # TensorBoard reads in the order of names
+    with writing(newest), newest.with_name(newest.name + ".rewind").open("wb") as file:
+      writer = RecordWriter(file)
+      for event in (Event(file_version="brain.Event:2", wall_time=now), start):
+        writer.write(event.SerializeToString())
 
   def scalars(self, step: int, values: Mapping[str, float], stage: str = "") -> None:
     if self._enabled:

@@ -1,0 +1,67 @@
+"""TensorBoard after a kill: every point of a curve once, of every stage its own."""
+
+import time
+
+import numpy as np
+import pytest
+
+from memdiff.runtime import loop
+from memdiff.runtime.writers import TensorBoard
+from tests import support
+from tests.runtime.test_loop import Killed, KilledAt, make_stage
+
+accumulator = pytest.importorskip("tensorboard.backend.event_processing.plugin_event_accumulator")
+tensor_util = pytest.importorskip("tensorboard.util.tensor_util")
+
+
+def curves(folder):
+  """tag -> [(step, value)] as TensorBoard shows them."""
+  events = accumulator.EventAccumulator(str(folder), size_guidance={"tensors": 0})
+  events.Reload()
+  return {
+    tag: [(e.step, float(tensor_util.make_ndarray(e.tensor_proto))) for e in events.Tensors(tag)]
+    for tag in events.Tags()["tensors"]
+    if not tag.startswith("speed/")
+  }
+
+
+def test_a_run_killed_and_resumed_shows_the_curves_of_an_undisturbed_one(mesh, tmp_path):
+  def train(name, progress=None):
+    time.sleep(1.1)  # files are read in order of their names, which tell the second
+    tensorboard = TensorBoard(tmp_path / name / "tb", enabled=True)
+    changes = {"tensorboard": tensorboard} | ({} if progress is None else {"progress": progress})
+    run = support.make_run(mesh, (3, 7), 5, eval_every=5, checkpoint_every=10, **changes)
+    try:
+      loop.train(make_stage(), run, tmp_path / name)
+    finally:
+      tensorboard.close()
+
+  train("whole")
+  for at in (20, 20, 23):
+    with pytest.raises(Killed):
+      train("killed", KilledAt(at))
+  train("killed")
+  whole, killed = (curves(tmp_path / name / "tb" / "toy") for name in ("whole", "killed"))
+  assert [step for step, _ in whole["train/loss"]] == [5, 10, 15, 20, 23]
+  assert [step for step, _ in whole["eval/error"]] == [0, 5, 10, 15, 20, 23]
+  assert killed == whole
+
+
+def test_stages_do_not_take_back_each_others_points(tmp_path):
+  for step in (0, 5, 10):
+    time.sleep(1.1)  # as above
+    board = TensorBoard(tmp_path, enabled=True)
+    board.rewind("second", 3)
+    board.scalars(step, {"train/loss": 1.0}, "first")
+    board.scalars(step, {"train/loss": 2.0}, "second")
+    board.close()
+  assert [s for s, _ in curves(tmp_path / "first")["train/loss"]] == [0, 5, 10]
+  assert [s for s, _ in curves(tmp_path / "second")["train/loss"]] == [0, 10]
+
+
+def test_switched_off_nothing_is_written(tmp_path):
+  board = TensorBoard(tmp_path / "tb", enabled=False)
+  board.rewind("stage", 3)
+  board.scalars(1, {"a": np.float32(1)}, "stage")
+  board.close()
+  assert not (tmp_path / "tb").exists()
