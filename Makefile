@@ -1,5 +1,5 @@
 # make run    the main job: long-tailed digits, a few minutes on two cores
-# make test   the test suite
+# make test   the test suite; make test-slow: whole runs of many kinds, several processes
 # make bench  speed of feature diffusion; BENCH=classifier: of classifiers
 # Both make .venv from the lock of the Python at hand; choose another with PYTHON=python3.12.
 
@@ -13,13 +13,16 @@ LOCK := requirements/py$(subst .,,$(VERSION)).txt
 READY := $(VENV)/.ready-$(VERSION)
 BIN := $(VENV)/bin
 
-.PHONY: run test lint format bench lock clean
+.PHONY: run test test-slow lint format bench lock clean
 
 run: $(READY)
 	$(BIN)/python main.py --config=configs/digits_lt.py --workdir=runs/digits_lt $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

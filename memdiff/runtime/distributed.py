@@ -16,7 +16,7 @@ import jax
 from jax._src.distributed import global_state  # the key-value store has no public name
 from jax.experimental import multihost_utils
 
-from memdiff.errors import ConfigError, LostProcessError
+from memdiff.errors import ConfigError, LostProcessError, MemdiffError
 
 _BEAT = 2.0  # seconds between signs of life
 _SILENCE = 60.0  # seconds without one, after which a process counts as gone
@@ -81,12 +81,20 @@ def join(cluster: Cluster) -> None:
   # SIGTERM is ours to note (memdiff.runtime.preemption): JAX's service numbers steps once for all,
   # while the stages of a run count anew.
   jax.config.update("jax_enable_preemption_service", False)
+  # JAX would abort the process with a stack trace; this speaks a little earlier.
+  alone = ConfigError(
+    f"Not all processes joined within {cluster.timeout} s; start the same command on every host,"
+    " and see that all reach the coordinator's port."
+  )
+  waiting = threading.Timer(cluster.timeout, abandon, [alone])
+  waiting.daemon = True
+  waiting.start()
   try:
     jax.distributed.initialize(
       cluster.coordinator,
       cluster.num_processes,
       cluster.process_id,
-      initialization_timeout=cluster.timeout,
+      initialization_timeout=2 * cluster.timeout,
       heartbeat_timeout_seconds=int(2 * _SILENCE),  # the watch below speaks first
       shutdown_timeout_seconds=_SHUTDOWN,
     )
@@ -97,9 +105,11 @@ def join(cluster: Cluster) -> None:
     ) from error
   except RuntimeError as error:  # jax.errors.JaxRuntimeError is one
     raise ConfigError(
-      f"Not all processes joined within {cluster.timeout} s ({_first_line(error)}); start the same"
-      " command on every host, and see that all reach the coordinator's port."
+      f"The processes could not join ({_first_line(error)}); see that all reach the coordinator's"
+      " port, and that nobody else uses it."
     ) from error
+  finally:
+    waiting.cancel()
   expected = cluster.num_processes or global_state.num_processes
   if jax.process_count() != expected:
     raise ConfigError(
@@ -153,7 +163,7 @@ class _Watch(threading.Thread):
       time.sleep(_BEAT)
 
 
-def abandon(error: LostProcessError) -> None:
+def abandon(error: MemdiffError) -> None:
   """Says `error` and ends this process at once, without waiting for the others."""
   print(f"memdiff: {error}", file=sys.stderr, flush=True)
   sys.stdout.flush()

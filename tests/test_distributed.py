@@ -1,0 +1,202 @@
+"""Two processes on one machine, two devices each: one run, also after a kill and a SIGTERM."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from memdiff.errors import ConfigError
+from memdiff.runtime.distributed import Cluster, from_environment
+
+ROOT = pathlib.Path(__file__).parent.parent
+PATIENCE = 12  # seconds until a silent process is given up
+
+# --- how processes find each other -----------------------------------------------------------
+
+
+def test_flags_come_before_the_environment():
+  environment = {
+    "JAX_COORDINATOR_ADDRESS": "there:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3",
+  }  # fmt: skip
+  assert from_environment(Cluster(), environment) == Cluster("there:1", 4, 3)
+  flags = Cluster("here:2", 2, 0)
+  assert from_environment(flags, environment) == flags
+  assert from_environment(Cluster(), {}) == Cluster()
+
+
+@pytest.mark.parametrize(
+  ("make", "words"),
+  [
+    (lambda: Cluster("a:1", 0, 0), "--num_processes is 0"),
+    (lambda: Cluster("a:1", 2, 2), "--process_id is 2, but must be from 0 to 2 - 1"),
+    (lambda: Cluster("a:1", 2, -1), "--process_id is -1"),
+    (lambda: Cluster(timeout=1), "--cluster_timeout is 1"),
+    (lambda: from_environment(Cluster(), {"JAX_NUM_PROCESSES": "two"}), "JAX_NUM_PROCESSES"),
+    (lambda: from_environment(Cluster(), {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "5"}), "5"),
+  ],
+)
+def test_clusters_that_cannot_be_are_refused(make, words):
+  with pytest.raises(ConfigError, match=words):
+    make()
+
+
+def start(workdir, number=None, count=2, port=0, *arguments):
+  """A process of a run: alone with four devices, or `number` of `count` with two."""
+  command = [
+    *(sys.executable, "main.py", "--config=configs/digits_lt.py:smoke"),
+    *(f"--workdir={workdir}", "--notensorboard", "--cluster_timeout", str(PATIENCE), *arguments),
+  ]
+  if number is not None:
+    command += [
+      *(f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={number}"),
+    ]
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "MPLBACKEND": "Agg",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 if number is None else 2}",
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  return subprocess.Popen(
+    command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  )
+
+
+def start_both(workdir):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  return [start(workdir, number, 2, port) for number in (0, 1)]
+
+
+def wait_for(processes, path):
+  deadline = time.monotonic() + 300
+  while not path.exists():
+    for process in processes:
+      assert process.poll() is None, process.communicate()[1][-3000:]
+    assert time.monotonic() < deadline, f"{path} did not come"
+    time.sleep(0.01)
+
+
+def end(processes, timeout=300):
+  """(exit codes, what they said) of processes that must end in time."""
+  outputs = [process.communicate(timeout=timeout) for process in processes]
+  return [p.returncode for p in processes], [err for _, err in outputs]
+
+
+def said(text):
+  return [line for line in text.splitlines() if line.startswith("memdiff: ")]
+
+
+def test_a_process_that_stays_alone_says_so_and_does_not_run_alone(tmp_path):
+  started = time.monotonic()
+  (code,), (text,) = end([start(tmp_path / "run", 0, 2, 29_517)], timeout=120)
+  assert code == 2 and time.monotonic() - started < 90
+  assert "Not all processes joined within 12 s" in said(text)[-1]
+  assert "Traceback" not in text and not (tmp_path / "run").exists()
+
+
+def test_without_a_cluster_distributed_is_an_error(tmp_path):
+  (code,), (text,) = end([start(tmp_path / "run", None, 2, 0, "--distributed")])
+  assert code == 2 and "Traceback" not in text
+  assert "no cluster was found" in said(text)[-1] and "--coordinator=HOST:PORT" in said(text)[-1]
+  assert not (tmp_path / "run").exists()
+
+
+# --- whole runs ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+  """The same run in one process with as many devices."""
+  workdir = tmp_path_factory.mktemp("one") / "run"
+  codes, texts = end([start(workdir)], timeout=500)
+  assert codes == [0], texts
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("two") / "run"
+  codes, texts = end(start_both(workdir), timeout=500)
+  assert codes == [0, 0], texts
+  for number, text in enumerate(texts):
+    assert f"memdiff: process {number} of 2, with 2 of 4 devices (cpu)" in text
+  assert "[1/8 classifier]" in texts[0] and "[1/8 classifier]" not in texts[1]
+  return workdir
+
+
+def check_same(workdir, expected):
+  """Reports, curves and arrays, to the last digit."""
+  reports = [json.loads((w / "report.json").read_text()) for w in (workdir, expected)]
+  for part in ("classification", "generators", "recommendation", "choices", "config"):
+    assert reports[0][part] == reports[1][part], part
+  for path in sorted(p.relative_to(expected) for p in expected.rglob("metrics.jsonl")):
+    assert (workdir / path).read_text() == (expected / path).read_text(), path
+  for name in ("recommended_head", "selection/hits", "hallucination/memdiff"):
+    with np.load(workdir / f"{name}.npz") as ours, np.load(expected / f"{name}.npz") as theirs:
+      for key in theirs:
+        np.testing.assert_array_equal(ours[key], theirs[key], err_msg=f"{name} {key}")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(undisturbed, one_process):
+  report = json.loads((undisturbed / "report.json").read_text())
+  assert (report["hardware"]["processes"], report["hardware"]["devices"]) == (2, 4)
+  for stage in ("classifier/csl", "diffusion/memdiff"):
+    curves = [
+      [json.loads(line) for line in (w / stage / "metrics.jsonl").read_text().splitlines()]
+      for w in (undisturbed, one_process)
+    ]
+    for ours, theirs in zip(*curves, strict=True):
+      assert (ours["step"], ours["kind"]) == (theirs["step"], theirs["kind"])
+      np.testing.assert_allclose(ours["metrics"]["loss"], theirs["metrics"]["loss"], rtol=0.05)
+  tables = [json.loads((w / "report.json").read_text()) for w in (undisturbed, one_process)]
+  methods = [[row["method"] for row in table["classification"]] for table in tables]
+  assert methods[0] == methods[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_and_both_go_on(undisturbed, tmp_path, victim):
+  workdir = tmp_path / "run"
+  processes = start_both(workdir)
+  wait_for(processes, workdir / "classifier" / "csl" / "checkpoints" / "10")
+  processes[victim].send_signal(signal.SIGKILL)
+  killed = time.monotonic()
+  codes, texts = end(processes, timeout=120)
+  assert time.monotonic() - killed < 60
+  assert codes[victim] == -signal.SIGKILL and codes[1 - victim] != 0
+  other = texts[1 - victim]
+  # Where the coordinator is gone, JAX itself may be faster to say so.
+  assert said(other)[-1].endswith("goes on from the last checkpoint.") or (
+    victim == 0 and "another task died" in other
+  )
+  codes, texts = end(start_both(workdir), timeout=500)
+  assert codes == [0, 0], texts
+  check_same(workdir, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("receivers", [(0, 1), (1,)])
+def test_a_sigterm_to_any_saves_all_and_the_run_goes_on(undisturbed, tmp_path, receivers):
+  workdir = tmp_path / "run"
+  processes = start_both(workdir)
+  wait_for(processes, workdir / "classifier" / "csl" / "metrics.jsonl")
+  for number in receivers:
+    processes[number].send_signal(signal.SIGTERM)
+  codes, texts = end(processes, timeout=200)
+  assert codes == [143, 143], texts
+  for text in texts:
+    assert "Stopped by SIGTERM" in said(text)[-1] and "Traceback" not in text
+  codes, texts = end(start_both(workdir), timeout=500)
+  assert codes == [0, 0], texts
+  check_same(workdir, undisturbed)
