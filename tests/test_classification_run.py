@@ -207,6 +207,7 @@ def test_the_page_and_the_pictures_are_written(undisturbed):
 # --- kill, resume, repeat --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_trains_a_head_ends_with_the_same_numbers(
   undisturbed, environment, tmp_path
 ):

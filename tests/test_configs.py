@@ -300,8 +300,16 @@ def test_published_weights_run_on_pixels_as_they_were_trained_on(variant, tmp_pa
     np.testing.assert_allclose(file["logits"][0], logits, rtol=1e-4, atol=1e-4)
 
 
+def in_time(name, variant):
+  """Whole experiments on features take long; two of them stand for all in the short suite."""
+  whole = module_of(name).get_config(variant).experiment != "classification"
+  in_short = (name, variant) in (("cifar100_lt", "memdiff"), ("features", "default"))
+  marks = [pytest.mark.slow] if whole and not in_short else []
+  return pytest.param(name, variant, marks=marks)
+
+
 @pytest.mark.usefixtures("_small_parts")
-@pytest.mark.parametrize(("name", "variant"), [v for v in ALL if v not in RUN_ELSEWHERE])
+@pytest.mark.parametrize(("name", "variant"), [in_time(*v) for v in ALL if v not in RUN_ELSEWHERE])
 def test_a_config_runs_from_end_to_end(name, variant, tmp_path):
   config = shrunken(name, variant, tmp_path)
   workdir = tmp_path / "run"
@@ -368,6 +376,7 @@ def check_choice(config, report, methods):
   }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_parts")
 def test_features_of_inner_stages_have_no_head_of_their_own(tmp_path):
   """Encoders that are retrained for every fold have heads, but not on these features."""

@@ -193,6 +193,7 @@ def test_the_recommended_head_is_for_the_embeddings_as_they_are(finished):
   assert rows[report["recommendation"]["method"]]["top1"]["mean"] == pytest.approx(accuracy)
 
 
+@pytest.mark.slow
 def test_without_folds_settings_come_first_and_nothing_is_recommended(finished, tmp_path):
   """The phases before selection are taken over from the other run."""
   config, workdir, _ = finished

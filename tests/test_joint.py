@@ -216,6 +216,7 @@ def test_the_report_has_the_control_and_the_paired_gain(finished):
   np.testing.assert_allclose(rows[method]["top1"]["mean"], hits)
 
 
+@pytest.mark.slow
 def test_features_are_made_anew_where_the_encoder_has_moved(finished, tmp_path):
   workdir, _ = finished
   made = json.loads((workdir / "joint" / "manifest.json").read_text())["metrics"]["kernel_jitter"]
@@ -230,6 +231,7 @@ def test_features_are_made_anew_where_the_encoder_has_moved(finished, tmp_path):
   assert still["drift"][0] == pytest.approx(made["drift"][0], rel=1e-4)  # alike up to there
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_last_round_ends_with_the_same_logits(finished, tmp_path):
   workdir, report = finished
   copy = tmp_path / "run"

@@ -302,6 +302,7 @@ def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(undisturbed, tmp
       np.testing.assert_array_equal(array, theirs[name], err_msg=f"{path} {name}")
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same_bank_split_and_curves(undisturbed, tmp_path):
   workdir = tmp_path / "run"
   report, _ = run(workdir, devices=8)
