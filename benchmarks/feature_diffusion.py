@@ -130,8 +130,8 @@ def prepare(encoder_steps: int) -> tuple[Workload, Training]:
     images = encoder.normalize(config.encoder.input, images, stage.shared)
     return jax.vmap(lambda s: encoder.apply_eval(model, s, images)[1])(training.state)
 
-  train = feature_space.encode(encode_chunk, data.train_images)
-  left_out = feature_space.encode(encode_chunk, data.left_out_images)
+  train = feature_space.encode(encode_chunk, data.train_images, mesh)
+  left_out = feature_space.encode(encode_chunk, data.left_out_images, mesh)
   labels = np.asarray(data.train_labels)[None]
   bank = feature_space.fill_bank(train, labels, data.num_classes, (0,), config.memory_bank, mesh)
   runs = feature_space.make_runs(train, labels, bank, None, data.num_classes, mesh)

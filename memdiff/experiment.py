@@ -98,7 +98,7 @@ def forward_images(e: Experiment, loss: str, state: Any, images) -> tuple[np.nda
     images = encoder.normalize(input_config, images, statistics)
     return jax.vmap(lambda s: encoder.apply_eval(model, s, images))(state)
 
-  return feature_space.encode(lambda chunk: forward(chunk, state, statistics), images)
+  return feature_space.encode(lambda chunk: forward(chunk, state, statistics), images, e.mesh)
 
 
 def last_metrics(folder: pathlib.Path) -> dict[str, float]:

@@ -127,21 +127,21 @@ def logits_of(head: dict[str, jax.Array], features: jax.Array) -> jax.Array:
   return features @ head["kernel"] + head["bias"][None]
 
 
-def encode(encode_chunk, images):
+def encode(encode_chunk, images, mesh: Mesh):
   """What `encode_chunk` makes of `images` [N, ...], in chunks of one compiled size.
 
   Args:
     encode_chunk: jitted, uint8 [chunk, ...] -> arrays [S, chunk, ...], for example features.
     images: [N, H, W, ch] uint8, in memory or read when sliced.
+    mesh: chunks are split over it; a process reads what its own devices encode.
 
   Returns:
     The same tree of NumPy arrays, [S, N, ...].
   """
   chunks = []
   for start in range(0, max(len(images), 1), _CHUNK):  # one even of no images, for the shapes
-    chunk = images[start : start + _CHUNK]
-    padded = np.concatenate([chunk, np.zeros((_CHUNK - len(chunk), *chunk.shape[1:]), chunk.dtype)])
-    made, size = mesh_lib.fetch(encode_chunk(padded)), len(chunk)
+    size = min(len(images) - start, _CHUNK)
+    made = mesh_lib.fetch(encode_chunk(mesh_lib.place_rows(mesh, images, start, _CHUNK)))
     chunks.append(jax.tree.map(lambda x, n=size: x[:, :n], made))
   return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *chunks)
 

@@ -228,7 +228,7 @@ def test_features_without_a_head_get_one_that_says_nothing(mesh):
 
 
 @pytest.mark.parametrize("num", [0, 1, 512, 700])
-def test_encoding_goes_in_chunks_of_one_size_and_keeps_the_order(num):
+def test_encoding_goes_in_chunks_of_one_size_and_keeps_the_order(num, mesh):
   images = (np.arange(num * 4) % 251).astype(np.uint8).reshape(num, 2, 2, 1)
   sizes = []
 
@@ -237,7 +237,7 @@ def test_encoding_goes_in_chunks_of_one_size_and_keeps_the_order(num):
     flat = chunk.reshape(len(chunk), 4).astype(np.float32)
     return {"features": np.stack([flat, 2 * flat]), "sum": np.stack([flat.sum(axis=1)] * 2)}
 
-  result = feature_space.encode(encode_chunk, images)
+  result = feature_space.encode(encode_chunk, images, mesh)
   flat = images.reshape(num, 4).astype(np.float32)
   np.testing.assert_array_equal(result["features"], np.stack([flat, 2 * flat]))
   np.testing.assert_array_equal(result["sum"], np.stack([flat.sum(axis=1)] * 2))

@@ -12,6 +12,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from memdiff.errors import ConfigError
+
 DATA_AXIS = "data"
 PARAMETERS = ("replicated", "fsdp")
 _SPLIT_FROM = 2**14  # numbers; smaller parameters cost more to gather than to keep
@@ -108,10 +110,40 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 
 def place_batches(mesh: Mesh, array: np.ndarray) -> jax.Array:
-  """This process's part of batches [S, k, B, ...] as one global array, B split over the devices."""
+  """This process's part of batches [S, k, B, ...] as one global array, B split over the devices.
+
+  Raises:
+    ConfigError: where there are several processes and the whole B does not divide by the devices.
+  """
   whole = array.shape[2] * jax.process_count()
-  spec = PartitionSpec(None, None, split_over_data(whole, mesh))
+  axis = split_over_data(whole, mesh)
+  if axis is None and jax.process_count() > 1:
+    raise ConfigError(
+      f"config.classifier.batch_size is {whole}, but must be a multiple of the {mesh.size} devices."
+    )
+  spec = PartitionSpec(None, None, axis)
   return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
+
+
+def place_rows(mesh: Mesh, rows: Any, start: int, size: int) -> jax.Array:
+  """Rows [start, start + size) as one global array, split over the devices.
+
+  Args:
+    mesh: the device mesh.
+    rows: [N, ...] that gives arrays when sliced; a process slices what its own devices hold.
+    start: the first row.
+    size: of the result; rows beyond N are zeros.
+  """
+  shape = (size, *rows.shape[1:])
+  sharding = NamedSharding(mesh, PartitionSpec(split_over_data(size, mesh)))
+
+  def part(index):
+    first, last, _ = index[0].indices(size)
+    own = np.asarray(rows[start + first : start + last])
+    missing = last - first - len(own)
+    return np.pad(own, [(0, missing)] + [(0, 0)] * (own.ndim - 1)) if missing else own
+
+  return jax.make_array_from_callback(shape, sharding, part)
 
 
 def fetch(tree: Any) -> Any:

@@ -1,0 +1,84 @@
+"""Files are data: nothing that is read from a workdir or a weights file is unpickled or run."""
+
+import ast
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from memdiff.classifier import pretrained
+from memdiff.errors import MemdiffError, WorkdirError
+from memdiff.runtime import meter
+from memdiff.runtime.workdir import Workdir, read_arrays
+
+ROOT = pathlib.Path(__file__).parent.parent
+SOURCES = [
+  path
+  for folder in ("memdiff", "input_pipeline", "benchmarks", "configs")
+  for path in (ROOT / folder).rglob("*.py")
+] + [ROOT / "main.py"]
+FORBIDDEN = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+
+
+class Trap:
+  """Sets a mark when it is unpickled."""
+
+  def __init__(self, mark):
+    self.mark = mark
+
+  def __reduce__(self):
+    return pathlib.Path.touch, (self.mark,)
+
+
+def calls(tree):
+  """(name of what is called, call) of every call."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Call):
+      yield ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_no_source_unpickles_or_executes(path):
+  tree = ast.parse(path.read_text())
+  for node in ast.walk(tree):
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+      names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
+      assert not FORBIDDEN & {name.split(".")[0] for name in names}
+  for name, call in calls(tree):
+    assert name not in ("eval", "exec", "compile", "__import__")
+    if name in ("np.load", "numpy.load"):
+      keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
+      assert keywords.get("allow_pickle") == "False", f"{path}:{call.lineno}"
+
+
+def test_arrays_with_objects_are_refused_and_not_unpickled(tmp_path):
+  mark, path = tmp_path / "run", tmp_path / "features.npz"
+  np.savez(path, train=np.array([Trap(mark)], dtype=object))
+  with pytest.raises(WorkdirError, match="Cannot read"):
+    read_arrays(path)
+  with pytest.raises(MemdiffError):
+    pretrained.load(str(path), {"params": {}, "batch_stats": {}}, head=False)
+  assert not mark.exists()
+  np.load(path, allow_pickle=True)["train"]  # what would have happened
+  assert mark.exists()
+
+
+def test_a_manifest_is_read_as_data_and_names_no_paths(tmp_path):
+  workdir = Workdir(str(tmp_path / "run"))
+  workdir.begin("heads", {"a": 1})
+  workdir.finish("heads", {"metrics": {"path": "../../outside"}})
+  assert workdir.folder("heads").parent == tmp_path / "run"
+  assert json.loads((tmp_path / "run" / "heads" / "manifest.json").read_text())["finished"]
+  (tmp_path / "run" / "heads" / "manifest.json").write_text('{"config": [], "finished": 1')
+  with pytest.raises(WorkdirError, match="is damaged; remove the folder"):
+    workdir.manifest("heads")
+  workdir.close()
+
+
+def test_speeds_are_read_from_below_the_workdir_alone(tmp_path):
+  (tmp_path / "outside").mkdir()
+  (tmp_path / "outside" / "speed.json").write_text("{}")
+  (tmp_path / "run" / "a" / "b").mkdir(parents=True)
+  (tmp_path / "run" / "a" / "b" / "speed.json").write_text('{"steps": 3}')
+  assert meter.read_all(tmp_path / "run") == {"a/b": {"steps": 3}}
