@@ -102,6 +102,22 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
   return KINDS[name]
 
 
+def prepare(config: Mapping[str, Any]) -> tuple[Kind, Any, LongTailLabels]:
+  """(kind, settings, data) of an experiment, with all that can be checked before it starts.
+
+  Raises:
+    MemdiffError: with a sentence for the user.
+  """
+  kind = kind_of(config)
+  settings = config_lib.build(kind.settings, config)
+  data = kind.load(settings.dataset)
+  if hasattr(settings, "encoder"):
+    encoder.check(settings.encoder, data)
+    training.check(settings.classifier, settings.encoder, data)
+  kind.check(settings, data)
+  return kind, settings, data
+
+
 def phase_config(e: Experiment, phases: tuple[Phase, ...], phase: Phase) -> dict[str, Any]:
   """The flat config that the phase's manifest is held against, earlier phases' included."""
   read = [name for p in phases[: phases.index(phase) + 1] for name in p.reads]
@@ -128,13 +144,7 @@ def run(config: Mapping[str, Any], workdir: str, *, tensorboard: bool, command: 
   Raises:
     MemdiffError: with a sentence for the user.
   """
-  kind = kind_of(config)
-  settings = config_lib.build(kind.settings, config)
-  data = kind.load(settings.dataset)
-  if hasattr(settings, "encoder"):
-    encoder.check(settings.encoder, data)
-    training.check(settings.classifier, settings.encoder, data)
-  kind.check(settings, data)
+  kind, settings, data = prepare(config)
   folder = Workdir(workdir)
   writer = TensorBoard(folder.path / "tensorboard", tensorboard)
   mesh = mesh_lib.make_mesh()

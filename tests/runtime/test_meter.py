@@ -1,0 +1,109 @@
+"""How fast a stage trains: rates, waiting for data, FLOPs, and a profile of chosen steps."""
+
+import json
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from memdiff.runtime import loop, meter
+from memdiff.runtime.loop import ExecutionConfig
+from memdiff.runtime.meter import Meter
+from tests import support
+from tests.runtime import test_loop_batches
+from tests.runtime.test_loop import SEEDS, make_stage
+
+
+@pytest.mark.parametrize(
+  ("kind", "peak"),
+  [
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5p", 459e12),
+    ("TPU v4", 275e12),
+    ("cpu", None),
+  ],
+)
+def test_peaks_are_found_by_the_longest_name(kind, peak):
+  assert meter.peak_flops(kind) == peak
+
+
+def test_rates_are_of_training_alone(tmp_path, monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+  monkeypatch.setattr(meter, "peak_flops", lambda _: 1e3)
+
+  class Program:
+    def cost_analysis(self):
+      return {"flops": 50.0}
+
+    def memory_analysis(self):
+      return None
+
+  clock = Meter(tmp_path, batch_size=8, num_seeds=2)
+  assert clock.summary() == {}
+  clock.compiled(Program())
+  clock.start()
+  now[0] += 4
+  clock.trained(20)
+  with clock.apart("checkpoint"):
+    now[0] += 7
+  clock.waited(1.0)
+  now[0] += 4
+  clock.trained(20)
+  found = clock.summary()
+  assert found["steps_per_second"] == 5 and found["examples_per_second"] == 80
+  assert found["examples_per_second_per_device"] == 80 / jax.device_count()
+  assert found["checkpoint_seconds"] == 7 and found["data_wait_share"] == 1 / 8
+  assert found["mfu"] == pytest.approx(5 * 50 / 1e3)
+  clock.save()
+  assert json.loads((tmp_path / "speed.json").read_text()) == found | {"steps": 40}
+
+
+def test_one_step_is_counted_whatever_a_dispatch_holds(mesh):
+  """XLA counts the body of a scan once, which is what turns FLOPs per program into per step."""
+  stage = make_stage()
+  flops = []
+  for number in (2, 8):
+    run = support.make_run(mesh, SEEDS, number)
+    alive = np.ones(2, bool)
+    lowered = loop.make_dispatch(stage, run).lower(
+      loop.make_init(stage, run)(), alive, stage.shared, stage.own, None, num_steps=number
+    )
+    flops.append(lowered.compile().cost_analysis()["flops"])
+  assert flops[0] == pytest.approx(flops[1], rel=0.01) and flops[0] > 0
+
+
+class Slow(test_loop_batches.Batches):
+  """Batches that take longer to come than to train on."""
+
+  def __next__(self):
+    time.sleep(0.02)
+    return super().__next__()
+
+
+@pytest.mark.parametrize(("batches", "low", "high"), [(Slow, 0.5, 1.0), (None, 0.0, 0.05)])
+def test_waiting_for_data_is_told(mesh, tmp_path, batches, low, high):
+  if batches is None:
+    stage, run = make_stage(), support.make_run(mesh, SEEDS, 1, every=100)
+  else:
+    stage, run = test_loop_batches.make_stage(), support.make_run(mesh, SEEDS, 4, every=100)
+    stage = loop.dataclasses.replace(stage, batches=batches)
+  loop.train(stage, run, tmp_path)
+  speed = json.loads((tmp_path / "speed.json").read_text())
+  assert low <= speed["data_wait_share"] <= high
+  assert speed["steps"] == stage.num_steps and speed["compile_seconds"] > 0
+  assert speed["program_device_bytes"] > 0
+
+
+def test_the_chosen_steps_of_the_chosen_stage_are_traced(mesh, tmp_path):
+  execution = ExecutionConfig("replicated", "toy", (5, 15))
+  run = support.make_run(mesh, SEEDS, 5, execution=execution)
+  loop.train(make_stage(), run, tmp_path / "traced")
+  assert list((tmp_path / "traced" / "profile").rglob("*.xplane.pb"))
+  other = ExecutionConfig("replicated", "another", (5, 15))
+  loop.train(make_stage(), support.make_run(mesh, SEEDS, 5, execution=other), tmp_path / "plain")
+  assert not (tmp_path / "plain" / "profile").exists()
+  for name in ("traced", "plain"):
+    assert json.loads((tmp_path / name / "speed.json").read_text())["steps"] == 23
