@@ -99,7 +99,10 @@ def main(_) -> None:
   try:
     _join_cluster()
     from memdiff import pipeline
+    from memdiff.runtime import checkpoint
 
+    if not _DEBUG.value:
+      checkpoint.keep_quiet()
     pipeline.run(
       _CONFIG.value.to_dict(), _WORKDIR.value, tensorboard=_TENSORBOARD.value, command=command
     )

@@ -1,7 +1,11 @@
 """Checkpoints: the only file that knows Orbax."""
 
+import errno
+import logging
+import os
 import pathlib
 import shutil
+import sys
 from typing import Any
 
 import jax
@@ -94,8 +98,26 @@ def _words(error: Exception) -> str:
   return str(error).strip() or repr(error)
 
 
+def keep_quiet() -> None:
+  """Keeps off standard error what the threads of Orbax and TensorStore print of a failed write.
+
+  The failure itself is raised to whoever waits for the write.
+  """
+  for logger in ("absl", "asyncio"):
+    logging.getLogger(logger).setLevel(logging.CRITICAL)
+  hook = sys.unraisablehook
+
+  def without_closed_loops(unraisable) -> None:  # writes still under way when another has failed
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  sys.unraisablehook = without_closed_loops
+
+
 def _cannot_write(directory: pathlib.Path, error: Exception) -> str:
-  reason = _words(error).splitlines()[-1][-160:]
+  words = _words(error)  # TensorStore's go on for lines; the reason is somewhere in them
+  reasons = map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
+  reason = next((r for r in reasons if r in words), words.splitlines()[-1][-160:])
   return (
     f"Cannot write a checkpoint to {directory} ({reason}); make room there and run the same"
     " command again, which resumes at the last saved step."
