@@ -6,9 +6,12 @@ import os
 import pathlib
 import shutil
 import sys
+import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from memdiff.errors import WorkdirError
@@ -38,7 +41,11 @@ class Checkpointer:
       return
     self._check_room(state)
     try:
-      self._manager.save(step, args=ocp.args.StandardSave(state))
+      self._manager.save(
+        step,
+        args=ocp.args.StandardSave(state),
+        custom_metadata={"checksums": _checksums(state)},
+      )
     except Exception as error:  # of this save, or of the last one, which ran in the background
       raise WorkdirError(_cannot_write(self._directory, error)) from error
 
@@ -66,6 +73,7 @@ class Checkpointer:
       try:
         args = ocp.args.StandardRestore(abstract_state)
         state = self._manager.restore(step, args=args)
+        self._check_sums(step, state)
       except Exception as error:  # Orbax raises many types for torn files
         failures.append(f"step {step}: {_words(error).splitlines()[0][:160]}")
         continue
@@ -78,6 +86,16 @@ class Checkpointer:
         " folder to train this stage anew."
       )
     return None
+
+  def _check_sums(self, step: int, state: Any) -> None:
+    """Raises where `state` is not what was saved: TensorStore notices torn files, not changed bits.
+
+    Older checkpoints have no checksums and are taken as they are.
+    """
+    saved = (self._manager.metadata(step).custom_metadata or {}).get("checksums", [])
+    found = _checksums(state) if saved else []
+    if any(a != b for a, b in zip(saved, found, strict=True) if None not in (a, b)):
+      raise ValueError("its numbers are not those that were saved")
 
   def wait(self) -> None:
     """Waits for the last save."""
@@ -92,6 +110,19 @@ class Checkpointer:
       self.wait()
     finally:
       self._manager.close()
+
+
+def _checksums(state: Any) -> list[int | None]:
+  """CRC-32 of every array of `state`; None of those whose parts other processes hold."""
+
+  def of_array(x):
+    if not (x.is_fully_addressable or x.is_fully_replicated):
+      return None
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      x = jax.random.key_data(x)
+    return zlib.crc32(np.ascontiguousarray(x).view(np.uint8))
+
+  return [of_array(jnp.asarray(x)) for x in jax.tree.leaves(state)]
 
 
 def _words(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """The training loop: nothing is lost by a kill, and what goes wrong is said and contained."""
 
 import dataclasses
+import functools
 import io
 import json
 
@@ -12,6 +13,7 @@ import pytest
 from memdiff.errors import NonFiniteError, WorkdirError
 from memdiff.runtime import checkpoint as checkpoints
 from memdiff.runtime import loop, train_state
+from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.checkpoint import Checkpointer
 from memdiff.runtime.loop import LoopConfig, Stage
 from memdiff.runtime.progress import Progress
@@ -244,6 +246,27 @@ def test_a_torn_newest_checkpoint_falls_back_to_the_older(mesh, tmp_path, uninte
   assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
   assert steps_on_disk(tmp_path) == [20, 23]
   check_same(loop.load_final(make_stage(), make_run(mesh), tmp_path), uninterrupted[0])
+
+
+def test_a_checkpoint_with_one_changed_bit_falls_back_to_the_older(mesh, tmp_path):
+  place = functools.partial(mesh_lib.replicate, mesh)
+  states = {step: {"w": np.random.RandomState(step).rand(64, 64)} for step in (1, 2)}
+  checkpointer = Checkpointer(tmp_path / "c", keep=2)
+  for step, state in states.items():
+    checkpointer.save(step, place(state) | {"key": jax.random.key(step)})
+  checkpointer.close()
+  files = [path for path in (tmp_path / "c" / "2").rglob("*") if path.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  data = bytearray(largest.read_bytes())
+  data[len(data) // 2] ^= 16
+  largest.write_bytes(data)
+  tree = {"w": place(states[1]["w"]), "key": jax.random.key(0)}
+  shapes = checkpoints.abstract(tree, jax.tree.map(lambda x: mesh_lib.replicated(mesh), tree))
+  checkpointer = Checkpointer(tmp_path / "c", keep=2)
+  step, state = checkpointer.restore(shapes)
+  checkpointer.close()
+  assert step == 1 and jax.random.key_data(state["key"]).tolist() == [0, 1]
+  np.testing.assert_array_equal(state["w"], states[1]["w"].astype(np.float32))
 
 
 def test_where_no_checkpoint_can_be_read_the_folder_is_named(mesh, tmp_path):
