@@ -85,13 +85,13 @@ def _same_text(a: pathlib.Path, b: pathlib.Path) -> bool:
 
 def _same_arrays(a: pathlib.Path, b: pathlib.Path) -> bool:
   try:
-    with np.load(a) as one, np.load(b) as other:
-      return set(one) == set(other) and all(
-        one[name].dtype == other[name].dtype and np.array_equal(one[name], other[name])
-        for name in one
-      )
+    with a.open("rb") as of_one, b.open("rb") as of_other:
+      one, other = dict(np.load(of_one)), dict(np.load(of_other))
   except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):  # one is torn
     return False
+  return set(one) == set(other) and all(
+    one[name].dtype == other[name].dtype and np.array_equal(one[name], other[name]) for name in one
+  )
 
 
 def finished_phases(workdir: pathlib.Path) -> dict[str, tuple[int, str]]:
@@ -580,15 +580,15 @@ def damage_campaign(campaign: Campaign, partial: dict[str, pathlib.Path]) -> Non
 
 def no_room(campaign: Campaign, partial: dict[str, pathlib.Path]) -> None:
   """Files that may not grow, and a disk that is full; then there is room again."""
-  row = campaign.row("files may have so many KiB (EFBIG): 4, 64, 512")
-  for phase, kib in itertools.product(partial, (4, 64, 512)):
+  row = campaign.row("files may have so many KiB (EFBIG): 16, 512")
+  for phase, kib in itertools.product(partial, (16, 512)):
     workdir = campaign.folder("full", partial[phase])
     row.times += 1
     if campaign.go_on(row, workdir, limit=kib * 1024).code != 0:
       campaign.go_on(row, workdir)
-  row = campaign.row("the disk has so many KiB left (ENOSPC): 0, 100, 2000, 5000")
+  row = campaign.row("the disk has so many KiB left (ENOSPC): 0, 2000")
   mount = campaign.folder("disk")
-  for phase, kib in itertools.product(partial, (0, 100, 2000, 5000)):
+  for phase, kib in itertools.product(partial, (0, 2000)):
     with small_disk(mount, partial[phase], kib) as grow:
       if grow is None:
         return campaign.note(row, "not tried: mounting a disk is not permitted here")
@@ -732,16 +732,16 @@ def every_file(campaign: Campaign) -> None:
 
 def table(rows: list[Row]) -> str:
   """The rows as text, columns aligned."""
-  cells = [
-    ("fault", "times", "refused", "ended equal", "lost phases", "lost steps", "divergences")
-    + ("failures",)
-  ]
+  names = ("times", "refused", "ended equal", "lost phases", "lost steps", "divergences")
+  cells = [("fault", *names, "failures")]
   for r in rows:
     numbers = (r.times, r.refused, r.equal, r.lost_phases, r.lost_steps, r.divergences, r.failures)
     cells.append((r.fault, *map(str, numbers)))
   widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
   lines = [
-    "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+    "  ".join(
+      [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+    )
     for row in cells
   ]
   return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
