@@ -638,12 +638,12 @@ def no_right(campaign: Campaign, partial: dict[str, pathlib.Path]) -> None:
   before = ()
   if os.getuid() == 0:  # whom permissions do not bind
     before = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
-  row = campaign.row("folders are read-only: all, all but the workdir itself")
+  row = campaign.row("read-only: the workdir, all folders in it")
   if before and shutil.which("setpriv") is None:
     return campaign.note(row, "not tried: it needs setpriv, or a user other than root")
-  for start, top in itertools.product(partial.values(), (True, False)):
+  for start, within in itertools.product(partial.values(), (False, True)):
     workdir = campaign.folder("forbidden", start)
-    folders = [path for path in workdir.rglob("*") if path.is_dir()] + [workdir] * top
+    folders = [path for path in workdir.rglob("*") if path.is_dir()] if within else [workdir]
     row.times += 1
     for path in folders:
       path.chmod(0o555)
@@ -692,9 +692,10 @@ def every_file(campaign: Campaign) -> None:
   """
   import jax
 
-  from memdiff.runtime.checkpoint import Checkpointer, abstract
+  from memdiff.runtime.checkpoint import Checkpointer, abstract, keep_quiet
   from memdiff.runtime.mesh import make_mesh, replicate, replicated
 
+  keep_quiet()
   draw, mesh = np.random.RandomState(0), make_mesh()
   states = {}
   intact = campaign.folder("checkpoints")

@@ -28,6 +28,7 @@ from memdiff.runtime.meter import Meter
 from memdiff.runtime.preemption import Preemption
 from memdiff.runtime.progress import Progress
 from memdiff.runtime.random import base_keys
+from memdiff.runtime.workdir import writing
 from memdiff.runtime.writers import History, TensorBoard
 
 
@@ -338,7 +339,8 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
     Preempted: after saving, where the run was asked to stop.
   """
   config, progress = run.config, run.progress
-  directory.mkdir(parents=True, exist_ok=True)
+  with writing(directory):
+    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
   training = _Training(stage, run, directory)
   meter = training.meter
   dispatch = make_dispatch(stage, run)

@@ -120,7 +120,8 @@ class Workdir:
     distributed.barrier(f"manifest of {phase}")  # before the main process writes it
     config = json.loads(json.dumps(config))
     if manifest is None:
-      self.folder(phase).mkdir(parents=True, exist_ok=True)
+      with writing(self.folder(phase)):
+        self.folder(phase).mkdir(parents=True, exist_ok=True)
       write_json(self.folder(phase) / "manifest.json", {"config": config, "finished": False})
       return False
     old = manifest["config"]

@@ -63,6 +63,12 @@ def test_a_workdir_that_cannot_be_made_is_one_sentence(tmp_path):
   assert "Not a directory" in message_of(Workdir, str(tmp_path / "file" / "deeper"))
 
 
+def test_a_phase_whose_folder_cannot_be_made_is_one_sentence(workdir):
+  (workdir.path / "diffusion").write_text("")
+  message = message_of(workdir.begin, "diffusion", {})
+  assert f"Cannot write {workdir.path / 'diffusion'} (File exists)" in message
+
+
 # --- atomic writes ---------------------------------------------------------------------------
 
 
