@@ -278,9 +278,10 @@ class Campaign:
   def failed(self, row: Row, ended: Ended) -> None:
     """Notes a run that neither ended well nor was refused."""
     row.failures += 1
-    lines = ended.said.strip().splitlines()
+    lines = ended.said.strip().splitlines() or ["nothing said"]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     how = "hung" if ended.code is None else f"exit code {ended.code}"
-    self.note(row, f"{how}: {lines[-1][:300] if lines else 'nothing said'}")
+    self.note(row, f"{how}: {(raised or lines)[-1][:300]}")
 
   def go_on(
     self, row: Row, workdir: pathlib.Path, *, saved: dict[str, int] | None = None, **options
@@ -551,15 +552,17 @@ def damage_campaign(campaign: Campaign, partial: dict[str, pathlib.Path]) -> Non
   for phase, stage in (("diffusion", diffusion), ("joint", joint)):
     try_damage(campaign, "last line of metrics.jsonl cut", partial[phase], cut_line(stage))
   files = (
-    ("joint", "joint/manifest.json"),
-    ("evaluation", "heads/manifest.json"),
-    ("evaluation", "memory_bank/features.npz"),
-    ("evaluation", "hallucination/memdiff.npz"),
-    ("evaluation", "joint/logits.npz"),
-    ("evaluation", "selection/hits.npz"),
-    ("evaluation", "selection/choices.json"),
+    ("joint", "joint/manifest.json", cut),
+    ("evaluation", "heads/manifest.json", cut),
+    ("evaluation", "heads/manifest.json", empty),
+    ("evaluation", "memory_bank/features.npz", cut),
+    ("evaluation", "memory_bank/features.npz", empty),
+    ("evaluation", "hallucination/memdiff.npz", cut),
+    ("evaluation", "joint/logits.npz", cut),
+    ("evaluation", "selection/hits.npz", cut),
+    ("evaluation", "selection/choices.json", cut),
   )
-  for (phase, file), change in itertools.product(files, (cut, empty)):
+  for phase, file, change in files:
     how = "cut to half" if change is cut else "emptied"
     fault = f"{pathlib.PurePath(file).name if 'manifest' in file else file} {how}"
     try_damage(campaign, fault, partial[phase], lambda w, f=file, c=change: c(w / f))

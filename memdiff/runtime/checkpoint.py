@@ -1,6 +1,7 @@
 """Checkpoints: the only file that knows Orbax."""
 
 import errno
+import inspect
 import logging
 import os
 import pathlib
@@ -130,19 +131,20 @@ def _words(error: Exception) -> str:
 
 
 def keep_quiet() -> None:
-  """Keeps off standard error what the threads of Orbax and TensorStore print of a failed write.
+  """Keeps off standard error what Orbax and TensorStore print of a failed read or write.
 
-  The failure itself is raised to whoever waits for the write.
+  The failure itself is raised to whoever waits for it; memdiff has no coroutines of its own.
   """
   for logger in ("absl", "asyncio"):
     logging.getLogger(logger).setLevel(logging.CRITICAL)
   hook = sys.unraisablehook
 
-  def without_closed_loops(unraisable) -> None:  # writes still under way when another has failed
-    if str(unraisable.exc_value) != "Event loop is closed":
+  def without_coroutines(unraisable) -> None:  # left behind when another has failed
+    of_loop = str(unraisable.exc_value) == "Event loop is closed"
+    if not (of_loop or inspect.iscoroutine(unraisable.object)):
       hook(unraisable)
 
-  sys.unraisablehook = without_closed_loops
+  sys.unraisablehook = without_coroutines
 
 
 def _cannot_write(directory: pathlib.Path, error: Exception) -> str:
