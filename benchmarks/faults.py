@@ -55,7 +55,7 @@ PHASES = (
 _SAVING = ("classifier", "memory_bank", "diffusion", "selection", "heads", "joint")
 _STARTUP, _REPORT = "startup", "report"  # before the first phase's work, after the last one's
 _WRITING = "orbax-checkpoint-tmp"  # in the name of a checkpoint's folder until it is whole
-_LIMIT = 400.0  # seconds after which a run counts as hung
+_LIMIT = 900.0  # seconds after which a run counts as hung
 _POLL = 0.002  # seconds
 
 
@@ -453,7 +453,7 @@ def to_remove(sentence: str) -> list[pathlib.Path]:
 def snapshots(campaign: Campaign) -> dict[str, pathlib.Path]:
   """Workdirs of one run, killed in the diffusion, in joint training and in the evaluation."""
   moments = {
-    "diffusion": "diffusion/memdiff/checkpoints/25",
+    "diffusion": "diffusion/memdiff/checkpoints/15",
     "joint": "joint/kernel_jitter/round_1/checkpoints/10",
     "evaluation": "evaluation/manifest.json",
   }
@@ -559,7 +559,6 @@ def damage_campaign(campaign: Campaign, partial: dict[str, pathlib.Path]) -> Non
     ("evaluation", "memory_bank/features.npz", empty),
     ("evaluation", "hallucination/memdiff.npz", cut),
     ("evaluation", "joint/logits.npz", cut),
-    ("evaluation", "selection/hits.npz", cut),
     ("evaluation", "selection/choices.json", cut),
   )
   for phase, file, change in files:
