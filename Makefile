@@ -1,7 +1,8 @@
 # make run    the main job: long-tailed digits, a few minutes on two cores
 # make test   the test suite; make test-slow: whole runs of many kinds, several processes
 # make bench  speed of feature diffusion; BENCH=classifier: of classifiers
-# Both make .venv from the lock of the Python at hand; choose another with PYTHON=python3.12.
+# make aot    compiles a config for TPUs that are not here: does it fit? Makes .venv-aot
+# The others make .venv from the lock of the Python at hand; choose another with PYTHON=python3.12.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,11 @@ LOCK := requirements/py$(subst .,,$(VERSION)).txt
 READY := $(VENV)/.ready-$(VERSION)
 BIN := $(VENV)/bin
 
-.PHONY: run test test-slow lint format bench lock clean
+# What compiles for TPUs without one; its version goes with that of jax in the locks.
+AOT := .venv-aot
+LIBTPU := libtpu==0.0.42.*
+
+.PHONY: run test test-slow lint format bench aot lock clean
 
 run: $(READY)
 	$(BIN)/python main.py --config=configs/digits_lt.py --workdir=runs/digits_lt $(ARGS)
@@ -35,6 +40,15 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
+aot: $(AOT)/.ready-$(VERSION)
+	$(AOT)/bin/python -m benchmarks.aot $(ARGS)
+
+$(AOT)/.ready-$(VERSION): $(LOCK)
+	$(PYTHON) -m venv --clear $(AOT)
+	$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check -r $(LOCK)
+	$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check "$(LIBTPU)"
+	touch $@
+
 # A changed lock or another Python makes the environment anew.
 $(READY): $(LOCK)
 	$(PYTHON) -m venv --clear $(VENV)
@@ -53,4 +67,4 @@ lock:
 	    requirements.txt -o requirements/py$$(echo $$version | tr -d .).txt; done
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(AOT) .pytest_cache .ruff_cache

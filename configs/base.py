@@ -345,10 +345,26 @@ def imagenet_recipe(config: ConfigDict) -> None:
   config.classifier.num_epochs = 90.0
   config.classifier.optimizer = cosine(0.1, 5e-4)
   config.classifier.optimizer.nesterov = False
-  config.decoupled.optimizer.learning_rate = 0.2
+  if "decoupled" in config:
+    config.decoupled.optimizer.learning_rate = 0.2
   config.loop.steps_per_dispatch = 5
   config.loop.checkpoint_every = 500
   config.loop.eval_every = 500
+
+
+def large_memdiff(config: ConfigDict) -> None:
+  """memdiff on 2,048 features of a set of a thousand classes and more. Nothing here is tuned."""
+  config.classifier.references = ()
+  config.memory_bank.num_slots = 256
+  config.diffusion.denoiser.update(
+    name="transformer", width=1024, num_blocks=4, embedding_dim=128, num_heads=8
+  )
+  config.diffusion.batch_size = 256
+  config.diffusion.num_steps = 50_000
+  config.generators.names = ("duplicate", "kernel_jitter", "class_only", "memdiff")
+  config.head.training.num_steps = 20_000
+  config.selection.encoder = "frozen"  # images that are streamed allow nothing else
+  config.selection.folds = 0  # every fold would hold the training features once more
 
 
 def choose(variant: str, variants: dict) -> None:

@@ -6,7 +6,7 @@
 
 The list is the official one of Liu et al. 2019 (OLTR), a line per image such as
 "train/n01440764/n01440764_190.JPEG 0".
-Variants: default (ResNet-50, 90 epochs), resnet10.
+Variants: default (ResNet-50, 90 epochs), resnet10, memdiff (the whole of memdiff, ResNet-50).
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,8 @@ from configs import base
 
 
 def get_config(variant: str = "default") -> ConfigDict:
-  config = base.classification("imagenet_lt")
+  make = base.memdiff if variant == "memdiff" else base.classification
+  config = make("imagenet_lt")
   base.imagenet_recipe(config)
   config.dataset.name = "imagenet2012"
   config.dataset.profile = "list"
@@ -24,5 +25,8 @@ def get_config(variant: str = "default") -> ConfigDict:
   def resnet10():
     config.encoder.backbone.name = "resnet10"
 
-  base.choose(variant, {"resnet10": resnet10})
+  def memdiff():
+    base.large_memdiff(config)
+
+  base.choose(variant, {"resnet10": resnet10, "memdiff": memdiff})
   return config

@@ -221,10 +221,13 @@ def _ldmlr_sampler(config: ldmlr.LDMLRConfig, labels: jax.Array, num_classes: in
   return of_runs
 
 
-def _diffusion_sampler(
+def diffusion_sampler(
   name: str, shop: Workshop, feature_dim: int, labels: jax.Array, mesh: Mesh
 ) -> Sampler:
-  """A single strength is static, which spares guidance's pair of calls at a scale of 1."""
+  """Of a row of DIFFUSIONS; what it has learned is the denoiser's parameters, leading with R.
+
+  A single strength is static, which spares guidance's pair of calls at a scale of 1.
+  """
   config, sampler = _diffusion(name, shop), shop.sampler
   if name == "class_only":
     sampler = dataclasses.replace(sampler, condition="class", guidance=(1.0,), start=(1.0,))
@@ -263,7 +266,39 @@ def _make_sampler(name, shop, runs, run, folder, labels) -> tuple[Sampler, Any]:
   if name in LDMLR:
     return _ldmlr_sampler(_ldmlr(name, shop), labels, shop.num_classes), params
   dim = runs.exemplars.features.shape[-1]
-  return _diffusion_sampler(name, shop, dim, labels, run.mesh), params
+  return diffusion_sampler(name, shop, dim, labels, run.mesh), params
+
+
+def sampling_program(sampler: Sampler, labels: jax.Array, config: ConfidenceConfig) -> Callable:
+  """The jitted program that makes a generator's features and judges them.
+
+  Args:
+    sampler: of the generator.
+    labels: [M] int32, the class of each feature.
+    config: how features are judged.
+
+  Returns:
+    (keys [R], strengths [K], runs, what it has learned) -> features [R, K, M, D], standardised, and
+    confidence [R, K, M].
+  """
+
+  def judge(samples, trust, exemplars, standardizer, head):
+    """Of one run and strength: what the head trains on is what is judged and exported."""
+    features = standardizer.forward(standardizer.backward(samples))
+    confidence = synthetic.confidence(features, labels, exemplars, head, config)
+    return features, trust * confidence
+
+  @jax.jit
+  def everything(keys, strengths, runs, learned):
+    samples, trust = sampler(keys, strengths, runs, learned)
+
+    def of_run(arguments):
+      samples, *rest = arguments
+      return jax.lax.map(lambda x: judge(x, *rest), samples)
+
+    return jax.lax.map(of_run, (samples, trust, runs.exemplars, runs.standardizer, runs.head))
+
+  return everything
 
 
 def make(
@@ -291,26 +326,11 @@ def make(
   sampler, learned = _make_sampler(name, shop, runs, run, folder, labels)
   number = np.concatenate([np.arange(n) for n in made]).astype(np.int32)
 
-  def judge(samples, trust, exemplars, standardizer, head):
-    """Of one run and strength: what the head trains on is what is judged and exported."""
-    features = standardizer.forward(standardizer.backward(samples))
-    confidence = synthetic.confidence(features, labels, exemplars, head, shop.config.confidence)
-    return features, trust * confidence
-
-  @jax.jit
-  def everything(keys, strengths, runs, learned):
-    samples, trust = sampler(keys, strengths, runs, learned)
-
-    def of_run(arguments):
-      samples, *rest = arguments
-      return jax.lax.map(lambda x: judge(x, *rest), samples)
-
-    return jax.lax.map(of_run, (samples, trust, runs.exemplars, runs.standardizer, runs.head))
-
   with run.progress.compiling(f"and running {name}, {len(host_labels):,} features per run"):
     keys = base_keys(run.seeds, f"sample/{name}")
+    program = sampling_program(sampler, labels, shop.config.confidence)
     features, confidence = jax.block_until_ready(
-      everything(keys, jnp.asarray(chosen, jnp.float32), runs, learned)
+      program(keys, jnp.asarray(chosen, jnp.float32), runs, learned)
     )
   return SyntheticFeatures(
     features=features, labels=host_labels, confidence=confidence, number=number

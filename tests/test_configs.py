@@ -234,7 +234,8 @@ def shrunken(name, variant, folder):
 
 
 TWO_STEPS = 2 * 9 / COUNTS.sum()  # epochs of batches of nine
-WITHOUT_SELECTION = ("cifar10_lt", "fashion_mnist_lt")  # which differ from others by their images
+# These differ from others by their images, or leave selection out.
+WITHOUT_SELECTION = ("cifar10_lt", "fashion_mnist_lt", "imagenet_lt", "inaturalist2018")
 SOME_GENERATORS = {  # of those named; tests/baselines runs each, and each costs seconds here
   ("isolating_cifar100_lt", "foreign"): ("fasa", "memdiff"),
   ("features", "default"): ("gaussian_shrunk", "class_only", "memdiff"),

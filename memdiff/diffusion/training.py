@@ -142,7 +142,11 @@ def make_stage(
   """
   num_times = config.schedule.num_steps
   optimizer = train_state.make_optimizer(config.optimizer, config.num_steps)
-  example = jax.eval_shape(draw_batch, jax.random.key(0), shared, jax.tree.map(lambda x: x[0], own))
+  example = jax.eval_shape(
+    lambda shared, own: draw_batch(jax.random.key(0), shared, jax.tree.map(lambda x: x[0], own)),
+    shared,
+    own,
+  )
 
   def init(key, _):
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)

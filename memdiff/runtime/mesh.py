@@ -99,12 +99,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def is_described(mesh: Mesh) -> bool:
+  """Whether the mesh is of devices that are not here, for which programs can only be compiled."""
+  return getattr(mesh.devices.flat[0].client, "runtime_type", "") == "compile_only_runtime"
+
+
+def _place(sharding: NamedSharding, array: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
+  """This process's part of a global array on its devices; on a described mesh the shape alone."""
+  if is_described(sharding.mesh):
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  return jax.make_array_from_process_local_data(sharding, array, shape)
+
+
 def replicate(mesh: Mesh, tree: Any) -> Any:
   """Places host arrays, which every process holds alike, on every device of the mesh."""
 
   def place(x):
     x = np.asarray(x)
-    return jax.make_array_from_process_local_data(replicated(mesh), x, x.shape)
+    return _place(replicated(mesh), x, x.shape)
 
   return jax.tree.map(place, tree)
 
@@ -121,8 +134,8 @@ def place_batches(mesh: Mesh, array: np.ndarray) -> jax.Array:
     raise ConfigError(
       f"config.classifier.batch_size is {whole}, but must be a multiple of the {mesh.size} devices."
     )
-  spec = PartitionSpec(None, None, axis)
-  return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
+  sharding = NamedSharding(mesh, PartitionSpec(None, None, axis))
+  return _place(sharding, array, (*array.shape[:2], whole, *array.shape[3:]))
 
 
 def place_rows(mesh: Mesh, rows: Any, start: int, size: int) -> jax.Array:

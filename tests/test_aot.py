@@ -1,0 +1,127 @@
+"""Compiling ahead of time: what the phases' programs send, and that they wait for nobody."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import aot
+
+ROOT = pathlib.Path(__file__).parent.parent
+DEVICES, ROWS, BATCH = 8, 16, 8
+
+
+def child() -> None:
+  """Runs where eight fake devices are; prints every phase's row and compiled program."""
+  from configs import digits_lt
+
+  config = digits_lt.get_config("smoke")
+  config.seeds = (0,)
+  config.classifier.references = ()
+  config.classifier.batch_size = config.diffusion.batch_size = BATCH  # fewer rows than the bank has
+  config.hallucination.chunk_size = config.head.training.batch_size = BATCH
+  settings, data = aot.load(config.to_dict())
+  mesh, found = aot.make_mesh(""), {}
+  for program in aot.programs(settings, data, mesh, "replicated"):
+    compiled = program.lower().compile()
+    found[program.name] = {"bank": aot.bank_bytes(program.bank), "text": compiled.as_text()}
+  print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def phases():
+  environment = os.environ | {
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+  }
+  done = subprocess.run(
+    [sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True,
+    timeout=300,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_phase_that_repeats_is_compiled(phases):
+  assert list(phases) == ["classifier/csl", "diffusion", "hallucination", "heads"]
+
+
+def test_every_device_holds_its_part_of_the_bank(phases):
+  for name in ("classifier/csl", "diffusion", "hallucination"):
+    bank = phases[name]["bank"]
+    assert bank["whole"] == 4 * ROWS * (33 * 64 + 1)  # 32 slots and a mean of 64 numbers, a count
+    assert bank["per_device"] == bank["whole"] / DEVICES
+  assert phases["heads"]["bank"] is None
+
+
+def test_no_phase_sends_the_bank(phases):
+  whole = phases["diffusion"]["bank"]["whole"]
+  for name, phase in phases.items():
+    sent = aot.collectives(phase["text"])
+    assert sent or name == "heads"
+    assert max((aot.num_bytes(arrays) for _, arrays in sent), default=0) < whole, name
+    for _, arrays in sent:
+      assert not any(ROWS in shape and 64 in shape for _, shape in arrays), (name, arrays)
+
+
+def test_no_phase_waits_for_the_host(phases):
+  for name, phase in phases.items():
+    assert aot.host_transfers(phase["text"]) == [], name
+
+
+def test_what_waits_for_the_host_is_found():
+  def noisy(x):
+    jax.debug.callback(lambda v: None, x)
+    return x + 1
+
+  for ordinary, function in ((True, lambda x: x + 1), (False, noisy)):
+    text = jax.jit(function).lower(jnp.zeros(3)).compile().as_text()
+    assert (aot.host_transfers(text) == []) == ordinary
+
+
+def test_collectives_are_read_off_a_program():
+  text = """
+  %all-reduce.1 = (f32[4,2]{1,0:T(8,128)}, f32[]) all-reduce(%a, %b), replica_groups={}
+  %ag = (bf16[2,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%x), dimensions={0}
+  %agd = bf16[16,8]{1,0} all-gather-done(%ag)
+  ROOT %cp = (s32[5]{0}, s32[5]{0}, u32[], u32[]) collective-permute-start(%y)
+  %f = f32[3]{0} fusion(%all-reduce.1), kind=kLoop
+  """
+  found = [(kind, aot.num_bytes(arrays)) for kind, arrays in aot.collectives(text)]
+  assert found == [("all-reduce", 32), ("all-gather", 256), ("collective-permute", 20)]
+
+
+@pytest.mark.parametrize("numbers", aot.LARGE.values())
+def test_made_counts_add_up(numbers):
+  counts = aot.class_counts(numbers)
+  assert len(counts) == numbers.classes
+  assert counts.sum() == numbers.images
+  assert (counts.max(), counts.min()) == (numbers.largest, numbers.smallest)
+  assert (np.diff(counts) <= 0).all()
+
+
+@pytest.mark.slow
+def test_a_slice_that_is_not_here_is_compiled_for(tmp_path):
+  """Needs libtpu, which `make aot` brings; a minute."""
+  pytest.importorskip("libtpu")
+  options = ["--topology=v5e:2x4", "--phases=classifier", f"--json={tmp_path / 'rows.json'}"]
+  subprocess.run(
+    [sys.executable, "-m", "benchmarks.aot", "--config=configs/digits_lt.py:smoke", *options],
+    cwd=ROOT, check=True, timeout=600,
+  )  # fmt: skip
+  result = json.loads((tmp_path / "rows.json").read_text())
+  assert result["device_kind"] == "TPU v5 lite" and result["devices"] == 8
+  for row in result["rows"]:
+    assert row["fits"] and row["memory"]["total"] < 16 * 2**30 and row["flops"] > 0
+    assert row["bank"]["whole"] == 8 * row["bank"]["per_device"]
+
+
+if __name__ == "__main__":
+  child()
