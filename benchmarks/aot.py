@@ -320,7 +320,7 @@ def _on_features(settings: Any, data: Any, run: Any) -> Iterator[Program]:
     labels = np.repeat(np.arange(len(made), dtype=np.int32), made)
     dim = settings.encoder.feature_dim
     sampler = generators.diffusion_sampler("memdiff", shop, dim, labels, mesh)
-    program = generators.sampling_program(sampler, labels, settings.generators.confidence)
+    program = generators.sampling_program(sampler, labels, settings.generators.confidence, mesh)
     arguments = jax.eval_shape(lambda: (base_keys(run.seeds, "sample"), jnp.zeros(len(strengths))))
     learned = loop.abstract_state(diffusion, run).ema_params
     return program.lower(*_described(arguments, mesh), runs, learned)

@@ -269,17 +269,20 @@ def _make_sampler(name, shop, runs, run, folder, labels) -> tuple[Sampler, Any]:
   return diffusion_sampler(name, shop, dim, labels, run.mesh), params
 
 
-def sampling_program(sampler: Sampler, labels: jax.Array, config: ConfidenceConfig) -> Callable:
+def sampling_program(
+  sampler: Sampler, labels: jax.Array, config: ConfidenceConfig, mesh: Mesh
+) -> Callable:
   """The jitted program that makes a generator's features and judges them.
 
   Args:
     sampler: of the generator.
     labels: [M] int32, the class of each feature.
     config: how features are judged.
+    mesh: the device mesh.
 
   Returns:
     (keys [R], strengths [K], runs, what it has learned) -> features [R, K, M, D], standardised, and
-    confidence [R, K, M].
+    confidence [R, K, M], both whole on every device.
   """
 
   def judge(samples, trust, exemplars, standardizer, head):
@@ -288,7 +291,6 @@ def sampling_program(sampler: Sampler, labels: jax.Array, config: ConfidenceConf
     confidence = synthetic.confidence(features, labels, exemplars, head, config)
     return features, trust * confidence
 
-  @jax.jit
   def everything(keys, strengths, runs, learned):
     samples, trust = sampler(keys, strengths, runs, learned)
 
@@ -298,7 +300,7 @@ def sampling_program(sampler: Sampler, labels: jax.Array, config: ConfidenceConf
 
     return jax.lax.map(of_run, (samples, trust, runs.exemplars, runs.standardizer, runs.head))
 
-  return everything
+  return jax.jit(everything, out_shardings=mesh_lib.replicated(mesh))
 
 
 def make(
@@ -328,7 +330,7 @@ def make(
 
   with run.progress.compiling(f"and running {name}, {len(host_labels):,} features per run"):
     keys = base_keys(run.seeds, f"sample/{name}")
-    program = sampling_program(sampler, labels, shop.config.confidence)
+    program = sampling_program(sampler, labels, shop.config.confidence, run.mesh)
     features, confidence = jax.block_until_ready(
       program(keys, jnp.asarray(chosen, jnp.float32), runs, learned)
     )

@@ -181,13 +181,18 @@ def _uniform_below(key: jax.Array, bound: jax.Array) -> jax.Array:
 
 
 def read(bank: MemoryBank, labels: jax.Array, *, mesh: Mesh) -> Memory:
-  """The bank's rows of `labels` [B], which must be rows of it; one collective on a split bank."""
+  """The bank's rows of `labels` [B], which must be rows of it; one collective on a split bank.
+
+  From a split bank each device gets the rows of its part of the batch, where B divides by the
+  devices, and so computes on that part alone; otherwise every device gets all of them.
+  """
   rows, num_slots, _ = bank.slots.shape
   spec = mesh_lib.class_spec(rows, mesh)
+  batch_axis = spec[0] and mesh_lib.split_over_data(labels.shape[0], mesh)
 
   def on_device(prototype, slots, seen, labels):
     def pick(row):
-      # One array, so that one all-reduce carries all of a class's rows; packed after they are
+      # One array, so that one collective carries all of a class's rows; packed after they are
       # picked, since the bank may be large.
       mean = prototype[row][:, None]
       counts = jnp.broadcast_to(seen[row][:, None, None].astype(slots.dtype), mean.shape)
@@ -198,10 +203,15 @@ def read(bank: MemoryBank, labels: jax.Array, *, mesh: Mesh) -> Memory:
     local = labels - jax.lax.axis_index(mesh_lib.DATA_AXIS) * seen.shape[0]
     mine = (local >= 0) & (local < seen.shape[0])
     picked = jnp.where(mine[:, None, None], pick(jnp.where(mine, local, 0)), 0.0)
+    if batch_axis:
+      return jax.lax.psum_scatter(picked, batch_axis, scatter_dimension=0, tiled=True)
     return jax.lax.psum(picked, mesh_lib.DATA_AXIS)
 
   packed = jax.shard_map(
-    on_device, mesh=mesh, in_specs=(spec, spec, spec, PartitionSpec()), out_specs=PartitionSpec()
+    on_device,
+    mesh=mesh,
+    in_specs=(spec, spec, spec, PartitionSpec()),
+    out_specs=PartitionSpec(batch_axis),
   )(bank.prototype, bank.slots, bank.seen, labels)
   count = packed[:, num_slots + 1, 0]
   mask = jnp.arange(num_slots)[None] < count[:, None]

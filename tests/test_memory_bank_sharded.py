@@ -14,6 +14,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 DEVICES = (1, 2, 4, 8)
 CLASSES, ROWS, SLOTS, DIM, BATCH, SEEDS = 10, 16, 3, 4, 24, 2
+UNEVEN = 9  # rows of a batch that no number of devices divides
 
 
 def make_batches():
@@ -73,7 +74,13 @@ def child(out: str) -> None:
       .compile()
     )
     one_read = jax.jit(read).lower(bank, jax.device_put(labels[0], everywhere)).compile()
-    programs[number] = {"update": one_update.as_text(), "read": one_read.as_text()}
+    uneven = jax.device_put(labels[0, :UNEVEN], everywhere)
+    read_uneven = jax.jit(read).lower(bank, uneven).compile()
+    programs[number] = {
+      "update": one_update.as_text(),
+      "read": one_read.as_text(),
+      "read_uneven": read_uneven.as_text(),
+    }
 
     key = jax.random.key(5)
     single = jax.jit(fill, out_shardings=by_class)(features[0], key)
@@ -83,6 +90,7 @@ def child(out: str) -> None:
     wanted = jnp.arange(ROWS)
     results = {"single": single, "both": both}
     results["read"] = jax.jit(read)(single, wanted)
+    results["read_uneven"] = jax.jit(read)(single, wanted[:UNEVEN])
     results["read_both"] = jax.jit(jax.vmap(read, in_axes=(0, None)))(both, wanted)
     for name, tree in results.items():
       for field, value in vars(tree).items():
@@ -155,27 +163,38 @@ def test_seeds_under_vmap_equal_a_seed_alone(outcome):
 
 
 @pytest.mark.parametrize("number", DEVICES)
-def test_reading_equals_dense_indexing_on_any_number_of_devices(outcome, number):
+@pytest.mark.parametrize(
+  ("bank", "memory", "rows"),
+  [("single", "read", ROWS), ("single", "read_uneven", UNEVEN), ("both", "read_both", ROWS)],
+)
+def test_reading_equals_dense_indexing_on_any_number_of_devices(
+  outcome, number, bank, memory, rows
+):
   arrays, _ = outcome
-  for bank, memory in (("single", "read"), ("both", "read_both")):
-    for field in ("prototype", "slots"):
-      np.testing.assert_array_equal(
-        arrays[f"{number}/{memory}/{field}"], arrays[f"{number}/{bank}/{field}"]
-      )
-    seen = arrays[f"{number}/{bank}/seen"]
-    np.testing.assert_array_equal(arrays[f"{number}/{memory}/count"], seen)
-    np.testing.assert_array_equal(
-      arrays[f"{number}/{memory}/mask"], np.arange(SLOTS) < seen[..., None]
-    )
+  part = np.s_[:rows] if bank == "single" else np.s_[:, :rows]
+  for field in ("prototype", "slots"):
+    expected = arrays[f"{number}/{bank}/{field}"][part]
+    np.testing.assert_array_equal(arrays[f"{number}/{memory}/{field}"], expected)
+  seen = arrays[f"{number}/{bank}/seen"][part]
+  np.testing.assert_array_equal(arrays[f"{number}/{memory}/count"], seen)
+  np.testing.assert_array_equal(
+    arrays[f"{number}/{memory}/mask"], np.arange(SLOTS) < seen[..., None]
+  )
 
 
 @pytest.mark.parametrize("number", DEVICES[1:])
-def test_reading_is_one_all_reduce(outcome, number):
+@pytest.mark.parametrize(
+  ("name", "kind", "rows"),
+  [("read", "reduce-scatter", BATCH), ("read_uneven", "all-reduce", UNEVEN)],
+)
+def test_reading_is_one_collective(outcome, number, name, kind, rows):
+  """Each device is left with its part of a batch that splits evenly, else with the whole."""
   _, programs = outcome
-  program = programs[str(number)]["read"]
-  assert len(collectives(program, "all-reduce")) == 1
-  for kind in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
-    assert not collectives(program, kind)
+  program = programs[str(number)][name]
+  rows = rows // number if kind == "reduce-scatter" else rows
+  assert collectives(program, kind) == [(rows, SLOTS + 2, DIM)]
+  others = {"all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"}
+  assert not any(collectives(program, other) for other in others - {kind})
 
 
 @pytest.mark.parametrize("number", DEVICES[1:])
