@@ -114,9 +114,9 @@ def classifier() -> ConfigDict:
   config.augment.cutout = 0  # side of the square set to the mean, pixels; 0: none
   config.augment.mixup = 0.0  # alpha of Beta(alpha, alpha); 0: none
   config.stream = ConfigDict()  # large sets, which are read while training
-  config.stream.num_threads = 16  # that read and decode
+  config.stream.num_threads = 16  # that read and decode, in each process
   config.stream.num_workers = 0  # processes beside them; 0: threads of this one
-  config.stream.prefetch = 64  # images or, with processes, batches read ahead
+  config.stream.prefetch = 2  # batches that each process reads ahead
   config.batch_size = 128  # images
   config.num_epochs = 200.0  # passes over the training images; 0: none, with init_from
   config.optimizer = optimizer()

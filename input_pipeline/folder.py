@@ -28,7 +28,7 @@ class FolderImages:
   def __len__(self) -> int:
     return len(self._paths)
 
-  def __getitem__(self, index: int) -> np.ndarray:
+  def __getitem__(self, index: int) -> Image.Image:
     try:
       return _decode(self._paths[index])
     except _UNREADABLE as error:
@@ -123,8 +123,8 @@ def _opens(path: pathlib.Path) -> bool:
   return True
 
 
-def _decode(path: pathlib.Path) -> np.ndarray:
-  """uint8 [h, w, 3], upright; of 16-bit grey the upper 8 bits, without transparency."""
+def _decode(path: pathlib.Path) -> Image.Image:
+  """RGB, upright; of 16-bit grey the upper 8 bits, without transparency."""
   with Image.open(path) as image:
     image.load()  # what is torn fails here
     # Cameras write which side is up beside the pixels. Pillow raises many types where that is
@@ -135,14 +135,14 @@ def _decode(path: pathlib.Path) -> np.ndarray:
       image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif "transparency" in image.info:  # of palettes; Pillow warns without this step
       image = image.convert("RGBA")
-    return np.asarray(image.convert("RGB"))
+    return image.convert("RGB")
 
 
 def _images(reader: FolderImages, image_size: int) -> np.ndarray:
   """[N, H, W, 3] uint8."""
   if image_size:  # one at a time: whole photographs may take a thousand times more
     return np.stack([resize_and_crop(reader[i], image_size) for i in range(len(reader))])
-  images = [reader[i] for i in range(len(reader))]
+  images = [np.asarray(reader[i]) for i in range(len(reader))]
   shapes = {image.shape for image in images}
   if len(shapes) > 1:
     some = ", ".join(f"{w} x {h}" for h, w, _ in sorted(shapes)[:3])

@@ -12,28 +12,30 @@ _THREADS = 8  # decoding releases Python's lock
 
 
 class Reader(Protocol):
-  """Whole images by number; picklable where worker processes are used."""
+  """Whole images by number; picklable where worker processes are used.
+
+  They stay Pillow's until they have their final size: an array in between costs two copies.
+  """
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> np.ndarray:
-    """uint8 [h, w, 3]."""
+  def __getitem__(self, index: int) -> Image.Image:
+    """RGB."""
     ...
 
 
-def resize_and_crop(image: np.ndarray, size: int, margin: float = 1.0) -> np.ndarray:
+def resize_and_crop(image: Image.Image, size: int, margin: float = 1.0) -> np.ndarray:
   """The centre square of side `size`, of an image whose shorter side is made `size` x `margin`.
 
-  Bilinear with antialiasing, as Pillow resizes. uint8 [h, w, 3] -> [size, size, 3].
+  Bilinear with antialiasing, as Pillow resizes. RGB -> uint8 [size, size, 3].
   """
-  height, width = image.shape[:2]
+  width, height = image.size
   ratio = round(size * margin) / min(height, width)
   new_width, new_height = max(size, round(width * ratio)), max(size, round(height * ratio))
-  picture = Image.fromarray(image)
   if (new_width, new_height) != (width, height):
-    picture = picture.resize((new_width, new_height), Image.Resampling.BILINEAR)
+    image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
   left, top = round((new_width - size) / 2), round((new_height - size) / 2)
-  return np.asarray(picture.crop((left, top, left + size, top + size)))
+  return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 class LazyImages:
@@ -66,8 +68,8 @@ class LazyImages:
     """The images at `indices`, or where a mask [N] bool is True, still unread."""
     return LazyImages(self._reader, self._size, self._indices[indices])
 
-  def read(self, index: int) -> np.ndarray:
-    """The whole image. uint8 [h, w, 3]."""
+  def read(self, index: int) -> Image.Image:
+    """The whole image, RGB."""
     return self._reader[int(self._indices[index])]
 
   def _view(self, index: int) -> np.ndarray:

@@ -26,7 +26,7 @@ _ENDLESS = 2**62  # examples; where grain's own length ends, batches of one over
 class StreamConfig:
   num_threads: int = at_least(1)
   num_workers: int = at_least(0)
-  prefetch: int = at_least(1)
+  prefetch: int = at_least(1)  # batches
 
 
 def stream_seed(seed: int, name: str) -> int:
@@ -34,7 +34,9 @@ def stream_seed(seed: int, name: str) -> int:
   return zlib.crc32(f"{seed}/{name}".encode())
 
 
-def random_resized_crop(image: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+def random_resized_crop(
+  image: Image.Image, size: int, generator: np.random.Generator
+) -> np.ndarray:
   """A random part of an image, resized to a square (Szegedy et al. 2015).
 
   Its area is 8 to 100 % of the image's, its ratio of width to height 3/4 to 4/3, log-uniform; after
@@ -42,15 +44,16 @@ def random_resized_crop(image: np.ndarray, size: int, generator: np.random.Gener
   antialiasing. These are torchvision's rules.
 
   Args:
-    image: uint8 [h, w, 3].
+    image: RGB.
     size: side of the result.
     generator: decides the part.
 
   Returns:
     uint8 [size, size, 3].
   """
-  left, top, width, height = _random_box(image.shape[1], image.shape[0], generator)
-  part = Image.fromarray(image[top : top + height, left : left + width])
+  left, top, width, height = _random_box(image.width, image.height, generator)
+  # Not resize(box=...), which would also mix in what lies beside the box.
+  part = image.crop((left, top, left + width, top + height))
   return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
 
 
@@ -95,6 +98,24 @@ class _OfAnyClass:
     return int(own[generator.integers(len(own))])
 
 
+@dataclasses.dataclass(frozen=True)
+class _InTurns:
+  """Examples such that every `workers`-th, from the w-th on, are those of every such batch.
+
+  Grain deals single examples to its workers; batches are the same as without them where each
+  worker is dealt whole ones.
+  """
+
+  examples: grain.MapDataset
+  rows: int
+  workers: int
+
+  def __call__(self, number: int) -> dict[str, np.ndarray]:
+    dealt, worker = divmod(number, self.workers)
+    turn, row = divmod(dealt, self.rows)
+    return self.examples[(turn * self.workers + worker) * self.rows + row]
+
+
 def train_batches(
   images: LazyImages,
   labels: np.ndarray,
@@ -114,7 +135,8 @@ def train_batches(
     batch_size: B of all hosts together.
     seed: of order and crops, below 2^32.
     first_step: of the first batch.
-    config: threads and worker processes; they do not change the batches.
+    config: threads of each process and worker processes, which do not change the batches, and
+      how many of them each process reads ahead.
     balanced: draws a class, then one of its examples, in place of shuffled epochs.
     process_index, process_count: of this host.
 
@@ -134,11 +156,15 @@ def train_batches(
     numbers = numbers.shuffle().repeat()
   examples = numbers.random_map(_Crops(images, labels))[process_index:_ENDLESS:process_count]
   rows = batch_size // process_count
-  threads = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
+  examples = examples[first_step * rows :]
+  # In images: a batch is made of what all threads have read.
+  threads = grain.ReadOptions(
+    num_threads=config.num_threads, prefetch_buffer_size=config.prefetch * rows
+  )
   if not config.num_workers:
-    return iter(examples[first_step * rows :].to_iter_dataset(threads).batch(rows))
+    return iter(examples.to_iter_dataset(threads).batch(rows))
   if not flags.FLAGS.is_parsed():  # grain asks for its own; outside main.py nobody parsed them
     flags.FLAGS.mark_as_parsed()
-  # Workers take turns by batch; each reads ahead whole ones.
-  batches = examples.batch(rows)[first_step:].to_iter_dataset(threads)
+  dealt = grain.MapDataset.range(_ENDLESS).map(_InTurns(examples, rows, config.num_workers))
+  batches = dealt.to_iter_dataset(threads).batch(rows)
   return iter(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers)))

@@ -256,10 +256,10 @@ class _StoredImages:
   def __len__(self) -> int:
     return self._number
 
-  def __getitem__(self, index: int) -> np.ndarray:
+  def __getitem__(self, index: int) -> Image.Image:
     try:
       data = self._examples[index]["image"]
-      return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+      return Image.open(io.BytesIO(data)).convert("RGB")
     except _DAMAGED as error:
       raise DataError(
         f"Image {index} of the {self._split} split of {self._name} cannot be read ({error})."

@@ -131,7 +131,8 @@ class Reader:
     return len(self.images)
 
   def __getitem__(self, index):
-    return np.pad(self.images[index], ((index % 3, 2), (1, index % 5), (0, 0)), mode="edge")
+    edges = ((index % 3, 2), (1, index % 5), (0, 0))
+    return Image.fromarray(np.pad(self.images[index], edges, mode="edge"))
 
 
 def patterns(labels, channels, seed):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
+from PIL import Image
 
 from input_pipeline import augment, batches
 from input_pipeline.augment import AugmentConfig
@@ -38,7 +39,7 @@ LOSS = LossConfig(
 )  # fmt: skip
 CONFIG = ClassifierConfig(
   loss="cross_entropy", references=(), loss_parameters=LOSS,
-  augment=AugmentConfig(0, False, "none", 2, 9.0, 0, 0.0), stream=StreamConfig(2, 0, 8),
+  augment=AugmentConfig(0, False, "none", 2, 9.0, 0, 0.0), stream=StreamConfig(2, 0, 1),
   batch_size=14, num_epochs=2.0,
   optimizer=OptimizerConfig("sgd", RATE, "constant", (), (), 0.9, False, DECAY, 0.0, 0.0, 1),
 )  # fmt: skip
@@ -436,7 +437,7 @@ class Colours:
     return len(self.colours)
 
   def __getitem__(self, index):
-    return np.broadcast_to(self.colours[index], (9, 11, 3)).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(self.colours[index], (9, 11, 3)).astype(np.uint8))
 
 
 def test_streamed_images_train_as_those_in_memory(mesh):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from input_pipeline import augment
@@ -31,7 +32,7 @@ SGD = OptimizerConfig("sgd", RATE, "constant", (), (), 0.0, False, 0.0, 0.0, 0.0
 CLASSIFIER = ClassifierConfig(
   loss="cross_entropy", references=(),
   loss_parameters=LossConfig(0.99, 1.0, 1.0, 0.5, 1.0, 0.8, 0.3, 0.35, 5, 0.1),
-  augment=AugmentConfig(0, False, "none", 2, 9.0, 0, 0.0), stream=StreamConfig(2, 0, 8),
+  augment=AugmentConfig(0, False, "none", 2, 9.0, 0, 0.0), stream=StreamConfig(2, 0, 1),
   batch_size=10, num_epochs=1.0, optimizer=SGD,
 )  # fmt: skip
 CONFIG = DecoupledConfig(("crt", "lws"), 1.0, 1.0, num_epochs=2.0, optimizer=SGD)
@@ -50,7 +51,7 @@ class Grey:
     return len(LABELS)
 
   def __getitem__(self, index):
-    return np.full((SIZE, SIZE, 3), 8 * index, np.uint8)
+    return Image.fromarray(np.full((SIZE, SIZE, 3), 8 * index, np.uint8))
 
 
 @pytest.fixture(autouse=True)

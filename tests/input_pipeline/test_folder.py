@@ -154,7 +154,7 @@ def test_other_formats_are_turned_too(tmp_path, suffix):
   pixels = np.zeros((8, 16, 3), np.uint8)
   pixels[:, :8] = 255
   save(tmp_path / f"a.{suffix}", pixels, exif=exif_of(6), quality=95)
-  image = folder.FolderImages([tmp_path / f"a.{suffix}"])[0]
+  image = np.asarray(folder.FolderImages([tmp_path / f"a.{suffix}"])[0])
   assert image.shape == (16, 8, 3) and image[:6].min() > 230 and image[10:].max() < 25
 
 
@@ -186,9 +186,11 @@ def test_a_size_makes_squares_of_all(root):
   save(root / "test/cat/x.png", noise(5, (4, 3)))
   source = load(root, image_size=5)
   originals = [noise(3, (30, 12)), *(noise(seed) for seed in (4, 2, 0, 1))]
-  expected = [resize_and_crop(image, 5) for image in originals]
+  expected = [resize_and_crop(Image.fromarray(image), 5) for image in originals]
   np.testing.assert_array_equal(source.train_images, expected)
-  np.testing.assert_array_equal(source.test_images[0], resize_and_crop(noise(5, (4, 3)), 5))
+  np.testing.assert_array_equal(
+    source.test_images[0], resize_and_crop(Image.fromarray(noise(5, (4, 3))), 5)
+  )
 
 
 def test_whole_photographs_are_not_held_all_at_once(root, monkeypatch):
@@ -225,7 +227,7 @@ def test_above_the_limit_images_stay_on_disk(root, monkeypatch):
     assert images.shape == (len(seeds), 4, 4, 3)
     for i, seed in enumerate(seeds):
       np.testing.assert_array_equal(images.read(i), noise(seed))
-    views = [resize_and_crop(noise(seed), 4, 256 / 224) for seed in seeds]
+    views = [resize_and_crop(Image.fromarray(noise(seed)), 4, 256 / 224) for seed in seeds]
     np.testing.assert_array_equal(images[:], views)
   assert source.train_labels.tolist() == [0, 0, 0, 1, 1]
   dataset.check(source, "folder")
@@ -370,7 +372,7 @@ def test_the_shipped_config_loads_a_folder(root):
   assert data.profile == "natural" and data.imbalance == 1.5 and not data.streamed
   assert data.train_images.shape == (5, 32, 32, 3) and data.train_counts.tolist() == [3, 2]
   assert len(data.left_out_labels) == len(data.holdout_labels) == 0
-  expected = [resize_and_crop(noise(seed), 32) for seed in (5, 6)]
+  expected = [resize_and_crop(Image.fromarray(noise(seed)), 32) for seed in (5, 6)]
   np.testing.assert_array_equal(data.test_images, expected)
 
 
@@ -385,7 +387,10 @@ def test_a_folder_is_cut_and_held_out_like_any_other_set(root, limit, monkeypatc
   assert data.holdout_labels.tolist() == [0] and data.left_out_labels.tolist() == [1, 1, 1]
   margin = 256 / 224 if data.streamed else 1.0
   cat, dog = (3, 4, 2), (0, 1, 30, 31)
-  views = {seed: resize_and_crop(noise(seed), 8, margin).tobytes() for seed in (*cat, *dog)}
+  views = {
+    seed: resize_and_crop(Image.fromarray(noise(seed)), 8, margin).tobytes()
+    for seed in (*cat, *dog)
+  }
   seen = [np.asarray(getattr(data, f"{part}_images")[:]) for part in ("train", "holdout")]
   seen.append(data.left_out_images[:])
   assert {image.tobytes() for images in seen for image in images} == set(views.values())

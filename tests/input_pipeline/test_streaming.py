@@ -18,7 +18,7 @@ from input_pipeline.streaming import StreamConfig, train_batches
 from memdiff.errors import ConfigError, DataError
 
 N, SIZE = 23, 6
-CONFIG = StreamConfig(num_threads=2, num_workers=0, prefetch=4)
+CONFIG = StreamConfig(num_threads=2, num_workers=0, prefetch=1)
 NUMBERS = np.arange(N, dtype=np.int32)  # as labels, they tell which examples a batch has
 CLASSES = np.array([0] * 14 + [2] * 3 + [1] + [3] * 5, np.int32)
 
@@ -34,7 +34,7 @@ class Plain:
 
   def __getitem__(self, index):
     self.reads += 1
-    return np.full((11, 9, 3), index, np.uint8)
+    return Image.new("RGB", (9, 11), (index,) * 3)
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,8 @@ def test_threads_and_reading_ahead_change_nothing(noise, config):
 @pytest.mark.parametrize("balanced", [False, True])
 def test_worker_processes_change_nothing(noise, balanced):
   more = {"balanced": balanced, "process_index": 1, "process_count": 2, "first_step": 2}
-  workers = take(noise, 5, labels=CLASSES, config=StreamConfig(2, 2, 3), **more)
-  assert_same(workers, take(noise, 5, labels=CLASSES, **more))
+  workers = take(noise, 9, labels=CLASSES, config=StreamConfig(2, 3 if balanced else 2, 2), **more)
+  assert_same(workers, take(noise, 9, labels=CLASSES, **more))
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -160,16 +160,16 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(processes):
     take(LazyImages(Plain(), SIZE), 1, batch_size=7, process_count=processes)
 
 
-def test_reading_ahead_is_counted_in_images():
+def test_whole_batches_are_read_while_one_is_in_use():
   reader = Plain(200)
-  config = StreamConfig(num_threads=2, num_workers=0, prefetch=5)
+  config = StreamConfig(num_threads=2, num_workers=0, prefetch=2)
   stream = train_batches(LazyImages(reader, SIZE), np.zeros(200, np.int32), 20, 0, 0, config)
   next(stream)
   deadline = time.monotonic() + 5
-  while reader.reads < 25 and time.monotonic() < deadline:
+  while reader.reads < 60 and time.monotonic() < deadline:
     time.sleep(0.01)
   time.sleep(0.05)
-  assert reader.reads == 25
+  assert reader.reads == 60
   stream.close()
 
 
@@ -260,6 +260,6 @@ def test_a_crop_is_cut_and_resized_as_pillow_does(width, height, size, seed):
   left, top, w, h = streaming._random_box(width, height, np.random.default_rng(seed))
   part = Image.fromarray(image).crop((left, top, left + w, top + h))
   expected = np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
-  crop = streaming.random_resized_crop(image, size, np.random.default_rng(seed))
+  crop = streaming.random_resized_crop(Image.fromarray(image), size, np.random.default_rng(seed))
   assert crop.dtype == np.uint8
   np.testing.assert_array_equal(crop, expected)
