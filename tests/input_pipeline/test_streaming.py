@@ -4,6 +4,7 @@ import pathlib
 import threading
 import time
 
+import grain
 import numpy as np
 import pytest
 from hypothesis import given
@@ -89,6 +90,16 @@ def test_worker_processes_change_nothing(noise, balanced):
   more = {"balanced": balanced, "process_index": 1, "process_count": 2, "first_step": 2}
   workers = take(noise, 9, labels=CLASSES, config=StreamConfig(2, 3 if balanced else 2, 2), **more)
   assert_same(workers, take(noise, 9, labels=CLASSES, **more))
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 3))
+def test_each_worker_is_dealt_whole_batches_in_turn(rows, workers, turn):
+  dealt = grain.MapDataset.range(10**6).map(streaming._InTurns(range(10**6), rows, workers))
+  for worker in range(workers):
+    own = dealt[worker::workers]  # as grain slices it
+    batch = [own[turn * rows + row] for row in range(rows)]
+    first = (turn * workers + worker) * rows
+    assert batch == list(range(first, first + rows))
 
 
 @pytest.mark.parametrize("balanced", [False, True])
