@@ -14,9 +14,7 @@ LOCK := requirements/py$(subst .,,$(VERSION)).txt
 READY := $(VENV)/.ready-$(VERSION)
 BIN := $(VENV)/bin
 
-# What compiles for TPUs without one; its version goes with that of jax in the locks.
 AOT := .venv-aot
-LIBTPU := libtpu==0.0.42.*
 
 .PHONY: run test test-slow lint format bench aot lock clean
 
@@ -43,10 +41,11 @@ bench: $(READY)
 aot: $(AOT)/.ready-$(VERSION)
 	$(AOT)/bin/python -m benchmarks.aot $(ARGS)
 
+# With libtpu, which compiles for TPUs on a machine that has none; of the version that jax asks for.
 $(AOT)/.ready-$(VERSION): $(LOCK)
 	$(PYTHON) -m venv --clear $(AOT)
 	$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check -r $(LOCK)
-	$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check "$(LIBTPU)"
+	$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check "jax[tpu]"
 	touch $@
 
 # A changed lock or another Python makes the environment anew.
