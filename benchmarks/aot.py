@@ -79,6 +79,17 @@ def num_bytes(arrays: list[tuple[str, tuple[int, ...]]]) -> int:
   return sum(math.prod(shape) * _BITS[dtype] // 8 for dtype, shape in arrays)
 
 
+def gathers_bank(program: str, slots: Any) -> bool:
+  """Whether a device gets all of a bank's `slots` [..., C, N, D] at once, apart or with more."""
+  *_, num_slots, dim = slots.shape
+  return any(
+    shape[-1] == dim and shape[-2:-1] >= (num_slots,) and math.prod(shape) >= slots.size
+    for kind, arrays in collectives(program)
+    if kind != "all-reduce"
+    for _, shape in arrays
+  )
+
+
 def host_transfers(program: str) -> list[str]:
   """Whatever in an HLO text waits for the host: names of operations and of custom calls."""
   operations = re.findall(r"= .*? (infeed|outfeed|send|recv)\(", program)
@@ -393,7 +404,7 @@ def measure(program: Program, device_kind: str) -> dict[str, Any]:
   """Compiles a program and tells what it needs per device.
 
   Raises:
-    RuntimeError: where a device gathers as much as the whole bank, or a step waits for the host.
+    RuntimeError: where a device gathers the whole bank, or a step waits for the host.
   """
   import jax
 
@@ -410,9 +421,8 @@ def measure(program: Program, device_kind: str) -> dict[str, Any]:
   row["compile_seconds"] = round(time.perf_counter() - start, 1)
   text, cost = compiled.as_text(), compiled.cost_analysis() or {}
   sent = collectives(text)
-  gathered = max((num_bytes(a) for kind, a in sent if kind == "all-gather"), default=0)
-  if bank and bank["per_device"] < bank["whole"] <= gathered:
-    raise RuntimeError(f"{program.name} gathers {gathered} bytes at once, as many as the bank has")
+  if bank and bank["per_device"] < bank["whole"] and gathers_bank(text, program.bank.slots):
+    raise RuntimeError(f"{program.name} gathers the whole bank")
   if host_transfers(text):
     raise RuntimeError(f"{program.name} waits for the host: {host_transfers(text)}")
   row["memory"], row["hbm_bytes"] = memory(compiled), hbm_bytes(device_kind)

@@ -63,15 +63,27 @@ def test_every_device_holds_its_part_of_the_bank(phases):
 
 
 def test_no_phase_gathers_the_bank(phases):
-  whole = phases["diffusion"]["bank"]["whole"]
+  slots = jax.ShapeDtypeStruct((1, ROWS, SLOTS, DIM), jnp.float32)
   for name, phase in phases.items():
     sent = aot.collectives(phase["text"])
     assert sent, name
+    assert not aot.gathers_bank(phase["text"], slots), name
     for kind, arrays in sent:
-      assert kind == "all-reduce" or aot.num_bytes(arrays) < whole, (name, kind, arrays)
       for _, shape in arrays:
         assert shape[-3:] not in {(ROWS, SLOTS, DIM), (ROWS, SLOTS + 2, DIM)}, (name, kind)
         assert shape[-2:] != (ROWS * SLOTS, DIM), (name, kind)
+
+
+@pytest.mark.parametrize(
+  ("shape", "whole"),
+  [
+    ("1,16,32,64", True), ("16,34,64", True), ("512,64", True), ("16,64", False),
+    ("2,32,64", False), ("111,1,8,64", False), ("16,32,65", False),
+  ],
+)  # fmt: skip
+def test_a_gathered_bank_is_noticed(shape, whole):
+  slots = jax.ShapeDtypeStruct((1, ROWS, SLOTS, DIM), jnp.float32)
+  assert aot.gathers_bank(f"%a = f32[{shape}]{{0}} all-gather(%b)", slots) == whole
 
 
 @pytest.mark.parametrize("name", ["diffusion", "hallucination"])

@@ -267,6 +267,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(undisturbed, tmp_path):
   workdir = tmp_path / "run"
   for phase, moment in MOMENTS.items():
