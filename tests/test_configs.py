@@ -303,7 +303,7 @@ def test_published_weights_run_on_pixels_as_they_were_trained_on(variant, tmp_pa
 
 
 def in_time(name, variant):
-  """Whole experiments on features take long; two of them stand for all in the short suite."""
+  """Whole experiments on features take long; one of them stands for all in the short suite."""
   whole = module_of(name).get_config(variant).experiment != "classification"
   in_short = (name, variant) == ("cifar100_lt", "memdiff")
   marks = [pytest.mark.slow] if whole and not in_short else []
