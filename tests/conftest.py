@@ -1,4 +1,4 @@
-"""One CPU device, strict promotion of ranks, a compile cache, and repeatable hypothesis."""
+"""One CPU device, strict promotion of ranks, quick compiling, and repeatable hypothesis."""
 
 import os
 import pathlib
@@ -16,6 +16,7 @@ import pytest  # noqa: E402
 from memdiff.runtime import mesh as mesh_lib  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # tests compile much, compute little
 jax.config.update("jax_compilation_cache_dir", str(_CACHE / f"jax-{jax.__version__}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

@@ -272,11 +272,8 @@ def _small_parts(monkeypatch):
   for name in dataset.SOURCES:
     if name != "folder":
       monkeypatch.setitem(dataset.SOURCES, name, source_of)
-  # What is run here is compiled once and computes next to nothing.
-  jax.config.update("jax_disable_most_optimizations", True)
   with threadpoolctl.threadpool_limits(1):
     yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.usefixtures("_small_parts")
@@ -303,10 +300,9 @@ def test_published_weights_run_on_pixels_as_they_were_trained_on(variant, tmp_pa
 
 
 def in_time(name, variant):
-  """Whole experiments on features take long; one of them stands for all in the short suite."""
+  """Whole experiments on features take long."""
   whole = module_of(name).get_config(variant).experiment != "classification"
-  in_short = (name, variant) == ("cifar100_lt", "memdiff")
-  marks = [pytest.mark.slow] if whole and not in_short else []
+  marks = [pytest.mark.slow] if whole else []
   return pytest.param(name, variant, marks=marks)
 
 

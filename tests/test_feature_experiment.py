@@ -63,15 +63,6 @@ def config_for(path):
   return config
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-  """These tests compile much and compute little."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 def run(config, workdir):
   report = pipeline.run(config.to_dict(), str(workdir), tensorboard=False, command="command")
   assert report == json.loads((workdir / "report.json").read_text())

@@ -57,15 +57,6 @@ ALL = sorted(DESCRIPTIONS)
 TRAINED = sorted(DIFFUSIONS | LDMLR)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast():
-  """These tests compile much and compute little."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 class Tiny(nn.Module):
   """A denoiser that compiles fast, in place of LDMLR's U-Net."""
 

@@ -36,15 +36,6 @@ SCHEDULE = NoiseSchedule(TRAINING.schedule)
 LABELS = jnp.array([0, 1, 2, 1, 0, 2, 2])  # a chunk and a part of one
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast():
-  """These tests compile much and compute little."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 def normal(seed, *shape):
   return jax.random.normal(jax.random.key(seed), shape)
 

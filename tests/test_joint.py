@@ -91,14 +91,11 @@ def test_rounds_share_the_steps():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_and_quick():
-  """A network of one block; these tests compile much and compute little."""
-  network, option = backbones.BACKBONES["resnet8"], "jax_disable_most_optimizations"
-  optimize = jax.config.read(option)
+def small():
+  """A network of one block."""
+  network = backbones.BACKBONES["resnet8"]
   backbones.BACKBONES["resnet8"] = backbones.Architecture((1,), (8,), for_small_images=True)
-  jax.config.update(option, True)
   yield
-  jax.config.update(option, optimize)
   backbones.BACKBONES["resnet8"] = network
 
 
@@ -203,6 +200,7 @@ def finished(tmp_path_factory):
   return workdir, run(workdir, **{"joint.refresh_drift": 0.0})
 
 
+@pytest.mark.slow
 def test_the_report_has_the_control_and_the_paired_gain(finished):
   workdir, report = finished
   rows = {row["method"]: row for row in report["classification"]}

@@ -17,6 +17,7 @@ from memdiff import feature_space, memory_bank
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.checkpoint import Checkpointer, abstract
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent
 # Everything a resumed run must reproduce to the last digit.
 EXACT = (
@@ -267,7 +268,6 @@ MOMENTS = {
 }
 
 
-@pytest.mark.slow
 def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(undisturbed, tmp_path):
   workdir = tmp_path / "run"
   for phase, moment in MOMENTS.items():
@@ -303,7 +303,6 @@ def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(undisturbed, tmp
       np.testing.assert_array_equal(array, theirs[name], err_msg=f"{path} {name}")
 
 
-@pytest.mark.slow
 def test_eight_devices_give_the_same_bank_split_and_curves(undisturbed, tmp_path):
   workdir = tmp_path / "run"
   report, _ = run(workdir, devices=8)

@@ -56,11 +56,8 @@ class Grey:
 
 @pytest.fixture(autouse=True)
 def _tiny_backbone(monkeypatch):
-  """A network of one convolution, and programs that are compiled quickly rather than well."""
+  """A network of one convolution."""
   monkeypatch.setitem(backbones.BACKBONES, "resnet8", TINY)
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def data_of(streamed=False):

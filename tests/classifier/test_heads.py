@@ -30,15 +30,6 @@ CONFIG = HeadConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast():
-  """These tests compile much and compute little."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 @functools.cache
 def make_data(seed=0):
   rng = np.random.default_rng(seed)
