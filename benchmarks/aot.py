@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
+from PIL import Image
 
 from memdiff.errors import ConfigError, MemdiffError
 
@@ -160,12 +161,12 @@ class _Blank:
   """So many images, all of them black."""
 
   def __init__(self, number: int, size: int):
-    self._number, self._image = number, np.zeros((size, size, 3), np.uint8)
+    self._number, self._image = number, Image.new("RGB", (size, size))
 
   def __len__(self) -> int:
     return self._number
 
-  def __getitem__(self, index: int) -> np.ndarray:
+  def __getitem__(self, index: int) -> Image.Image:
     return self._image
 
 

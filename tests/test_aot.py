@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import aot
+from input_pipeline.streaming import StreamConfig, train_batches
 
 ROOT = pathlib.Path(__file__).parent.parent
 DEVICES, ROWS, SLOTS, DIM, BATCH = 8, 16, 32, 64, 8
@@ -127,6 +129,19 @@ def test_made_counts_add_up(numbers):
   assert counts.sum() == numbers.images
   assert (counts.max(), counts.min()) == (numbers.largest, numbers.smallest)
   assert (np.diff(counts) <= 0).all()
+
+
+@pytest.mark.parametrize(("name", "profile"), aot.LARGE)
+def test_large_sets_stand_in_with_batches_of_their_size(name, profile):
+  numbers = aot.LARGE[name, profile]
+  config = SimpleNamespace(name=name, profile=profile, image_size=8)
+  data = aot._large_dataset(config, numbers)
+  assert data.streamed and data.num_classes == numbers.classes
+  assert len(data.train_labels) == numbers.images and len(data.test_labels) == numbers.test
+  batches = train_batches(data.train_images, data.train_labels, 4, 0, 0, StreamConfig(1, 0, 1))
+  batch = next(batches)
+  batches.close()
+  assert {v.shape for v in batch.values()} == {(4, 8, 8, 3), (4,)}
 
 
 @pytest.mark.slow
