@@ -1,12 +1,32 @@
-"""What tests of training stages share."""
+"""What tests of training stages and of several devices share."""
 
 import io
+import os
 import pathlib
+import subprocess
+import sys
 
 from memdiff.runtime import loop
 from memdiff.runtime.preemption import Preemption
 from memdiff.runtime.progress import Progress
 from memdiff.runtime.writers import TensorBoard
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def on_fake_devices(script: str, *arguments: str, devices: int = 8, timeout: int = 300) -> str:
+  """What a script prints in a process of its own with so many CPU devices; it must succeed."""
+  environment = os.environ | {
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+  }
+  done = subprocess.run(
+    [sys.executable, script, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True,
+    timeout=timeout,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout
 
 
 def make_run(mesh, seeds, steps_per_dispatch, *, every=None, **changes) -> loop.Run:

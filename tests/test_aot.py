@@ -1,8 +1,6 @@
 """Compiling ahead of time: what the phases' programs send, and that they wait for nobody."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,8 +12,8 @@ import pytest
 
 from benchmarks import aot
 from input_pipeline.streaming import StreamConfig, train_batches
+from tests import support
 
-ROOT = pathlib.Path(__file__).parent.parent
 DEVICES, ROWS, SLOTS, DIM, BATCH = 8, 16, 32, 64, 8
 
 
@@ -39,17 +37,7 @@ def child() -> None:
 
 @pytest.fixture(scope="module")
 def phases():
-  environment = os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cpu",
-  }
-  done = subprocess.run(
-    [sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True,
-    timeout=300,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  return json.loads(support.on_fake_devices(__file__, devices=DEVICES).splitlines()[-1])
 
 
 def test_every_phase_that_repeats_is_compiled(phases):
@@ -151,7 +139,7 @@ def test_a_slice_that_is_not_here_is_compiled_for(tmp_path):
   options = ["--topology=v5e:2x4", "--phases=classifier", f"--json={tmp_path / 'rows.json'}"]
   subprocess.run(
     [sys.executable, "-m", "benchmarks.aot", "--config=configs/digits_lt.py:smoke", *options],
-    cwd=ROOT, check=True, timeout=600,
+    cwd=support.ROOT, check=True, timeout=600,
   )  # fmt: skip
   result = json.loads((tmp_path / "rows.json").read_text())
   assert result["device_kind"] == "TPU v5 lite" and result["devices"] == 8

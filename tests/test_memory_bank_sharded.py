@@ -2,16 +2,15 @@
 
 import json
 import math
-import os
 import pathlib
 import re
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests import support
+
 DEVICES = (1, 2, 4, 8)
 CLASSES, ROWS, SLOTS, DIM, BATCH, SEEDS = 10, 16, 3, 4, 24, 2
 UNEVEN = 9  # rows of a batch that no number of devices divides
@@ -103,16 +102,7 @@ def child(out: str) -> None:
 def outcome(tmp_path_factory):
   """(arrays, compiled programs) of one child process with eight fake devices."""
   out = tmp_path_factory.mktemp("sharded")
-  environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cpu",
-  }
-  done = subprocess.run(
-    [sys.executable, __file__, str(out)], env=environment, cwd=ROOT, capture_output=True, text=True,
-    timeout=300,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3000:]
+  support.on_fake_devices(__file__, str(out))
   with np.load(out / "arrays.npz") as arrays:
     return dict(arrays), json.loads((out / "programs.json").read_text())
 

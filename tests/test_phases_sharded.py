@@ -1,10 +1,6 @@
 """Every training step and the sampler on 1, 2, 4 and 8 fake devices: the same numbers."""
 
 import dataclasses
-import json
-import os
-import pathlib
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -13,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests import support
+
 DEVICES = (1, 2, 4, 8)
 STEPS, BATCH, MADE, DIM = 3, 32, 4, 64
 PHASES = ("classifier", "bank", "diffusion", "sampler", "heads", "joint", "joint_bank")
@@ -161,23 +158,13 @@ def child(out: str) -> None:
           f"{number}/{phase}/{jax.tree_util.keystr(path)}": np.asarray(x) for path, x in leaves
         }
   np.savez(out, **found)
-  print(json.dumps(sorted(found)[:3]))
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
   """number of devices -> phase -> name -> array."""
   out = tmp_path_factory.mktemp("phases") / "arrays.npz"
-  environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cpu",
-  }
-  done = subprocess.run(
-    [sys.executable, __file__, str(out)], env=environment, cwd=ROOT, capture_output=True, text=True,
-    timeout=1200,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3000:]
+  support.on_fake_devices(__file__, str(out), timeout=1200)
   nested = {number: {phase: {} for phase in PHASES} for number in DEVICES}
   with np.load(out, allow_pickle=False) as arrays:
     for key, array in arrays.items():

@@ -2,19 +2,15 @@
 
 import json
 import math
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from memdiff.classifier import backbones
+from tests import support
 
-ROOT = pathlib.Path(__file__).parents[2]
 DEVICES = (2, 4, 8)
 PER_DEVICE, SIZE, CLASSES = 6, 8, 5
 KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
@@ -62,17 +58,7 @@ def child() -> None:
 
 @pytest.fixture(scope="module")
 def programs():
-  environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cpu",
-  }
-  done = subprocess.run(
-    [sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True,
-    timeout=300,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  return json.loads(support.on_fake_devices(__file__).splitlines()[-1])
 
 
 def travelling(program: str) -> list[tuple[str, int]]:

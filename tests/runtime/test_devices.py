@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 
 import jax
@@ -21,7 +18,6 @@ from memdiff.runtime.random import stream
 from memdiff.runtime.train_state import OptimizerConfig
 from tests import support
 
-ROOT = pathlib.Path(__file__).parents[2]
 STEPS, WIDTH, SEEDS = 12, 160, (0, 1)
 OPTIMIZER = train_state.make_optimizer(
   OptimizerConfig("adamw", 0.01, "cosine", (), (), 0.9, False, 0.1, 0.1, 1.0, 1), STEPS
@@ -96,17 +92,7 @@ def child() -> None:
 
 @pytest.fixture(scope="module")
 def found():
-  environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cpu",
-  }
-  done = subprocess.run(
-    [sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True,
-    timeout=300,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  return json.loads(support.on_fake_devices(__file__).splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", ["eight", "split", "moved"])
