@@ -25,6 +25,7 @@ COUNTS = np.array([16, 10, 6, 4])  # of the long tail; the sets have 16 of each 
 CLASSES = tuple("abcd")
 SIZE = 8
 OTHER_DEFAULTS = {"pretrained_cifar": "akamaster_resnet32", "isolating_cifar100_lt": "foreign"}
+PRETRAINED = (*OTHER_DEFAULTS, "isolating_cifar10_lt")  # need weights
 
 
 def module_of(name):
@@ -228,7 +229,7 @@ def shrunken(name, variant, folder):
     config.generators.fasa.update(num_epochs=1, batch_size=9)
     config.selection.folds = 0 if name in WITHOUT_SELECTION else 2
     config.generators.names = SOME_GENERATORS.get((name, variant), ("memdiff",))
-  if name in OTHER_DEFAULTS:
+  if name in PRETRAINED:
     config.encoder.init_from = str(folder / "weights.npz")
     write_weights(folder / "weights.npz", config.to_dict())
   return config
@@ -236,7 +237,9 @@ def shrunken(name, variant, folder):
 
 TWO_STEPS = 2 * 9 / COUNTS.sum()  # epochs of batches of nine
 # These differ from others by their images, or leave selection out.
-WITHOUT_SELECTION = ("cifar10_lt", "fashion_mnist_lt", "imagenet_lt", "inaturalist2018")
+WITHOUT_SELECTION = (
+  "cifar10_lt", "fashion_mnist_lt", "imagenet_lt", "inaturalist2018", "isolating_cifar10_lt"
+)  # fmt: skip
 SOME_GENERATORS = {  # of those named; tests/baselines runs each, and each costs seconds here
   ("isolating_cifar100_lt", "foreign"): ("fasa", "memdiff"),
   ("features", "default"): ("gaussian_shrunk", "class_only", "memdiff"),
