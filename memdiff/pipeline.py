@@ -129,6 +129,33 @@ def phase_config(e: Experiment, phases: tuple[Phase, ...], phase: Phase) -> dict
   return flat
 
 
+def open_experiment(
+  config: Mapping[str, Any], workdir: str, *, tensorboard: bool, command: str
+) -> tuple[Kind, Experiment]:
+  """An experiment that is checked, with its data and devices; its workdir is locked until closed.
+
+  Args and Raises: of `run`.
+  """
+  kind, settings, data = prepare(config)
+  folder = Workdir(workdir)
+  mesh = mesh_lib.make_mesh()
+  return kind, Experiment(
+    config=settings,
+    dataset=data,
+    workdir=folder,
+    run=loop.Run(
+      seeds=settings.seeds,
+      mesh=mesh,
+      config=settings.loop,
+      progress=Progress(len(kind.phases)),
+      tensorboard=TensorBoard(folder.path / "tensorboard", tensorboard),
+      preemption=Preemption(mesh),
+      execution=settings.execution,
+    ),
+    command=command,
+  )
+
+
 def run(config: Mapping[str, Any], workdir: str, *, tensorboard: bool, command: str) -> dict:
   """Runs an experiment from where its workdir stands to the report.
 
@@ -144,32 +171,13 @@ def run(config: Mapping[str, Any], workdir: str, *, tensorboard: bool, command: 
   Raises:
     MemdiffError: with a sentence for the user.
   """
-  kind, settings, data = prepare(config)
-  folder = Workdir(workdir)
-  writer = TensorBoard(folder.path / "tensorboard", tensorboard)
-  mesh = mesh_lib.make_mesh()
-  preemption = Preemption(mesh)
-  e = Experiment(
-    config=settings,
-    dataset=data,
-    workdir=folder,
-    run=loop.Run(
-      seeds=settings.seeds,
-      mesh=mesh,
-      config=settings.loop,
-      progress=Progress(len(kind.phases)),
-      tensorboard=writer,
-      preemption=preemption,
-      execution=settings.execution,
-    ),
-    command=command,
-  )
+  kind, e = open_experiment(config, workdir, tensorboard=tensorboard, command=command)
   try:
-    with preemption.listening(), distributed.noticing():
+    with e.run.preemption.listening(), distributed.noticing():
       return _run_phases(e, kind.phases)
   finally:
-    writer.close()
-    folder.close()
+    e.run.tensorboard.close()
+    e.workdir.close()
 
 
 def _run_phases(e: Experiment, phases: tuple[Phase, ...]) -> dict:

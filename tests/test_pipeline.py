@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from memdiff import feature_space, memory_bank
+from benchmarks import confidence, isolating, timing
+from memdiff import feature_space, memory_bank, pipeline
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.checkpoint import Checkpointer, abstract
 
@@ -324,6 +325,30 @@ def test_eight_devices_give_the_same_bank_split_and_curves(undisturbed, tmp_path
   ours, theirs = (stored_exemplars(folder, counts) for folder in (workdir, one))
   np.testing.assert_array_equal(ours, theirs)
   assert (ours >= 0).sum() == 2 * np.minimum(counts, 32).sum()
+
+
+def test_pieces_of_the_loss_are_compared_to_the_heads_of_the_run(undisturbed):
+  """With nothing changed the heads are those of the run; every other row changes something."""
+  workdir, report, _ = undisturbed
+  _, e = pipeline.open_experiment(report["config"], str(workdir), tensorboard=False, command="")
+  try:
+    found = confidence.accuracies(e, "memdiff")
+  finally:
+    e.workdir.close()
+  assert list(found) == [variant.title for variant in confidence.VARIANTS]
+  rows = {row["variant"]: row for row in confidence.summarise(found)}
+  own = rows[confidence.AS_RUN.title]
+  assert own["top1"]["mean"] == pytest.approx(rows_of(report)["memdiff+csl"]["top1"]["mean"])
+  assert own["difference"] == {"mean": 0.0, "std": 0.0}
+  for row in rows.values():
+    by_seed = np.subtract(row["top1_by_seed"], own["top1_by_seed"])
+    assert row["difference"]["mean"] == pytest.approx(by_seed.mean())
+    assert row["difference"]["std"] == pytest.approx(by_seed.std(ddof=1))
+  assert len({tuple(row["top1_by_seed"]) for row in rows.values()}) > 5
+  result = {"name": "digits", "generator": "memdiff", "num_seeds": 2, "rows": list(rows.values())}
+  page = confidence.markdown(result | timing.environment())
+  assert f"| as in the run | {isolating.percent(own['top1'], 2)} |  |" in page
+  assert all(f"| {title} |" in page for title in found)
 
 
 def stored_exemplars(workdir, counts):

@@ -1,0 +1,185 @@
+"""What each piece of the confidence-adaptive loss does: heads trained again with one thing changed.
+
+  python main.py --config=configs/digits_lt.py --workdir=RUN
+  python -m benchmarks.confidence --run=RUN [--generator=memdiff] --json FILE
+
+RUN is a finished run of any experiment on features whose `head.losses` name csl. Its synthetic
+features stay as they are, and every row draws the same minibatches; what is compared is how far
+they are trusted and how classes weigh. Writes FILE and the table beside it, FILE.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import isolating, timing
+from memdiff import feature_experiment, feature_space, pipeline, synthetic
+from memdiff.classifier import heads
+from memdiff.evaluation.classification import mean_std
+from memdiff.experiment import Experiment
+from memdiff.runtime import loop
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.workdir import write_atomically, write_json
+
+_LOSS = "csl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """A row: what it changes of `generators.confidence` and `head.training`, and of the filling."""
+
+  title: str
+  confidence: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  filled: bool = True
+
+
+AS_RUN = Variant("as in the run")
+VARIANTS = (
+  AS_RUN,
+  Variant("all trusted alike", {"name": "none"}),
+  Variant("certainty of the encoder's head", {"name": "certainty"}),
+  Variant("its probability of the class", {"name": "probability"}),
+  Variant("its entropy, the letter of the design", {"name": "entropy_literal"}),
+  Variant("confidence squared", {"power": 2.0}),
+  Variant("calibrated on real features", {"calibrate": True}),
+  Variant("not normalised within classes", {"normalize": False}),
+  Variant("calibrated, not normalised", {"calibrate": True, "normalize": False}),
+  Variant("class weights from real counts", {}, {"gamma_counts": "real"}),
+  Variant("no class weights", {}, {"beta": 0.0}),
+  Variant("class weights after half of the steps", {}, {"defer": 0.5}),
+  Variant(
+    "to the letter: entropy, real counts, not normalised",
+    {"name": "entropy_literal", "normalize": False},
+    {"gamma_counts": "real"},
+  ),
+  Variant("no synthetic features", filled=False),
+)
+
+
+def possible(e: Experiment) -> list[Variant]:
+  """The variants that need nothing which the run does not have."""
+  own = feature_experiment.has_own_head(e.config)
+  return [v for v in VARIANTS if own or v.confidence.get("name") not in synthetic.NEED_A_HEAD]
+
+
+def accuracies(e: Experiment, generator: str) -> dict[str, np.ndarray]:
+  """Title of each variant -> [S] top-1 of its heads on the test set."""
+  space = feature_experiment.load_space(e)
+  choices, _ = feature_experiment.load_selection(e)
+  trained = feature_experiment.head_training(e, space, choices, generator)
+  rows = [i for i, loss in enumerate(trained.losses) if loss == _LOSS]
+  labels = mesh_lib.replicate(e.mesh, feature_experiment.load_synthetic(e, generator)["labels"])
+
+  def trust(config):
+    """Confidence [R, K, M] of the generator's features, judged by `config`."""
+
+    def of_run(arguments):
+      features, exemplars, head = arguments
+      return jax.lax.map(
+        lambda x: synthetic.confidence(x, labels, exemplars, head, config), features
+      )
+
+    runs = space.runs
+    return jax.jit(lambda *a: jax.lax.map(of_run, a))(
+      trained.data.added.features, runs.exemplars, runs.head
+    )
+
+  @jax.jit
+  def predict(params, features):
+    return jax.vmap(feature_space.logits_of)(params, features).argmax(axis=-1)
+
+  found = {}
+  for variant in possible(e):
+    confidence = dataclasses.replace(e.config.generators.confidence, **variant.confidence)
+    config = dataclasses.replace(e.config.head.training, **variant.training)
+    settings = [trained.settings[i] for i in rows]
+    if not variant.filled:
+      settings = [dataclasses.replace(setting, fill=0) for setting in settings]
+    added = trained.data.added.replace(confidence=mesh_lib.replicate(e.mesh, trust(confidence)))
+    stage = heads.make_stage(
+      trained.stage.name, config, trained.data.replace(added=added), settings, e.mesh
+    )
+    run = dataclasses.replace(trained.run, seeds=tuple(rows))  # and so the minibatches of the run
+    with tempfile.TemporaryDirectory() as folder:
+      state = loop.train(stage, run, pathlib.Path(folder))
+    predicted = mesh_lib.fetch(predict(state.params, space.test))
+    found[variant.title] = (predicted == e.dataset.test_labels).mean(axis=1)
+  return found
+
+
+def summarise(found: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+  """A row per variant: top-1, and the difference from the run's own setting, paired by seed."""
+  rows = []
+  for title, top1 in found.items():
+    scores = {"top1": top1, "difference": top1 - found[AS_RUN.title]}
+    summary = {name: mean_std(values) for name, values in scores.items()}
+    rows.append({"variant": title, "top1_by_seed": top1.tolist()} | summary)
+  return rows
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+  """The page, with the table."""
+  lines = ["| `csl` with ... | top-1 % | difference, points |", "|---|---|---|"]
+  for row in result["rows"]:
+    same = row["variant"] == AS_RUN.title
+    difference = "" if same else isolating.percent(row["difference"], 2)
+    lines.append(f"| {row['variant']} | {isolating.percent(row['top1'], 2)} | {difference} |")
+  hardware, versions = result["hardware"], result["versions"]
+  return "\n".join(
+    [
+      f"# Pieces of the confidence-adaptive loss: {result['name']}",
+      "",
+      f"`{result['generator']}`'s features as they are, heads trained with `csl`,"
+      f" {result['num_seeds']} seeds, mean ± std; differences are paired by seed.",
+      "",
+      *lines,
+      "",
+      f"{hardware['cpu']}, {hardware['cpu_count']} cores; Python {versions['python']},"
+      f" JAX {versions['jax']}.",
+      "",
+    ]
+  )
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--run", required=True, type=pathlib.Path, help="workdir of a finished run")
+  parser.add_argument("--generator", default="memdiff", help="whose features")
+  parser.add_argument("--json", required=True, type=pathlib.Path, help="file to write")
+  arguments = parser.parse_args()
+  path = arguments.run / "report.json"
+  if not path.exists():
+    parser.error(f"{path} does not exist; let the run finish first")
+  report = json.loads(path.read_text())
+  method = f"{arguments.generator}+{_LOSS}"
+  if method not in (report.get("choices") or {}) or arguments.generator == "fasa":
+    parser.error(f"the run has no {method} (fasa weighs its features by itself)")
+  _, e = pipeline.open_experiment(
+    report["config"], str(arguments.run), tensorboard=False, command=report["command"]
+  )
+  try:
+    rows = summarise(accuracies(e, arguments.generator))
+  finally:
+    e.workdir.close()
+  result = {
+    "name": report["name"], "generator": arguments.generator, "num_seeds": len(e.seeds),
+    "rows": rows,
+  } | timing.environment()  # fmt: skip
+  write_json(arguments.json, result)
+  page = markdown(result)
+  write_atomically(arguments.json.with_suffix(".md"), page.encode())
+  print(page)
+
+
+if __name__ == "__main__":
+  main()
