@@ -14,21 +14,13 @@ import numpy as np
 import pytest
 
 from benchmarks import confidence, isolating, timing
+from benchmarks.faults.evidence import EXACT, PHASES
 from memdiff import feature_space, memory_bank, pipeline
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.checkpoint import Checkpointer, abstract
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent
-# Everything a resumed run must reproduce to the last digit.
-EXACT = (
-  "classification", "features", "generators", "comparison", "recommendation", "choices", "dataset",
-  "synthetic_counts", "config",
-)  # fmt: skip
-PHASES = (
-  "classifier", "memory_bank", "diffusion", "selection", "hallucination", "heads", "joint",
-  "evaluation",
-)  # fmt: skip
 LOSSES = ("cross_entropy", "logit_adjustment", "balanced_softmax", "csl")
 
 # Refuses TensorFlow and all that needs it, as an environment without them would.
