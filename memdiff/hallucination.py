@@ -6,7 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from memdiff import memory_bank
 from memdiff.config import above, at_least, each, one_of
@@ -16,6 +18,9 @@ from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.feature_diffusion import CONDITIONS, DiffusionConfig
 from memdiff.memory_bank import MemoryBank
 from memdiff.runtime import mesh as mesh_lib
+
+_GROUP_SIZES = (16, 8, 4, 2, 1)
+_ROOM = 1.25  # times as many samples may be drawn as are wanted, so that groups are whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +71,11 @@ def check_conditions(trained: DiffusionConfig, sampled: SamplerConfig) -> None:
 
 
 def guided_denoiser(denoiser: nn.Module, params, label, memory, scale: float | jax.Array):
-  """(x [B, ...], t [1]) -> the denoiser's output, with the conditioning of the rows encoded once.
+  """(x [B, ...], t [1]) -> the denoiser's output, with the conditioning encoded once.
 
-  At a scale of 1 the denoiser runs once per call; otherwise, and where the scale is traced (a sweep
-  under `vmap`), conditional and unconditional rows run as one batch of 2B.
+  Each of the G rows of `label` and `memory` conditions B / G rows of x in a row. At a scale of 1
+  the denoiser runs once per call; otherwise, and where the scale is traced (a sweep under `vmap`),
+  conditional and unconditional rows run as one batch of 2B.
   """
   variables = {"params": params}
 
@@ -96,12 +102,37 @@ def guided_denoiser(denoiser: nn.Module, params, label, memory, scale: float | j
   return predict
 
 
+def group(labels: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray, int]:
+  """Puts samples of a class together, so that they share one reading of its memory.
+
+  Args:
+    labels: [M] of the samples, in any order.
+    chunk_size: no group is larger.
+
+  Returns:
+    The class of every group, the place of every sample [M] when groups lie one behind the other,
+    and the size of a group, the largest that leaves few places empty. A function of the labels
+    alone, so that samples do not depend on the devices.
+  """
+  classes, row, counts = np.unique(labels, return_inverse=True, return_counts=True)
+  for size in _GROUP_SIZES:
+    groups = -(-counts // size)
+    if size <= chunk_size and groups.sum() * size <= _ROOM * len(labels):
+      break
+  order = np.argsort(row, kind="stable")
+  first = np.cumsum(groups) - groups
+  within = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+  place = np.empty(len(labels), int)
+  place[order] = first[row[order]] * size + within
+  return np.repeat(classes, groups), place, size
+
+
 def sample_features(
   denoiser: nn.Module,
   params: Any,
   schedule: NoiseSchedule,
   bank: MemoryBank,
-  labels: jax.Array,
+  labels: ArrayLike,
   key: jax.Array,
   config: SamplerConfig,
   prediction: str,
@@ -115,11 +146,11 @@ def sample_features(
   Args:
     denoiser, params, schedule: of the training; `params` are usually the EMA weights.
     bank: in standardised units.
-    labels: [M] int32.
+    labels: [M] int32, not traced: how they repeat decides the program.
     key: randomness.
     config: sampler, steps, condition and chunk size.
     prediction: what the denoiser was trained to predict.
-    mesh: samples are split over it.
+    mesh: groups of samples are split over it.
     guidance: its scale; may be traced, so that `vmap` or a map over it samples at several scales,
       from the same noise, in one program.
     origins: [M, D] features to begin from, for example exemplars; None: from noise alone.
@@ -128,14 +159,16 @@ def sample_features(
   Returns:
     [M, D] float32.
   """
-  num_samples = labels.shape[0]
-  chunk = min(config.chunk_size, num_samples)
-  num_chunks = -(-num_samples // chunk)
+  of_groups, place, size = group(np.asarray(labels), config.chunk_size)
+  groups_per_chunk = min(config.chunk_size // size, len(of_groups))
+  num_chunks = -(-len(of_groups) // groups_per_chunk)
+  of_groups = np.pad(of_groups, (0, num_chunks * groups_per_chunk - len(of_groups)))
+  chunk = groups_per_chunk * size
 
   def chunks(rows):
-    """[M, ...] -> [num_chunks, chunk, ...]."""
-    padding = [(0, num_chunks * chunk - num_samples)] + [(0, 0)] * (rows.ndim - 1)
-    return jnp.pad(rows, padding).reshape(num_chunks, chunk, *rows.shape[1:])
+    """[M, D] -> [num_chunks, chunk, D], every row at its place."""
+    empty = jnp.zeros((num_chunks * chunk, rows.shape[1]), rows.dtype)
+    return empty.at[place].set(rows).reshape(num_chunks, chunk, -1)
 
   def sample_chunk(arguments):
     number, labels, origin = arguments
@@ -159,6 +192,7 @@ def sample_features(
       start=start,
     )
 
-  inputs = (jnp.arange(num_chunks), *jax.tree.map(chunks, (labels, origins)))
+  labels_by_chunk = jnp.asarray(of_groups.reshape(num_chunks, -1), jnp.int32)
+  inputs = (jnp.arange(num_chunks), labels_by_chunk, jax.tree.map(chunks, origins))
   samples = jax.lax.map(sample_chunk, inputs)
-  return samples.reshape(num_chunks * chunk, -1)[:num_samples]
+  return samples.reshape(num_chunks * chunk, -1)[place]

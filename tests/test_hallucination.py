@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from memdiff import hallucination
 from memdiff.config import as_dict, build
@@ -33,7 +35,7 @@ TRAINING = DiffusionConfig(
   displacement=1.0, batch_size=8,
 )  # fmt: skip
 SCHEDULE = NoiseSchedule(TRAINING.schedule)
-LABELS = jnp.array([0, 1, 2, 1, 0, 2, 2])  # a chunk and a part of one
+LABELS = np.array([0, 1, 2, 1, 0, 2, 2])  # pairs, and one that is half empty
 
 
 def normal(seed, *shape):
@@ -193,9 +195,33 @@ def sample(made, mesh, bank, labels, guidance, key=0, **fields):
   )
 
 
+@pytest.mark.parametrize(
+  ("labels", "chunk_size", "groups", "place", "size"),
+  [
+    ([0, 1, 2, 1, 0, 2, 2], 4, [0, 1, 2, 2], [0, 2, 4, 3, 1, 5, 6], 2),
+    ([0, 1, 2, 1], 4, [0, 1, 1, 2], [0, 1, 3, 2], 1),  # pairs would leave a third empty
+    ([5] * 16 + [3] * 16, 64, [3, 5], [*range(16, 32), *range(16)], 16),
+    ([5] * 16 + [3] * 16, 9, [3, 3, 5, 5], [*range(16, 32), *range(16)], 8),
+    ([7] * 15, 64, [7], [*range(15)], 16),
+    ([7], 64, [7], [0], 1),
+  ],
+)
+def test_samples_of_a_class_lie_in_groups(labels, chunk_size, groups, place, size):
+  found = hallucination.group(np.array(labels), chunk_size)
+  assert (found[0].tolist(), found[1].tolist(), found[2]) == (groups, place, size)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=200), st.integers(1, 100))
+def test_every_sample_has_a_place_in_a_group_of_its_class(labels, chunk_size):
+  groups, place, size = hallucination.group(np.array(labels), chunk_size)
+  assert len(set(place.tolist())) == len(labels)
+  assert groups[place // size].tolist() == labels
+  assert size <= chunk_size and len(groups) * size <= 1.25 * len(labels)
+
+
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_samples_are_those_of_the_guided_denoiser_chunk_by_chunk(mlp, mesh, condition):
-  """The last chunk is filled up with rows of class 0, which are thrown away."""
+  """Each with a memory of its own here; what is left of the last pair is thrown away."""
   bank, scale = make_bank(), 1.7
   result = jax.jit(lambda b: sample(mlp, mesh, b, LABELS, scale, condition=condition))(bank)
   assert result.shape == (7, DIM) and result.dtype == jnp.float32
@@ -210,8 +236,22 @@ def test_samples_are_those_of_the_guided_denoiser_chunk_by_chunk(mlp, mesh, cond
       x0_limit=6.0,
     )  # fmt: skip
 
-  chunks = [of_chunk(0, LABELS[:4]), of_chunk(1, jnp.append(LABELS[4:], 0))]
-  np.testing.assert_allclose(result, np.concatenate(chunks)[:7], rtol=1e-3, atol=1e-3)
+  chunks = [of_chunk(0, jnp.array([0, 0, 1, 1])), of_chunk(1, jnp.array([2, 2, 2, 2]))]
+  expected = np.concatenate(chunks)[[0, 2, 4, 3, 1, 5, 6]]
+  np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_origins_stay_with_their_labels(mlp, mesh):
+  """A start of 0 gives every origin back."""
+  origins = normal(9, len(LABELS), DIM)
+  model, params = mlp
+  made = jax.jit(
+    lambda origins: hallucination.sample_features(
+      model, params, SCHEDULE, make_bank(), LABELS, jax.random.key(0), SAMPLING, "v", mesh, 1.0,
+      origins=origins, start=0.0,
+    )
+  )(origins)  # fmt: skip
+  np.testing.assert_allclose(made, origins, rtol=1e-5, atol=1e-5)
 
 
 def test_a_chunk_may_be_larger_than_what_there_is_to_make(mlp, mesh):
@@ -222,7 +262,7 @@ def test_a_chunk_may_be_larger_than_what_there_is_to_make(mlp, mesh):
 
 
 def test_samples_differ_from_each_other_and_repeat_with_their_key(mlp, mesh):
-  run = jax.jit(lambda key: sample(mlp, mesh, make_bank(), jnp.zeros(9, int), 1.0, key=key))
+  run = jax.jit(lambda key: sample(mlp, mesh, make_bank(), np.zeros(9, int), 1.0, key=key))
   first, again, other = (np.asarray(run(key)) for key in (0, 0, 1))
   assert np.isfinite(first).all() and len(np.unique(first, axis=0)) == 9  # across chunks too
   np.testing.assert_array_equal(first, again)
@@ -251,10 +291,9 @@ def test_guidance_swept_in_one_program_equals_one_scale_at_a_time(mesh, name, sw
 
 def test_without_guidance_by_the_class_all_classes_are_one(mlp, mesh):
   """A scale of 0 asks for features of no class; with 1 the label decides."""
-  bank, run = make_bank(), jax.jit(functools.partial(sample, mlp, mesh))
-  other = (LABELS + 1) % CLASSES
+  bank, run = make_bank(), jax.jit(functools.partial(sample, mlp, mesh), static_argnums=1)
   for scale, same in ((0.0, True), (1.0, False)):
-    a, b = (np.asarray(run(bank, labels, scale)) for labels in (LABELS, other))
+    a, b = (np.asarray(run(bank, labels, scale)) for labels in ((0, 1, 1, 0), (1, 2, 2, 1)))
     np.testing.assert_array_equal(np.isclose(a, b, atol=1e-4).all(axis=1), same)
 
 

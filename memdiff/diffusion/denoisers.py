@@ -2,8 +2,10 @@
 
 `condition(label, memory)` holds all that does not depend on x_t or t; a sampler calls it once and
 `denoise(x_t, t, context)` at every step. `__call__` is the two in a row. Arrays of a context lead
-with the batch. A sampler gives one time [1] for all rows, so that what depends on the time alone is
-computed once per step; training gives each row its own [B].
+with its G rows; each conditions B / G rows of x_t in a row, so that a sampler encodes and reads a
+class's memory once for several samples. A sampler gives one time [1] for all rows, so that what
+depends on the time alone is computed once per step; training gives each row its own time [B] and
+context (G = B).
 """
 
 import dataclasses
@@ -36,12 +38,12 @@ class DenoiserConfig:
 
 @flax.struct.dataclass
 class Context:
-  """A batch's conditioning: all that does not change from step to step."""
+  """Conditioning: all that does not change from step to step."""
 
-  summary: jax.Array  # [B, E + D + 2] class embedding, prototype and count
-  keys: jax.Array  # [B, K + 1, D] the stored features; row 0 is a learned "nothing known"
-  values: jax.Array  # [B, K + 1, D] the same with another row 0
-  mask: jax.Array  # [B, K + 1] bool
+  summary: jax.Array  # [G, E + D + 2] class embedding, prototype and count
+  keys: jax.Array  # [G, K + 1, D] the stored features; row 0 is a learned "nothing known"
+  values: jax.Array  # [G, K + 1, D] the same with another row 0
+  mask: jax.Array  # [G, K + 1] bool
 
 
 def time_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
@@ -51,10 +53,35 @@ def time_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class Affine(nn.Module):
-  """`nn.DenseGeneral` of the concatenation of several inputs [B, ...], some with a single row.
+def spread(rows: jax.Array, batch: int) -> jax.Array:
+  """[G, ...] -> [B, ...]: every row B / G times in a row; a single one stays as it is."""
+  number = rows.shape[0]
+  return rows if number == 1 else jnp.repeat(rows, batch // number, axis=0)
 
-  A part of one row stands for the whole batch and is multiplied once. Parameters, and the result
+
+def attend(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+  """Scaled dot-product attention whose heads share keys and values (Shazeer 2019, multi-query).
+
+  Args:
+    query: [B, H, E].
+    keys: [G, K, E], each row for B / G queries in a row.
+    values: [G, K, V].
+    mask: [G, K] bool, True where there is something.
+
+  Returns:
+    [B, H, V].
+  """
+  batch, num_heads, dim = query.shape
+  query = query.reshape(keys.shape[0], -1, dim)
+  scores = jnp.einsum("gqe,gke->gqk", query, keys) / jnp.sqrt(dim)
+  weights = nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
+  return jnp.einsum("gqk,gkv->gqv", weights, values).reshape(batch, num_heads, -1)
+
+
+class Affine(nn.Module):
+  """`nn.DenseGeneral` of the concatenation of several inputs [B, ...], some with fewer rows.
+
+  A part of fewer rows is multiplied before it is spread over the batch. Parameters, and the result
   where all parts have B rows, are those of the dense layer on the concatenated inputs.
   """
 
@@ -63,13 +90,16 @@ class Affine(nn.Module):
   @nn.compact
   def __call__(self, *parts: jax.Array) -> jax.Array:
     sizes = [part.shape[-1] for part in parts]
+    batch = max(part.shape[0] for part in parts)
     kernel = self.param("kernel", self._draw_kernel, (sum(sizes), *self.features))
     bias = self.param("bias", nn.initializers.zeros, self.features)
     if len({part.shape[0] for part in parts}) == 1:
       products = [jnp.tensordot(jnp.concatenate(parts, axis=-1), kernel, 1)]
     else:
       blocks = jnp.split(kernel, np.cumsum(sizes)[:-1])
-      products = map(lambda part, own: jnp.tensordot(part, own, 1), parts, blocks)
+      products = [
+        spread(jnp.tensordot(part, own, 1), batch) for part, own in zip(parts, blocks, strict=True)
+      ]
     return sum(products) + bias[None]
 
   @staticmethod
@@ -118,8 +148,8 @@ class MLPDenoiser(nn.Module):
     self.to_output = nn.Dense(dim, kernel_init=nn.initializers.zeros)
 
   def condition(self, label: jax.Array, memory: Memory) -> Context:
-    """label [B] int in [0, num_classes], memory of B rows -> Context."""
-    batch = label.shape[0]
+    """label [G] int in [0, num_classes], memory of G rows -> Context."""
+    number = label.shape[0]
     summary = jnp.concatenate(
       [
         self.class_embedding(label),
@@ -129,7 +159,7 @@ class MLPDenoiser(nn.Module):
       ],
       axis=-1,
     )
-    nothing = jnp.broadcast_to(self.nothing[:, None, None], (2, batch, 1, self.feature_dim))
+    nothing = jnp.broadcast_to(self.nothing[:, None, None], (2, number, 1, self.feature_dim))
     return Context(
       summary=summary,
       keys=jnp.concatenate([nothing[0], memory.slots], axis=1),
@@ -141,10 +171,7 @@ class MLPDenoiser(nn.Module):
     """x_t [B, D], t [B] or [1] in [0, 1000) -> (output [B, D], bottleneck [B, width])."""
     time = self.time_mlp(time_embedding(t, self.config.embedding_dim))
     joint = (x_t, context.summary, time)
-    scores = jnp.einsum("bhd,bkd->bhk", self.to_query(*joint), context.keys)
-    scores = scores / jnp.sqrt(self.feature_dim)
-    scores = jnp.where(context.mask[:, None], scores, -jnp.inf)
-    attended = jnp.einsum("bhk,bkd->bhd", nn.softmax(scores), context.values)
+    attended = attend(self.to_query(*joint), context.keys, context.values, context.mask)
     joint = (*joint, attended.reshape(attended.shape[0], -1))
     conditioning = nn.silu(self.to_conditioning(*joint))
     h = self.to_width(*joint)

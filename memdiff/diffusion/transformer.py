@@ -5,34 +5,24 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from memdiff.diffusion.denoisers import DenoiserConfig, time_embedding
+from memdiff.diffusion.denoisers import DenoiserConfig, attend, spread, time_embedding
 from memdiff.memory_bank import Memory
 
 
 @flax.struct.dataclass
 class Context:
-  """A batch's conditioning as K + 2 tokens: class, prototype, and the K stored features."""
+  """Conditioning as K + 2 tokens: class, prototype, and the K stored features."""
 
-  start: jax.Array  # [B, W] the prototype's part of the noised feature's token
-  keys: jax.Array  # [B, L + 1, K + 2, E] of L blocks and of the last look-up
-  values: jax.Array  # [B, L, K + 2, E]
-  rows: jax.Array  # [B, K + 2, D] the features that tokens stand for; the class's is zero
-  mask: jax.Array  # [B, K + 2] bool
+  start: jax.Array  # [G, W] the prototype's part of the noised feature's token
+  keys: jax.Array  # [G, L + 1, K + 2, E] of L blocks and of the last look-up
+  values: jax.Array  # [G, L, K + 2, E]
+  rows: jax.Array  # [G, K + 2, D] the features that tokens stand for; the class's is zero
+  mask: jax.Array  # [G, K + 2] bool
 
 
 def modulate(h: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
   """Layer norm of h [B, W], scaled and shifted by B rows or one."""
   return jax.nn.standardize(h, epsilon=1e-6) * (1 + scale) + shift
-
-
-def look_up(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-  """Attention whose heads share keys and values (Shazeer 2019, multi-query attention).
-
-  query [B, H, E], keys [B, K + 2, E], values [B, K + 2, V], mask [B, K + 2] -> [B, H, V].
-  """
-  scores = jnp.einsum("bhe,bke->bhk", query, keys) / jnp.sqrt(query.shape[-1])
-  weights = nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
-  return jnp.einsum("bhk,bkv->bhv", weights, values)
 
 
 class Block(nn.Module):
@@ -46,12 +36,12 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, h, time, keys, values, mask):
-    """h [B, W], time [B or 1, E], keys and values [B, K + 2, E] -> h [B, W]."""
+    """h [B, W], time [B or 1, E], keys and values [G, K + 2, E] -> h [B, W]."""
     c = self.config
     modulation = nn.Dense(6 * c.width, kernel_init=nn.initializers.zeros)(time)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
     query = nn.DenseGeneral((c.num_heads, c.embedding_dim))(modulate(h, shift, scale))
-    found = look_up(query, keys, values, mask)
+    found = attend(query, keys, values, mask)
     h = h + gate * nn.Dense(c.width)(found.reshape(h.shape[0], -1))
     hidden = nn.silu(nn.Dense(c.width)(modulate(h, shift_mlp, scale_mlp)))
     return h + gate_mlp * nn.Dense(c.width)(hidden)
@@ -94,7 +84,7 @@ class TransformerDenoiser(nn.Module):
     self.to_output = nn.DenseGeneral((3, self.feature_dim), kernel_init=nn.initializers.zeros)
 
   def condition(self, label: jax.Array, memory: Memory) -> Context:
-    """label [B] int in [0, num_classes], memory of B rows -> Context."""
+    """label [G] int in [0, num_classes], memory of G rows -> Context."""
     known = [jnp.log1p(memory.count)[:, None], (memory.count > 0).astype(jnp.float32)[:, None]]
     prototype = jnp.concatenate([memory.prototype, *known], axis=-1)
     first = [self.embed_class(label)[:, None], self.embed_prototype(prototype)[:, None]]
@@ -111,11 +101,11 @@ class TransformerDenoiser(nn.Module):
   def denoise(self, x_t: jax.Array, t: jax.Array, context: Context):
     """x_t [B, D], t [B] or [1] in [0, 1000) -> (output [B, D], bottleneck [B, width])."""
     time = nn.silu(self.time_mlp(time_embedding(t, self.config.embedding_dim)))
-    h = self.to_width(x_t) + context.start
+    h = self.to_width(x_t) + spread(context.start, x_t.shape[0])
     for i, block in enumerate(self.blocks):
       h = block(h, time, context.keys[:, i], context.values[:, i], context.mask)
     token = modulate(h, *jnp.split(self.modulation(time), 2, axis=-1))
-    found = look_up(self.to_query(token), context.keys[:, -1], context.rows, context.mask)[:, 0]
+    found = attend(self.to_query(token), context.keys[:, -1], context.rows, context.mask)[:, 0]
     shift, scale, trust = jnp.moveaxis(self.to_output(token), 1, 0)
     return shift + scale * x_t + trust * found, h
 
