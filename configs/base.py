@@ -197,7 +197,7 @@ def hallucination() -> ConfigDict:
   config.guidance = (1.0,)  # candidates; 1: none, above: towards the class
   config.start = (1.0,)  # candidates; below 1: from exemplars noised for this share of the steps
   config.x0_limit = 8.0  # clips predicted features, standard deviations; None: not
-  config.chunk_size = 1024  # samples at a time, bounds the memory
+  config.chunk_size = 1024  # samples at a time, bounds the memory; devices share them by 16
   return config
 
 
@@ -361,6 +361,7 @@ def large_memdiff(config: ConfigDict) -> None:
   )
   config.diffusion.batch_size = 256
   config.diffusion.num_steps = 50_000
+  config.hallucination.chunk_size = 4096  # 256 groups of 16, one for each device of a large slice
   config.generators.names = ("duplicate", "kernel_jitter", "class_only", "memdiff")
   config.head.training.num_steps = 20_000
   config.selection.encoder = "frozen"  # images that are streamed allow nothing else

@@ -135,7 +135,8 @@ def runs(campaign: Campaign, partial: dict[str, pathlib.Path]) -> None:
     return cut
 
   for phase, stage in (("diffusion", diffusion), ("joint", joint)):
-    try_damage(campaign, "last line of metrics.jsonl cut", partial[phase], cut_line(stage))
+    fault = "last line of metrics.jsonl cut"
+    try_damage(campaign, fault, partial[phase], cut_line(stage), stage=stage)
   files = (
     ("joint", "joint/manifest.json", cut),
     ("evaluation", "heads/manifest.json", cut),

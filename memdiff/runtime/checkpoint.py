@@ -36,8 +36,14 @@ class Checkpointer:
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
-  def save(self, step: int, state: Any) -> None:
-    """Starts saving `state`; a step that is already there is left as it is."""
+  def save(self, step: int, state: Any, records: int = 0) -> None:
+    """Starts saving `state`; a step that is already there is left as it is.
+
+    Args:
+      step: its number.
+      state: arrays on the devices.
+      records: how many records of metrics the stage had written by then; kept for `records`.
+    """
     if step == self._manager.latest_step():
       return
     self._check_room(state)
@@ -45,7 +51,7 @@ class Checkpointer:
       self._manager.save(
         step,
         args=ocp.args.StandardSave(state),
-        custom_metadata={"checksums": _checksums(state)},
+        custom_metadata={"checksums": _checksums(state), "records": records},
       )
     except Exception as error:  # of this save, or of the last one, which ran in the background
       raise WorkdirError(_cannot_write(self._directory, error)) from error
@@ -58,12 +64,23 @@ class Checkpointer:
       reason = f"{free / 2**20:.1f} MiB are free, {needed / 2**20:.1f} MiB are needed"
       raise WorkdirError(_cannot_write(self._directory, OSError(reason)))
 
-  def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
+  def records(self) -> dict[int, int]:
+    """Step of every checkpoint -> the `records` it was saved with; 0 where that is not known."""
+    found = {}
+    for step in self._manager.all_steps():
+      try:
+        found[step] = (self._manager.metadata(step).custom_metadata or {}).get("records", 0)
+      except Exception:  # torn; `restore` tells
+        found[step] = 0
+    return found
+
+  def restore(self, abstract_state: Any, newest: int | None = None) -> tuple[int, Any] | None:
     """The newest intact checkpoint as (step, state), or None where there is none.
 
     Args:
       abstract_state: the state's shapes, dtypes and shardings on the present devices, which need
         not be those it was saved from.
+      newest: later steps are passed over, since the metrics up to them are not all there.
 
     Raises:
       WorkdirError: where checkpoints exist and none can be read.
@@ -71,6 +88,9 @@ class Checkpointer:
     steps = sorted(self._manager.all_steps(), reverse=True)
     failures = []
     for step in steps:
+      if newest is not None and step > newest:
+        failures.append(f"step {step}: metrics.jsonl beside it has lost records")
+        continue
       try:
         args = ocp.args.StandardRestore(abstract_state)
         state = self._manager.restore(step, args=args)

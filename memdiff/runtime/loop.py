@@ -268,16 +268,16 @@ class _Training:
   def __init__(self, stage: Stage, run: Run, directory: pathlib.Path):
     self.stage, self.run, self.directory = stage, run, directory
     self.meter = Meter(directory, stage.batch_size, len(run.seeds))
-    self._history = History(directory / "metrics.jsonl")
+    self.history = History(directory / "metrics.jsonl")
 
   def resume(self, step: int, *, restored: bool) -> None:
     """Drops the records beyond `step`, which a killed process had written."""
-    kept = self._history.rewind(step if restored else -1)
+    kept = self.history.rewind(step if restored else -1)
     self.run.tensorboard.rewind(self.stage.name, step if restored else -1)
     self._skipped = sum(int(max(r["metrics"].get("skipped", [0]))) for r in kept)
 
   def write(self, step: int, kind: str, metrics: dict[str, np.ndarray]) -> None:
-    self._history.write(step, kind, metrics)
+    self.history.write(step, kind, metrics)
     values = {f"{kind}/{n}": float(np.mean(v)) for n, v in metrics.items()}
     self.run.tensorboard.scalars(step, values, self.stage.name)
 
@@ -350,7 +350,8 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
   checkpointer = checkpoint_lib.Checkpointer(
     directory / "checkpoints", config.keep_checkpoints, config.keep_every
   )
-  restored = checkpointer.restore(abstract_state(stage, run))
+  newest = training.history.complete_until(checkpointer.records())
+  restored = checkpointer.restore(abstract_state(stage, run), newest)
   if restored is None:
     step = 0
     with progress.compiling(f"{stage.name} initial state"), meter.apart("compile"):
@@ -380,7 +381,7 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
         training.write(step, "eval", scores)
       if saves and (done or step > 0):
         with meter.apart("checkpoint"):
-          checkpointer.save(step, state)
+          checkpointer.save(step, state, training.history.number)
       if done:
         return state
       if stops:

@@ -25,15 +25,30 @@ class History:
 
   def __init__(self, path: pathlib.Path):
     self._path = path
+    self.number = 0  # of records
+
+  def complete_until(self, saved: Mapping[int, int]) -> int:
+    """The last of the steps at which as many records had been written as are there; -1: none.
+
+    A machine that loses power may keep a checkpoint and forget what was written before it.
+
+    Args:
+      saved: step -> records written by then.
+    """
+    steps = [record["step"] for record in read_history(self._path)]
+    whole = [s for s, number in saved.items() if sum(step <= s for step in steps) >= number]
+    return distributed.from_main(max(whole, default=-1))
 
   def rewind(self, step: int) -> list[dict]:
     """Drops what a killed process had written beyond the checkpoint of `step`; returns the rest."""
     kept = [record for record in read_history(self._path) if record["step"] <= step]
     distributed.barrier("read history")  # before the main process writes it anew
     write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    self.number = len(kept)
     return kept
 
   def write(self, step: int, kind: str, metrics: Mapping[str, np.ndarray]) -> None:
+    self.number += 1
     if not distributed.is_main():
       return
     values = {name: np.asarray(value, float).tolist() for name, value in metrics.items()}

@@ -269,6 +269,33 @@ def test_a_checkpoint_with_one_changed_bit_falls_back_to_the_older(mesh, tmp_pat
   np.testing.assert_array_equal(state["w"], states[1]["w"].astype(np.float32))
 
 
+def cut(path, lines, characters=0):
+  """Takes the last lines away, and the end of the one before."""
+  text = "".join(path.read_text().splitlines(keepends=True)[: -lines or None])
+  path.write_text(text[: -characters or None])
+
+
+@pytest.mark.parametrize(("lines", "characters"), [(0, 5), (1, 0), (1, 5)])
+def test_records_that_got_lost_are_made_anew_from_the_checkpoint_before(
+  mesh, tmp_path, uninterrupted, lines, characters
+):
+  loop.train(make_stage(), make_run(mesh), tmp_path)
+  cut(tmp_path / "metrics.jsonl", lines, characters)
+  progress = Progress(1, stream=io.StringIO())
+  state = loop.train(make_stage(), make_run(mesh, progress), tmp_path)
+  assert "toy resumes at step 20/23" in progress._stream.getvalue()
+  check_same(state, uninterrupted[0])
+  assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
+
+
+def test_where_the_records_of_all_checkpoints_are_lost_it_is_said(mesh, tmp_path):
+  loop.train(make_stage(), make_run(mesh), tmp_path)
+  (tmp_path / "metrics.jsonl").unlink()
+  with pytest.raises(WorkdirError, match=r"step 20: metrics.jsonl beside it has lost records"):
+    loop.train(make_stage(), make_run(mesh), tmp_path)
+  assert steps_on_disk(tmp_path) == [20, 23]
+
+
 def test_where_no_checkpoint_can_be_read_the_folder_is_named(mesh, tmp_path):
   loop.train(make_stage(), make_run(mesh), tmp_path)
   for step in (20, 23):
