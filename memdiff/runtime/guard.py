@@ -1,7 +1,8 @@
-"""The guard over numbers: a step that leaves them non-finite does not change the state.
+"""The guard over numbers: steps that leave them non-finite do not change the state.
 
-`stop` freezes the seed before its first bad step, so that the state which met the bad batch is
-still there and the batch can be drawn again and kept. `skip` leaves the step out and counts it.
+`stop` gives a seed the state back with which its dispatch began, so that the bad batch can be drawn
+again and kept. `skip` leaves the step out and counts it, which costs a choice between two states at
+every step.
 """
 
 import pathlib
@@ -27,6 +28,20 @@ def is_finite(metrics: dict[str, jax.Array], params: Any) -> jax.Array:
   return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
+def choose(keep: jax.Array, new: Any, old: Any) -> Any:
+  """The new state of a seed where `keep`, else the old one.
+
+  The bank is left to its own guard, which lets no non-finite feature in: choosing between two banks
+  would copy them.
+  """
+  chosen = jax.tree.map(
+    lambda a, b: jax.lax.select(jnp.broadcast_to(keep, a.shape), a, b),
+    new.replace(bank=None, key=None),
+    old.replace(bank=None, key=None),
+  )
+  return chosen.replace(bank=new.bank, key=new.key)
+
+
 def guarded(step: Callable, on_non_finite: str) -> Callable:
   """Wraps the step of one seed.
 
@@ -35,25 +50,21 @@ def guarded(step: Callable, on_non_finite: str) -> Callable:
     on_non_finite: out of ON_NON_FINITE.
 
   Returns:
-    (state, alive, *rest) -> (state, alive, metrics with FINITE). The bank is left to its own guard,
-    which lets no non-finite feature in: choosing between two banks would copy it at every step.
+    (state, alive, *rest) -> (state, alive, metrics with FINITE). With `stop` a seed is alive until
+    its first bad step; what becomes of its state after that is for `choose`.
   """
 
-  def guarded_step(state, alive, *rest):
+  def stopping_step(state, alive, *rest):
     new, metrics = step(state, *rest)
     finite = is_finite(metrics, new.params)
-    keep = alive & finite
-    kept = jax.tree.map(
-      lambda a, b: jax.lax.select(jnp.broadcast_to(keep, a.shape), a, b),
-      new.replace(bank=None, key=None),
-      state.replace(bank=None, key=None),
-    )
-    kept = kept.replace(bank=new.bank, key=new.key)
-    if on_non_finite == "skip":
-      return kept.replace(step=new.step), alive, metrics | {FINITE: finite}
-    return kept, keep, metrics | {FINITE: finite | ~alive}
+    return new, alive & finite, metrics | {FINITE: finite | ~alive}
 
-  return guarded_step
+  def skipping_step(state, alive, *rest):
+    new, metrics = step(state, *rest)
+    finite = is_finite(metrics, new.params)
+    return choose(finite, new, state).replace(step=new.step), alive, metrics | {FINITE: finite}
+
+  return skipping_step if on_non_finite == "skip" else stopping_step
 
 
 def first_bad(finite: np.ndarray) -> tuple[int, int] | None:

@@ -167,8 +167,10 @@ def make_dispatch(stage: Stage, run: Run) -> Callable:
         *carry, metrics = step(*carry, shared, own if batch is None else (own, batch))
         return tuple(carry), metrics
 
-      (state, alive), metrics = jax.lax.scan(body, (state, alive), batches, length=num_steps)
-      return state, alive, metrics
+      (new, alive), metrics = jax.lax.scan(body, (state, alive), batches, length=num_steps)
+      if run.config.on_non_finite == "stop":
+        new = guard.choose(alive, new, state)
+      return new, alive, metrics
 
     return jax.vmap(one_seed)(state, alive, own, batches)
 
@@ -310,13 +312,19 @@ class _Training:
     words = guard.blame(metrics, seed, offset)
     if run.config.on_non_finite == "skip":
       words = f"{self._skipped} bad steps are more than {run.config.max_skipped}; {words}"
-    else:  # the seed stands where it met the batch
+    else:  # the seed stands where the dispatch began
 
       def draw(state, shared, own, batches):
-        state, own = jax.tree.map(lambda x: x[seed], (state, own))
-        if batches is not None:
-          own = own, jax.tree.map(lambda x: x[seed, offset], batches)
-        return stage.batch(state, shared, own)
+        state, own, batches = jax.tree.map(lambda x: x[seed], (state, own, batches))
+
+        def of_step(number):
+          return own if batches is None else (own, jax.tree.map(lambda x: x[number], batches))
+
+        def advance(number, state):
+          return stage.step(state, shared, of_step(number))[0]
+
+        state = jax.lax.fori_loop(0, offset, advance, state)
+        return stage.batch(state, shared, of_step(offset))
 
       batch = mesh_lib.fetch(jax.jit(draw)(state, stage.shared, stage.own, pending.batches))
       kept = guard.dump(batch, self.directory, stage.name, step, run.seeds[seed])
