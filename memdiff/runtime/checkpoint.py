@@ -16,6 +16,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from memdiff.errors import WorkdirError
+from memdiff.runtime import distributed
+
+_UNREADABLE = ".unreadable"  # behind the name of a checkpoint's folder
 
 
 class Checkpointer:
@@ -26,6 +29,7 @@ class Checkpointer:
 
   def __init__(self, directory: pathlib.Path, keep: int, keep_every: int = 0):
     self._directory = directory
+    self._unreadable = _set_aside(directory)
     self._manager = ocp.CheckpointManager(
       directory.absolute(),
       options=ocp.CheckpointManagerOptions(
@@ -100,7 +104,11 @@ class Checkpointer:
         continue
       for newer in steps[: len(failures)]:  # torn, and in the way of saving that step anew
         self._manager.delete(newer)
+      if distributed.is_main():
+        for path in self._unreadable:
+          shutil.rmtree(path, ignore_errors=True)
       return step, state
+    failures += [f"step {path.stem}: its metadata cannot be read" for path in self._unreadable]
     if failures:
       raise WorkdirError(
         f"No checkpoint in {self._directory} can be read ({'; '.join(failures)}); remove that"
@@ -131,6 +139,23 @@ class Checkpointer:
       self.wait()
     finally:
       self._manager.close()
+
+
+def _set_aside(directory: pathlib.Path) -> list[pathlib.Path]:
+  """Renames checkpoints whose metadata are damaged, which Orbax would not pass over by itself.
+
+  Returns:
+    their folders, those of earlier runs included.
+  """
+  if distributed.is_main() and directory.is_dir():
+    for step in ocp.path.step.standard_name_format().find_all(directory.absolute()):
+      try:
+        _ = step.commit_timestamp_nsecs
+      except Exception:  # whatever a parser raises
+        path = pathlib.Path(step.path)
+        path.rename(path.with_name(path.name + _UNREADABLE))
+  distributed.barrier("checkpoints set aside")
+  return sorted(directory.glob("*" + _UNREADABLE))
 
 
 def _checksums(state: Any) -> list[int | None]:

@@ -248,6 +248,31 @@ def test_a_torn_newest_checkpoint_falls_back_to_the_older(mesh, tmp_path, uninte
   check_same(loop.load_final(make_stage(), make_run(mesh), tmp_path), uninterrupted[0])
 
 
+def spoil_metadata(folder, step):
+  """One changed letter in the name of an entry."""
+  path = folder / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
+  path.write_text(path.read_text().replace("init_timestamp", "init_dimestamp"))
+
+
+def test_a_checkpoint_with_spoiled_metadata_falls_back_to_the_older(mesh, tmp_path, uninterrupted):
+  loop.train(make_stage(), make_run(mesh), tmp_path)
+  spoil_metadata(tmp_path, 23)
+  progress = Progress(1, stream=io.StringIO())
+  state = loop.train(make_stage(), make_run(mesh, progress), tmp_path)
+  assert "toy resumes at step 20/23" in progress._stream.getvalue()
+  check_same(state, uninterrupted[0])
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["20", "23"]
+
+
+def test_where_all_metadata_are_spoiled_the_folder_is_named_every_time(mesh, tmp_path):
+  loop.train(make_stage(), make_run(mesh), tmp_path)
+  for step in (20, 23):
+    spoil_metadata(tmp_path, step)
+  for _ in range(2):
+    with pytest.raises(WorkdirError, match=r"step 20: its metadata cannot be read.*step 23: its"):
+      loop.train(make_stage(), make_run(mesh), tmp_path)
+
+
 def test_a_checkpoint_with_one_changed_bit_falls_back_to_the_older(mesh, tmp_path):
   place = functools.partial(mesh_lib.replicate, mesh)
   states = {step: {"w": np.random.RandomState(step).rand(64, 64)} for step in (1, 2)}
