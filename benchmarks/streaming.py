@@ -28,7 +28,7 @@ from input_pipeline.source import Source
 from input_pipeline.streaming import StreamConfig
 
 _SIZE, _BATCH, _BILINEAR = 224, 64, Image.Resampling.BILINEAR
-_DEFAULT = StreamConfig(num_threads=16, num_workers=0, prefetch=2)  # as in configs/base.py
+_DEFAULT = StreamConfig(num_threads=0, num_workers=0, prefetch=2)  # as in configs/base.py
 _THREADS, _WORKERS, _LOADS = (1, 2, 4, 16), (0, 1, 2), (0.5, 0.8, 1.2)
 _LATE = 100_000  # a step
 _PROCESS = psutil.Process()
@@ -212,8 +212,9 @@ def views(images: LazyImages) -> dict[str, float]:
 def waits(source: Source, batches: int) -> dict[str, dict[str, float]]:
   """Share of the time in which a device waits for data.
 
-  The device is a sleep as long as decoding a batch takes, divided by a load; nothing else goes on
-  meanwhile but reading ahead. How long decoding takes is measured just before, and again after.
+  The device is a clock: a step takes as long as decoding a batch does, divided by a load, and
+  begins when its batch is there and the step before is over. As in the training loop, the next
+  batch is fetched while a step goes on. How long decoding takes is measured just before, and after.
 
   Returns:
     Per load the share, and the load by the time that decoding took before and after on average.
@@ -223,11 +224,13 @@ def waits(source: Source, batches: int) -> dict[str, dict[str, float]]:
     def seconds(sleep: float) -> tuple[float, float]:
       """Waiting, and in all."""
       waited, begin = 0.0, time.perf_counter()
+      over = begin  # when the device has nothing more to do
       for _ in range(batches):
-        start = time.perf_counter()
         next(stream)
-        waited += time.perf_counter() - start
-        time.sleep(sleep)
+        now = time.perf_counter()
+        waited += max(now - over, 0.0)
+        time.sleep(max(over - now, 0.0))
+        over = time.perf_counter() + sleep
       return waited, time.perf_counter() - begin
 
     for _ in range(_ahead(_DEFAULT)):

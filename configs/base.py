@@ -114,7 +114,7 @@ def classifier() -> ConfigDict:
   config.augment.cutout = 0  # side of the square set to the mean, pixels; 0: none
   config.augment.mixup = 0.0  # alpha of Beta(alpha, alpha); 0: none
   config.stream = ConfigDict()  # large sets, which are read while training
-  config.stream.num_threads = 16  # that read and decode, in each process
+  config.stream.num_threads = 0  # that read and decode, in each process; 0: a core each, up to 16
   config.stream.num_workers = 0  # processes beside them; 0: threads of this one
   config.stream.prefetch = 2  # batches that each process reads ahead
   config.batch_size = 128  # images

@@ -6,6 +6,7 @@ so that a run resumes at its step without a saved iterator. Hosts read disjoint 
 
 import dataclasses
 import math
+import os
 import zlib
 from collections.abc import Iterator
 
@@ -19,14 +20,23 @@ from memdiff.config import at_least
 from memdiff.errors import ConfigError
 
 _SCALE, _RATIO, _ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
+_MAX_THREADS = 16
 _ENDLESS = 2**62  # examples; where grain's own length ends, batches of one overflow
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamConfig:
-  num_threads: int = at_least(1)
+  num_threads: int = at_least(0)  # 0: as many as there are cores
   num_workers: int = at_least(0)
   prefetch: int = at_least(1)  # batches
+
+  @property
+  def threads_per_process(self) -> int:
+    """More threads than cores keep the training loop from its turn, and decode no faster."""
+    if self.num_threads:
+      return self.num_threads
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(min(cores or 1, _MAX_THREADS) // max(self.num_workers, 1), 1)
 
 
 def stream_seed(seed: int, name: str) -> int:
@@ -159,7 +169,7 @@ def train_batches(
   examples = examples[first_step * rows :]
   # In images: a batch is made of what all threads have read.
   threads = grain.ReadOptions(
-    num_threads=config.num_threads, prefetch_buffer_size=config.prefetch * rows
+    num_threads=config.threads_per_process, prefetch_buffer_size=config.prefetch * rows
   )
   if not config.num_workers:
     return iter(examples.to_iter_dataset(threads).batch(rows))

@@ -263,7 +263,7 @@ OUT_OF_RANGE = {
     "classifier.augment.padding": [-1], "classifier.augment.policy": ["trivial"],
     "classifier.augment.magnitude": [31.0], "classifier.augment.num_layers": [0],
     "classifier.augment.cutout": [-1], "classifier.augment.mixup": [-0.5],
-    "classifier.stream.num_threads": [0], "classifier.stream.num_workers": [-1],
+    "classifier.stream.num_threads": [-1], "classifier.stream.num_workers": [-1],
     "classifier.stream.prefetch": [0], "classifier.batch_size": [0],
     "classifier.num_epochs": [-1.0], "classifier.optimizer.name": ["lion"],
     "classifier.optimizer.learning_rate": [0, -1.0], "classifier.optimizer.momentum": [1.0],

@@ -1,5 +1,6 @@
 """Batches of sets on disk: functions of seed and step, whatever reads them, and random crops."""
 
+import os
 import pathlib
 import threading
 import time
@@ -274,3 +275,12 @@ def test_a_crop_is_cut_and_resized_as_pillow_does(width, height, size, seed):
   crop = streaming.random_resized_crop(Image.fromarray(image), size, np.random.default_rng(seed))
   assert crop.dtype == np.uint8
   np.testing.assert_array_equal(crop, expected)
+
+
+def test_there_are_as_many_threads_as_cores_where_none_are_asked_for(monkeypatch):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+  threads = {w: StreamConfig(0, w, 1).threads_per_process for w in (0, 1, 2, 9)}
+  assert threads == {0: 6, 1: 6, 2: 3, 9: 1}
+  assert StreamConfig(16, 0, 1).threads_per_process == 16
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
+  assert StreamConfig(0, 0, 1).threads_per_process == 16
