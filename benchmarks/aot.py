@@ -233,11 +233,11 @@ def _stage_program(stage: Any, run: Any, bank: Any = None) -> Program:
   """A training stage's dispatch; its bank is the one in its state where `bank` is None."""
   import jax
 
-  from memdiff.runtime import loop
   from memdiff.runtime import mesh as mesh_lib
+  from memdiff.runtime import programs as stage_programs
 
   steps, seeds = run.config.steps_per_dispatch, len(run.seeds)
-  state = loop.abstract_state(stage, run)
+  state = stage_programs.abstract_state(stage, run)
 
   def stacked(x):
     """The batches of a dispatch, from one of them."""
@@ -249,7 +249,7 @@ def _stage_program(stage: Any, run: Any, bank: Any = None) -> Program:
       iterator = stage.batches(run.seeds[0], 0)
       batches = jax.tree.map(stacked, next(iterator))
       iterator.close()
-    dispatch = loop.make_dispatch(stage, run)
+    dispatch = stage_programs.make_dispatch(stage, run)
     return dispatch.lower(state, alive, stage.shared, stage.own, batches, num_steps=steps)
 
   return Program(stage.name, lower, state.bank if bank is None else bank)
@@ -295,8 +295,7 @@ def _classifiers(settings: Any, data: Any, run: Any) -> Iterator[Program]:
 
   shared = encoder.device_data(settings.encoder.input, data, run.mesh)
   for loss in training.trained_losses(settings.classifier):
-    # As the kinds of experiment do: memdiff's classifiers always keep a bank.
-    keeps = settings.experiment == "memdiff" or losses.LOSSES[loss].needs_bank
+    keeps = losses.LOSSES[loss].needs_bank
     stage = training.make_stage(
       settings.classifier, settings.encoder, settings.memory_bank if keeps else None, loss, data,
       shared, run.mesh,
@@ -311,7 +310,7 @@ def _on_features(settings: Any, data: Any, run: Any) -> Iterator[Program]:
 
   from memdiff import feature_diffusion, generators
   from memdiff.classifier import heads
-  from memdiff.runtime import loop
+  from memdiff.runtime import programs as stage_programs
   from memdiff.runtime.random import base_keys
 
   mesh, runs = run.mesh, _feature_runs(settings, data, run.mesh)
@@ -329,12 +328,10 @@ def _on_features(settings: Any, data: Any, run: Any) -> Iterator[Program]:
   strengths = generators.strengths("memdiff", shop)
 
   def sample():
-    labels = np.repeat(np.arange(len(made), dtype=np.int32), made)
     dim = settings.encoder.feature_dim
-    sampler = generators.diffusion_sampler("memdiff", shop, dim, labels, mesh)
-    program = generators.sampling_program(sampler, labels, settings.generators.confidence, mesh)
+    program = generators.sampling_program("memdiff", shop, dim, tuple(made.tolist()), mesh)
     arguments = jax.eval_shape(lambda: (base_keys(run.seeds, "sample"), jnp.zeros(len(strengths))))
-    learned = loop.abstract_state(diffusion, run).ema_params
+    learned = stage_programs.abstract_state(diffusion, run).ema_params
     return program.lower(*_described(arguments, mesh), runs, learned)
 
   yield Program("hallucination", sample, runs.bank)
@@ -362,7 +359,7 @@ def _on_features(settings: Any, data: Any, run: Any) -> Iterator[Program]:
     )
 
   every = [
-    heads.Setting(seed, 0, generators.ALL, 1.0, heads.trained_loss(loss))
+    heads.Setting(run=seed, seed=seed, stream=loss, loss=heads.trained_loss(loss))
     for loss in settings.head.losses
     for seed in range(len(run.seeds))
   ]

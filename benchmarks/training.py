@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from memdiff.runtime import loop
+from memdiff.runtime import loop, programs
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.preemption import Preemption
@@ -26,7 +26,7 @@ def make_run(
     progress=Progress(1),
     tensorboard=TensorBoard(pathlib.Path("unused"), enabled=False),
     preemption=Preemption(mesh),
-    execution=loop.ExecutionConfig(parameters, "", ()),
+    execution=loop.ExecutionConfig(parameters, False, "", ()),
   )
 
 
@@ -37,9 +37,9 @@ class Training:
     self.stage, self.steps, self.work = stage, steps, steps * len(seeds)
     self.done = 0
     run = make_run(seeds, mesh, steps)
-    self.state = loop.make_init(stage, run)()
+    self.state = programs.make_init(stage, run)()
     self._alive = mesh_lib.replicate(mesh, np.ones(len(seeds), bool))
-    lowered = loop.make_dispatch(stage, run).lower(
+    lowered = programs.make_dispatch(stage, run).lower(
       self.state, self._alive, stage.shared, stage.own, None, num_steps=steps
     )
     self._compiled = lowered.compile()

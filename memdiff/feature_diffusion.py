@@ -1,6 +1,7 @@
 """Feature diffusion: the diffusion engine's stage on the encoder's features and the memory bank."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -215,8 +216,10 @@ def make_denoiser(config: DiffusionConfig, num_classes: int, feature_dim: int) -
 def make_stage(config: DiffusionConfig, own: FeatureData, num_classes: int, mesh: Mesh) -> Stage:
   """The stage that trains the memory-conditioned denoiser; `own` leads with runs."""
   denoiser = make_denoiser(config, num_classes, own.exemplars.features.shape[-1])
+  return training.make_stage(config, denoiser, _draw(config, num_classes, mesh), (), own, mesh)
 
-  def draw(key, _, own):
-    return draw_batch(key, own, config, num_classes, mesh)
 
-  return training.make_stage(config, denoiser, draw, (), own, mesh)
+@functools.lru_cache(maxsize=8)
+def _draw(config: DiffusionConfig, num_classes: int, mesh: Mesh):
+  """(key, shared, own) -> Batch; the same function for seeds and folds."""
+  return lambda key, _, own: draw_batch(key, own, config, num_classes, mesh)

@@ -1,6 +1,7 @@
 """The training stage of the diffusion engine, for any shape of x and any source of batches."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -135,21 +136,58 @@ def make_stage(
   Args:
     config: optimiser, schedule, objective, EMA.
     denoiser: Flax module (x_t, t, label, memory) -> (prediction, bottleneck).
-    draw_batch: (key, shared, own) -> Batch, pure; called at every step.
+    draw_batch: (key, shared, own) -> Batch, pure; called at every step. Stages of one and the same
+      function share their compiled programs.
     shared: arrays on the devices that all runs use.
     own: arrays with a leading axis of runs.
     mesh: the device mesh.
   """
-  num_times = config.schedule.num_steps
-  optimizer = train_state.make_optimizer(config.optimizer, config.num_steps)
   example = jax.eval_shape(
     lambda shared, own: draw_batch(jax.random.key(0), shared, jax.tree.map(lambda x: x[0], own)),
     shared,
     own,
   )
+  leaves, structure = jax.tree.flatten(example)
+  program = _program(config, denoiser, draw_batch, structure, tuple(leaves), mesh)
+  return Stage(
+    name="diffusion",
+    num_steps=config.num_steps,
+    init=program.init,
+    batch=program.draw,
+    step=program.step,
+    evaluate=None,
+    shared=shared,
+    own=own,
+    batch_size=example.x0.shape[0],
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+  init: Callable
+  draw: Callable
+  step: Callable
+
+
+@functools.lru_cache(maxsize=8)
+def _program(
+  config: TrainingConfig,
+  denoiser: nn.Module,
+  draw_batch: Callable,
+  structure: Any,
+  leaves: tuple[jax.ShapeDtypeStruct, ...],
+  mesh: Mesh,
+) -> _Program:
+  """The functions of a stage; the same ones for seeds and folds, so that they compile once.
+
+  `structure` and `leaves` are those of a batch, as shapes.
+  """
+  num_times = config.schedule.num_steps
+  optimizer = train_state.make_optimizer(config.optimizer, config.num_steps)
 
   def init(key, _):
-    batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in leaves]
+    batch = jax.tree.unflatten(structure, zeros)
     params = init_params(key, config, denoiser, batch)
     # A copy: the two trees are donated together and must not share buffers.
     ema_params = jax.tree.map(jnp.copy, params)
@@ -178,14 +216,4 @@ def make_stage(
     metrics = {"loss": loss} | (terms if len(terms) > 1 else {})
     return state.replace(ema_params=ema_params), metrics
 
-  return Stage(
-    name="diffusion",
-    num_steps=config.num_steps,
-    init=init,
-    batch=noised_batch,
-    step=step,
-    evaluate=None,
-    shared=shared,
-    own=own,
-    batch_size=example.x0.shape[0],
-  )
+  return _Program(init, noised_batch, step)

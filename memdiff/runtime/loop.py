@@ -9,198 +9,23 @@ write. What was evaluated at a checkpoint is not evaluated again after a resume.
 """
 
 import dataclasses
-import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
-from memdiff.config import at_least, one_of
 from memdiff.errors import WorkdirError
 from memdiff.runtime import checkpoint as checkpoint_lib
-from memdiff.runtime import guard
+from memdiff.runtime import guard, programs
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.meter import Meter
-from memdiff.runtime.preemption import Preemption
-from memdiff.runtime.progress import Progress
-from memdiff.runtime.random import base_keys
+from memdiff.runtime.stage import ExecutionConfig, LoopConfig, Run, Stage
 from memdiff.runtime.workdir import writing
-from memdiff.runtime.writers import History, TensorBoard
+from memdiff.runtime.writers import History
 
-
-@dataclasses.dataclass(frozen=True)
-class LoopConfig:
-  """What decides the records and checkpoints of a run."""
-
-  steps_per_dispatch: int = at_least(1)
-  eval_every: int = at_least(1)
-  checkpoint_every: int = at_least(1)
-  keep_checkpoints: int = at_least(1)
-  keep_every: int = at_least(0)
-  on_non_finite: str = one_of(guard.ON_NON_FINITE)
-  max_skipped: int = at_least(0)
-
-  def __post_init__(self):
-    for name in ("eval_every", "checkpoint_every"):
-      if getattr(self, name) % self.steps_per_dispatch:
-        raise ValueError(
-          f"{name} is {getattr(self, name)}, but must be a multiple of steps_per_dispatch,"
-          f" {self.steps_per_dispatch}."
-        )
-    if self.keep_every % self.checkpoint_every:
-      raise ValueError(
-        f"keep_every is {self.keep_every}, but must be a multiple of checkpoint_every,"
-        f" {self.checkpoint_every}."
-      )
-
-
-@dataclasses.dataclass(frozen=True)
-class ExecutionConfig:
-  """How a run is executed; may change from one call to the next."""
-
-  parameters: str = one_of(mesh_lib.PARAMETERS)
-  profile_stage: str
-  profile_steps: tuple[int, ...]
-
-  def __post_init__(self):
-    if self.profile_steps and (
-      len(self.profile_steps) != 2 or not 0 <= self.profile_steps[0] < self.profile_steps[1]
-    ):
-      raise ValueError(
-        f"profile_steps is {self.profile_steps}, but must be (first, last) with first below last,"
-        " or ()."
-      )
-    if bool(self.profile_steps) != bool(self.profile_stage):
-      raise ValueError("profile_stage and profile_steps go together: give both, or neither.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-  """One training, described for one seed.
-
-  Attributes:
-    name: unique in a run; names its folder, its random streams and its curves.
-    num_steps: optimiser steps.
-    init: (base key, own) -> TrainState.
-    batch: (state, shared, own) -> the batch that the next step sees; must be pure.
-    step: (state, shared, own) -> (state, {name: scalar}); must be pure.
-    evaluate: (state, shared, own) -> {name: scalar}, or None.
-    shared: arrays on the devices that all seeds use.
-    own: arrays with a leading axis of seeds, each seed's own.
-    batch_size: examples per step.
-    batches: (seed, first step) -> an iterator over the host's part of each step's batch, for data
-      too large for the devices; `batch` and `step` then get (own, host batch) in place of `own`.
-  """
-
-  name: str
-  num_steps: int
-  init: Callable[[jax.Array, Any], Any]
-  batch: Callable[[Any, Any, Any], Any]
-  step: Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]
-  evaluate: Callable[[Any, Any, Any], dict[str, jax.Array]] | None
-  shared: Any
-  own: Any
-  batch_size: int
-  batches: Callable[[int, int], Iterator[Any]] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """What all stages of a run share."""
-
-  seeds: tuple[int, ...]
-  mesh: Mesh
-  config: LoopConfig
-  progress: Progress
-  tensorboard: TensorBoard
-  preemption: Preemption
-  execution: ExecutionConfig = ExecutionConfig("replicated", "", ())
-
-
-def state_specs(stage: Stage, run: Run) -> Any:
-  """Specs of one seed's state."""
-  own = jax.eval_shape(lambda own: jax.tree.map(lambda x: x[0], own), stage.own)
-  one_seed = jax.eval_shape(stage.init, jax.random.key(0), own)
-  return mesh_lib.state_specs(one_seed, run.mesh, run.execution.parameters)
-
-
-def state_shardings(stage: Stage, run: Run) -> Any:
-  """Shardings of the stage's state, seeds included."""
-  return jax.tree.map(
-    lambda spec: NamedSharding(run.mesh, mesh_lib.with_seed_axis(spec)), state_specs(stage, run)
-  )
-
-
-def abstract_state(stage: Stage, run: Run) -> Any:
-  """Shapes, dtypes and shardings of the stage's state over all seeds."""
-  keys = jax.eval_shape(lambda: base_keys(run.seeds, stage.name))
-  shapes = jax.eval_shape(jax.vmap(stage.init), keys, stage.own)
-  return checkpoint_lib.abstract(shapes, state_shardings(stage, run))
-
-
-def make_init(stage: Stage, run: Run) -> Callable:
-  """The jitted () -> state of all seeds, born where it belongs."""
-  keys = base_keys(run.seeds, stage.name)
-  init = jax.jit(jax.vmap(stage.init), out_shardings=state_shardings(stage, run))
-  return functools.partial(init, keys, stage.own)
-
-
-def make_dispatch(stage: Stage, run: Run) -> Callable:
-  """The jitted program that trains several steps of every seed.
-
-  Returns:
-    (state, alive [S], shared, own, batches, num_steps) -> (state, alive, metrics [S, num_steps]).
-    State and `alive` are donated; `batches` is None or has arrays that lead with [S, num_steps].
-  """
-  specs, mesh = state_specs(stage, run), run.mesh
-  step = guard.guarded(stage.step, run.config.on_non_finite)
-  if run.execution.parameters == "fsdp":
-    step = _with_split_parameters(step, specs, mesh)
-
-  def dispatch(state, alive, shared, own, batches, *, num_steps):
-    def one_seed(state, alive, own, batches):
-      def body(carry, batch):
-        *carry, metrics = step(*carry, shared, own if batch is None else (own, batch))
-        return tuple(carry), metrics
-
-      (new, alive), metrics = jax.lax.scan(body, (state, alive), batches, length=num_steps)
-      if run.config.on_non_finite == "stop":
-        new = guard.choose(alive, new, state)
-      return new, alive, metrics
-
-    return jax.vmap(one_seed)(state, alive, own, batches)
-
-  everywhere = mesh_lib.replicated(mesh)
-  return jax.jit(
-    dispatch,
-    static_argnames="num_steps",
-    donate_argnums=(0, 1),
-    out_shardings=(state_shardings(stage, run), everywhere, everywhere),
-  )
-
-
-def _with_split_parameters(step: Callable, specs: Any, mesh: Mesh) -> Callable:
-  """FSDP: parameters lie split, are gathered for the step, and are split again after it."""
-
-  def fsdp_step(state, alive, *rest):
-    whole = state.replace(
-      params=mesh_lib.gather(state.params, mesh),
-      model_state=mesh_lib.gather(state.model_state, mesh),
-    )
-    state, alive, metrics = step(whole, alive, *rest)
-    state = state.replace(
-      **{
-        name: mesh_lib.constrain(getattr(state, name), getattr(specs, name), mesh)
-        for name in ("params", "opt_state", "ema_params", "model_state")
-      }
-    )
-    return state, alive, metrics
-
-  return fsdp_step
+__all__ = ["ExecutionConfig", "LoopConfig", "Run", "Stage", "load_final", "train"]
 
 
 class _Feed:
@@ -351,19 +176,17 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
     (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
   training = _Training(stage, run, directory)
   meter = training.meter
-  dispatch = make_dispatch(stage, run)
-  evaluate = stage.evaluate and jax.jit(
-    jax.vmap(stage.evaluate, in_axes=(0, None, 0)), out_shardings=mesh_lib.replicated(run.mesh)
-  )
+  dispatch = programs.make_dispatch(stage, run)
+  evaluate = stage.evaluate and programs.make_evaluate(stage, run)
   checkpointer = checkpoint_lib.Checkpointer(
     directory / "checkpoints", config.keep_checkpoints, config.keep_every
   )
   newest = training.history.complete_until(checkpointer.records())
-  restored = checkpointer.restore(abstract_state(stage, run), newest)
+  restored = checkpointer.restore(programs.abstract_state(stage, run), newest)
   if restored is None:
     step = 0
-    with progress.compiling(f"{stage.name} initial state"), meter.apart("compile"):
-      state = jax.block_until_ready(make_init(stage, run)())
+    with meter.apart("compile"):
+      state = jax.block_until_ready(programs.make_init(stage, run)())
   else:
     step, state = restored
     progress.say(f"{stage.name} resumes at step {step}/{stage.num_steps}")
@@ -373,7 +196,7 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
   feed = _Feed(stage, run, step)
   profile = _Profile(stage, run, directory / "profile")
   alive = mesh_lib.replicate(run.mesh, np.ones(len(run.seeds), bool))
-  pending, compiled = None, {}
+  pending, executables = None, {}
   progress.start_stage(step)
   try:
     while True:
@@ -400,19 +223,18 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
       batches = feed.take(count)
       if pending and pending.is_ready():
         meter.waited(time.perf_counter() - start)
-      if count not in compiled:
-        with (
-          progress.compiling(f"{stage.name} step ({count} steps per dispatch)"),
-          meter.apart("compile"),
-        ):
-          lowered = dispatch.lower(state, alive, stage.shared, stage.own, batches, num_steps=count)
-          compiled[count] = lowered.compile()
-        meter.compiled(compiled[count])
+      arguments = (state, alive, stage.shared, stage.own, batches)
+      if count not in executables:
+        with meter.apart("compile"):
+          executables[count] = dispatch.compile(
+            arguments, count, progress.compiling(f"{stage.name} ({count} steps per dispatch)")
+          )
+        meter.compiled(executables[count])
         progress.start_stage(step)
       meter.start()
       profile.at(step, state)
       with jax.transfer_guard("disallow"):
-        state, alive, metrics = compiled[count](state, alive, stage.shared, stage.own, batches)
+        state, alive, metrics = executables[count](*arguments)
       if pending:
         training.collect(pending, state)
       pending = _Pending(step, step + count, metrics, batches)
@@ -431,7 +253,7 @@ def load_final(stage: Stage, run: Run, directory) -> Any:
     directory / "checkpoints", config.keep_checkpoints, config.keep_every
   )
   try:
-    restored = checkpointer.restore(abstract_state(stage, run))
+    restored = checkpointer.restore(programs.abstract_state(stage, run))
   finally:
     checkpointer.close()
   if restored is None or restored[0] != stage.num_steps:

@@ -56,7 +56,9 @@ def make_stage(mesh):
 def train(folder, devices, parameters, dispatches=None):
   """The final state, or None where the run was told to stop after some dispatches."""
   mesh = mesh_lib.make_mesh(jax.devices()[:devices])
-  run = support.make_run(mesh, SEEDS, 2, every=4, execution=ExecutionConfig(parameters, "", ()))
+  run = support.make_run(
+    mesh, SEEDS, 2, every=4, execution=ExecutionConfig(parameters, False, "", ())
+  )
   if dispatches is not None:
     asked = itertools.count()
     run.preemption.asked = lambda: next(asked) == dispatches

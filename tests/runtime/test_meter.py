@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from memdiff.runtime import loop, meter
+from memdiff.runtime import loop, meter, programs
 from memdiff.runtime.loop import ExecutionConfig
 from memdiff.runtime.meter import Meter
 from tests import support
@@ -68,8 +68,8 @@ def test_one_step_is_counted_whatever_a_dispatch_holds(mesh):
   for number in (2, 8):
     run = support.make_run(mesh, SEEDS, number)
     alive = np.ones(2, bool)
-    lowered = loop.make_dispatch(stage, run).lower(
-      loop.make_init(stage, run)(), alive, stage.shared, stage.own, None, num_steps=number
+    lowered = programs.make_dispatch(stage, run).lower(
+      programs.make_init(stage, run)(), alive, stage.shared, stage.own, None, num_steps=number
     )
     flops.append(lowered.compile().cost_analysis()["flops"])
   assert flops[0] == pytest.approx(flops[1], rel=0.01) and flops[0] > 0
@@ -98,11 +98,11 @@ def test_waiting_for_data_is_told(mesh, tmp_path, batches, low, high):
 
 
 def test_the_chosen_steps_of_the_chosen_stage_are_traced(mesh, tmp_path):
-  execution = ExecutionConfig("replicated", "toy", (5, 15))
+  execution = ExecutionConfig("replicated", False, "toy", (5, 15))
   run = support.make_run(mesh, SEEDS, 5, execution=execution)
   loop.train(make_stage(), run, tmp_path / "traced")
   assert list((tmp_path / "traced" / "profile").rglob("*.xplane.pb"))
-  other = ExecutionConfig("replicated", "another", (5, 15))
+  other = ExecutionConfig("replicated", False, "another", (5, 15))
   loop.train(make_stage(), support.make_run(mesh, SEEDS, 5, execution=other), tmp_path / "plain")
   assert not (tmp_path / "plain" / "profile").exists()
   for name in ("traced", "plain"):

@@ -1,0 +1,176 @@
+"""The compiled programs of a stage, shared by all stages that run the same functions.
+
+A stage's functions are compiled once for each shape of their arguments. Stages that are built of
+the very same function objects share them: heads of every generator, denoisers of seeds and folds.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from memdiff.runtime import checkpoint as checkpoint_lib
+from memdiff.runtime import guard
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.stage import Run, Stage
+
+_KEPT = 16  # programs; each keeps what its functions refer to alive
+
+
+def state_specs(stage: Stage, run: Run) -> Any:
+  """Specs of one seed's state."""
+  own = jax.eval_shape(lambda own: jax.tree.map(lambda x: x[0], own), stage.own)
+  one_seed = jax.eval_shape(stage.init, jax.random.key(0), own)
+  return mesh_lib.state_specs(one_seed, run.mesh, run.execution.parameters)
+
+
+def state_shardings(stage: Stage, run: Run) -> Any:
+  """Shardings of the stage's state, seeds included."""
+  return jax.tree.map(
+    lambda spec: NamedSharding(run.mesh, mesh_lib.with_seed_axis(spec)), state_specs(stage, run)
+  )
+
+
+def abstract_state(stage: Stage, run: Run) -> Any:
+  """Shapes, dtypes and shardings of the stage's state over all seeds."""
+  keys = jax.eval_shape(lambda: run.keys(stage.name))
+  shapes = jax.eval_shape(jax.vmap(stage.init), keys, stage.own)
+  return checkpoint_lib.abstract(shapes, state_shardings(stage, run))
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _jit_init(init: Callable, shardings: "_Shardings") -> Callable:
+  return jax.jit(jax.vmap(init), out_shardings=shardings.tree)
+
+
+def make_init(stage: Stage, run: Run) -> Callable:
+  """The jitted () -> state of all seeds, born where it belongs."""
+  init = _jit_init(stage.init, _Shardings(state_shardings(stage, run)))
+  return functools.partial(init, run.keys(stage.name), stage.own)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _jit_evaluate(evaluate: Callable, mesh: Mesh) -> Callable:
+  return jax.jit(jax.vmap(evaluate, in_axes=(0, None, 0)), out_shardings=mesh_lib.replicated(mesh))
+
+
+def make_evaluate(stage: Stage, run: Run) -> Callable:
+  """The jitted (state, shared, own) -> {name: [S]}."""
+  return _jit_evaluate(stage.evaluate, run.mesh)
+
+
+class _Shardings:
+  """A tree of shardings (or specs) that can be a key."""
+
+  def __init__(self, tree: Any):
+    self.tree = tree
+    leaves, structure = jax.tree.flatten(tree)
+    self._key = tuple(leaves), structure
+
+  def __hash__(self) -> int:
+    return hash(self._key)
+
+  def __eq__(self, other: Any) -> bool:
+    return isinstance(other, _Shardings) and self._key == other._key
+
+
+class Dispatch:
+  """The program that trains several steps of every seed, with its executables.
+
+  (state, alive [S], shared, own, batches, num_steps) -> (state, alive, metrics [S, num_steps]).
+  State and `alive` are donated; `batches` is None or has arrays that lead with [S, num_steps].
+  """
+
+  def __init__(self, program: Callable):
+    self._program = program
+    self._executables = {}
+
+  def lower(self, *arguments, num_steps: int):
+    return self._program.lower(*arguments, num_steps=num_steps)
+
+  def compile(self, arguments: tuple, num_steps: int, announced) -> Callable:
+    """The executable for these arguments, new or not.
+
+    Args:
+      arguments: all of them.
+      num_steps: per dispatch.
+      announced: context in which a new one is compiled.
+    """
+    leaves, structure = jax.tree.flatten(arguments)
+    key = (
+      num_steps,
+      structure,
+      tuple((jax.typeof(x), getattr(x, "sharding", None)) for x in leaves),
+    )
+    if key not in self._executables:
+      with announced:
+        self._executables[key] = self.lower(*arguments, num_steps=num_steps).compile()
+    return self._executables[key]
+
+
+def make_dispatch(stage: Stage, run: Run) -> Dispatch:
+  """The program of a stage; the same one for every stage that runs the same step."""
+  return _dispatch(
+    stage.step,
+    run.config.on_non_finite,
+    run.execution.parameters,
+    _Shardings(state_specs(stage, run)),
+    run.mesh,
+  )
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _dispatch(
+  step: Callable, on_non_finite: str, parameters: str, specs: _Shardings, mesh: Mesh
+) -> Dispatch:
+  step = guard.guarded(step, on_non_finite)
+  if parameters == "fsdp":
+    step = _with_split_parameters(step, specs.tree, mesh)
+
+  def dispatch(state, alive, shared, own, batches, *, num_steps):
+    def one_seed(state, alive, own, batches):
+      def body(carry, batch):
+        *carry, metrics = step(*carry, shared, own if batch is None else (own, batch))
+        return tuple(carry), metrics
+
+      (new, alive), metrics = jax.lax.scan(body, (state, alive), batches, length=num_steps)
+      if on_non_finite == "stop":
+        new = guard.choose(alive, new, state)
+      return new, alive, metrics
+
+    return jax.vmap(one_seed)(state, alive, own, batches)
+
+  everywhere = mesh_lib.replicated(mesh)
+  shardings = jax.tree.map(
+    lambda spec: NamedSharding(mesh, mesh_lib.with_seed_axis(spec)), specs.tree
+  )
+  return Dispatch(
+    jax.jit(
+      dispatch,
+      static_argnames="num_steps",
+      donate_argnums=(0, 1),
+      out_shardings=(shardings, everywhere, everywhere),
+    )
+  )
+
+
+def _with_split_parameters(step: Callable, specs: Any, mesh: Mesh) -> Callable:
+  """FSDP: parameters lie split, are gathered for the step, and are split again after it."""
+
+  def fsdp_step(state, alive, *rest):
+    whole = state.replace(
+      params=mesh_lib.gather(state.params, mesh),
+      model_state=mesh_lib.gather(state.model_state, mesh),
+    )
+    state, alive, metrics = step(whole, alive, *rest)
+    state = state.replace(
+      **{
+        name: mesh_lib.constrain(getattr(state, name), getattr(specs, name), mesh)
+        for name in ("params", "opt_state", "ema_params", "model_state")
+      }
+    )
+    return state, alive, metrics
+
+  return fsdp_step

@@ -1,0 +1,115 @@
+"""What the training loop is given: a stage, and what all stages of a run share."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from memdiff.config import at_least, one_of
+from memdiff.runtime import guard
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.preemption import Preemption
+from memdiff.runtime.progress import Progress
+from memdiff.runtime.random import base_keys
+from memdiff.runtime.writers import TensorBoard
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+  """What decides the records and checkpoints of a run."""
+
+  steps_per_dispatch: int = at_least(1)
+  eval_every: int = at_least(1)
+  checkpoint_every: int = at_least(1)
+  keep_checkpoints: int = at_least(1)
+  keep_every: int = at_least(0)
+  on_non_finite: str = one_of(guard.ON_NON_FINITE)
+  max_skipped: int = at_least(0)
+
+  def __post_init__(self):
+    for name in ("eval_every", "checkpoint_every"):
+      if getattr(self, name) % self.steps_per_dispatch:
+        raise ValueError(
+          f"{name} is {getattr(self, name)}, but must be a multiple of steps_per_dispatch,"
+          f" {self.steps_per_dispatch}."
+        )
+    if self.keep_every % self.checkpoint_every:
+      raise ValueError(
+        f"keep_every is {self.keep_every}, but must be a multiple of checkpoint_every,"
+        f" {self.checkpoint_every}."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+  """How a run is executed; may change from one call to the next."""
+
+  parameters: str = one_of(mesh_lib.PARAMETERS)
+  show_folds: bool
+  profile_stage: str
+  profile_steps: tuple[int, ...]
+
+  def __post_init__(self):
+    if self.profile_steps and (
+      len(self.profile_steps) != 2 or not 0 <= self.profile_steps[0] < self.profile_steps[1]
+    ):
+      raise ValueError(
+        f"profile_steps is {self.profile_steps}, but must be (first, last) with first below last,"
+        " or ()."
+      )
+    if bool(self.profile_steps) != bool(self.profile_stage):
+      raise ValueError("profile_stage and profile_steps go together: give both, or neither.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One training, described for one seed.
+
+  Attributes:
+    name: unique in a run; names its folder, its random streams and its curves.
+    num_steps: optimiser steps.
+    init: (base key, own) -> TrainState.
+    batch: (state, shared, own) -> the batch that the next step sees; must be pure.
+    step: (state, shared, own) -> (state, {name: scalar}); must be pure.
+    evaluate: (state, shared, own) -> {name: scalar}, or None.
+    shared: arrays on the devices that all seeds use.
+    own: arrays with a leading axis of seeds, each seed's own.
+    batch_size: examples per step.
+    batches: (seed, first step) -> an iterator over the host's part of each step's batch, for data
+      too large for the devices; `batch` and `step` then get (own, host batch) in place of `own`.
+  """
+
+  name: str
+  num_steps: int
+  init: Callable[[jax.Array, Any], Any]
+  batch: Callable[[Any, Any, Any], Any]
+  step: Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]
+  evaluate: Callable[[Any, Any, Any], dict[str, jax.Array]] | None
+  shared: Any
+  own: Any
+  batch_size: int
+  batches: Callable[[int, int], Iterator[Any]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What all stages of a run share; `streams` begins the names of its random streams.
+
+  Seeds and folds, or one round and the next, are numbered alike; different `streams` keep their
+  random numbers apart.
+  """
+
+  seeds: tuple[int, ...]
+  mesh: Mesh
+  config: LoopConfig
+  progress: Progress
+  tensorboard: TensorBoard
+  preemption: Preemption
+  execution: ExecutionConfig = ExecutionConfig("replicated", False, "", ())
+  streams: str = ""
+
+  def keys(self, name: str) -> jax.Array:
+    """One key per seed for the random stream `name`. [S]."""
+    return base_keys(self.seeds, self.streams + name)
