@@ -1,19 +1,21 @@
 """Which method to use, decided on training data alone: repeated stratified cross-validation.
 
-A *method* is a generator with a loss; a *setting* of it is how much it adds and how classes are
-drawn. Every setting is scored on examples that its generator and head have not seen. The score is
-the mean over classes of the class's accuracy, which estimates top-1 accuracy on balanced test data.
+A *method* is a generator with a loss; a *setting* of it is how much it adds, how classes are drawn
+and how strongly weights are decayed. Every setting is scored on examples that its generator and
+head have not seen, by the criterion that the user chooses (`memdiff.evaluation.criteria`).
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import kendalltau
 
 from memdiff.config import at_least, one_of
+from memdiff.evaluation import criteria
 
-Z95 = 1.959964  # half-width of a 95 % interval, in standard errors
 ENCODERS = ("frozen", "retrained")
 
 
@@ -22,6 +24,7 @@ class SelectionConfig:
   folds: int = at_least(0)
   repeats: int = at_least(1)
   encoder: str = one_of(ENCODERS)
+  criterion: str = one_of(criteria.CRITERIA)
 
   def __post_init__(self):
     if self.folds == 1:
@@ -58,18 +61,19 @@ def fold_rows(labels: np.ndarray, config: SelectionConfig) -> tuple[np.ndarray, 
   """Training and held-out rows of every run: run r is fold r % K of repeat r // K.
 
   Returns:
-    (train [R, A], held out [R, B]): row numbers, padded with -1 to the largest run.
+    (train [R, N], held out [R, B]): row numbers, padded with -1; the training rows to the size of
+    the whole set, so that programs compiled for it serve folds as well.
   """
   runs = []
   for repeat in range(config.repeats):
     fold = deal(labels, config.folds, seed=repeat)
     runs += [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(config.folds)]
-  return padded([train for train, _ in runs]), padded([held for _, held in runs])
+  return padded([train for train, _ in runs], len(labels)), padded([held for _, held in runs])
 
 
-def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-  """Row numbers of different length as one array, filled up with -1."""
-  width = max(map(len, rows))
+def padded(rows: Sequence[np.ndarray], width: int | None = None) -> np.ndarray:
+  """Row numbers of different length as one array, filled up with -1 to `width` or the longest."""
+  width = max(map(len, rows)) if width is None else width
   return np.stack([np.pad(row, (0, width - len(row)), constant_values=-1) for row in rows])
 
 
@@ -80,124 +84,117 @@ class Judged:
   Attributes:
     label: [E] int.
     example: [E] row of the training set; an example comes once per repeat.
-    fold: [E] the run's number within its repeat.
+    run: [E] the run that held it out.
+    criterion: by which classifiers are compared.
+    num_classes: C.
   """
 
   label: np.ndarray
   example: np.ndarray
-  fold: np.ndarray
+  run: np.ndarray
+  criterion: str
+  num_classes: int
+
+  def score(self, predictions: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+    """The criterion of predictions [..., E], or of some of the `rows`. [...]."""
+    return criteria.score(
+      predictions[..., rows], self.label[rows], self.criterion, self.num_classes
+    )
 
 
-def judged_examples(held_out: np.ndarray, labels: np.ndarray, num_folds: int) -> Judged:
+def judged_examples(
+  held_out: np.ndarray, labels: np.ndarray, criterion: str, num_classes: int
+) -> Judged:
   """Of held-out rows [R, B], -1 where there is none."""
   run, position = np.nonzero(held_out >= 0)
   example = held_out[run, position]
-  return Judged(label=labels[example], example=example, fold=run % num_folds)
+  return Judged(labels[example], example, run, criterion, num_classes)
 
 
-def class_average_weights(label: np.ndarray) -> np.ndarray:
-  """Weights [E] of a mean over classes of means within classes; they sum to 1."""
-  classes, inverse, counts = np.unique(label, return_inverse=True, return_counts=True)
-  return 1 / (len(classes) * counts[inverse])
+def choose(scores: np.ndarray) -> int:
+  """The setting with the best score [J]; the first of equals."""
+  return int(np.argmax(np.round(scores, 9)))
 
 
-def score(hits: np.ndarray, label: np.ndarray) -> np.ndarray:
-  """Mean over classes of the accuracy within classes. hits [..., E] -> [...]."""
-  return hits @ class_average_weights(label)
+def cross_fitted(predictions: np.ndarray, judged: Judged) -> np.ndarray:
+  """Predictions [E] of choosing among settings without looking at the examples that are judged.
 
-
-def choose(hits: np.ndarray, label: np.ndarray) -> int:
-  """The setting with the best score; the first of equals. hits [J, E]."""
-  return int(np.argmax(np.round(score(hits, label), 9)))
-
-
-def cross_fitted(hits: np.ndarray, judged: Judged) -> np.ndarray:
-  """Hits [E] of choosing among settings without looking: for each fold, by the other folds.
+  For the examples that a run holds out, the setting is chosen by all other examples; with several
+  repeats, an example is left out of the choice in each of them.
 
   Args:
-    hits: [J, E] of J settings.
+    predictions: [J, E] of J settings.
     judged: the examples.
   """
-  outcome = np.zeros(hits.shape[1])
-  for fold in np.unique(judged.fold):
-    inside = judged.fold == fold
-    chosen = choose(hits[:, ~inside], judged.label[~inside])
-    outcome[inside] = hits[chosen, inside]
+  outcome = np.zeros(predictions.shape[1], predictions.dtype)
+  for run in np.unique(judged.run):
+    inside = judged.run == run
+    others = ~np.isin(judged.example, judged.example[inside])
+    outcome[inside] = predictions[choose(judged.score(predictions, others)), inside]
   return outcome
 
 
-def paired_gain(hits: np.ndarray, control: np.ndarray, judged: Judged) -> dict[str, Any]:
-  """How much better `hits` [E] score than those of `control`, with a 95 % interval.
+def paired_gain(predictions: np.ndarray, control: np.ndarray, judged: Judged) -> criteria.Estimate:
+  """How much better `predictions` [E] score than those of `control`.
 
-  The standard error is that of a mean over classes of means over their examples, the repeats of an
-  example averaged first. It does not know that folds share training examples.
-
-  Returns:
-    {"mean", "standard_error", "interval"}, fractions.
+  The standard error is that of a stratified sample of examples, the repeats of an example taken
+  together. It does not know that folds share training examples.
   """
-  difference = hits - control
-  examples, inverse = np.unique(judged.example, return_inverse=True)
-  of_example = np.bincount(inverse, difference) / np.bincount(inverse)
-  label = np.zeros(len(examples), int)
-  label[inverse] = judged.label
-  variance, classes = 0.0, np.unique(label)
-  pooled = _pooled_variance(of_example, label)
-  for c in classes:
-    own = of_example[label == c]
-    spread = own.var(ddof=1) if len(own) > 1 else pooled
-    variance += spread / len(own) / len(classes) ** 2
-  mean, error = float(score(difference, judged.label)), float(np.sqrt(variance))
-  return {
-    "mean": mean,
-    "standard_error": error,
-    "interval": [mean - Z95 * error, mean + Z95 * error],
-  }
-
-
-def _pooled_variance(values: np.ndarray, label: np.ndarray) -> float:
-  """Variance within classes, for classes of one example."""
-  _, inverse, counts = np.unique(label, return_inverse=True, return_counts=True)
-  centred = values - (np.bincount(inverse, values) / counts)[inverse]
-  freedom = len(values) - len(counts)
-  return float(np.square(centred).sum() / freedom) if freedom else 0.25
+  mean = judged.score(predictions) - judged.score(control)
+  difference = criteria.contributions(
+    predictions, judged.label, judged.criterion, judged.num_classes
+  ) - criteria.contributions(control, judged.label, judged.criterion, judged.num_classes)
+  examples, first, inverse = np.unique(judged.example, return_index=True, return_inverse=True)
+  label = judged.label[first]
+  weights = criteria.example_weights(label, criteria.linear(judged.criterion))
+  of_example = np.bincount(inverse, difference, minlength=len(examples))
+  return criteria.Estimate(float(mean), *criteria.stratified_error(of_example, weights, label))
 
 
 def recommend(
-  hits: Mapping[str, np.ndarray], judged: Judged, controls: Sequence[str]
+  predictions: Mapping[str, np.ndarray], judged: Judged, controls: Sequence[str]
 ) -> dict[str, Any]:
   """Which method to use.
 
   The best method if its gain over the best control is above zero with 95 % confidence, otherwise
-  that control: what adds nothing for certain is not worth its trouble.
+  that control: what adds nothing for certain is not worth its trouble. The intervals hold for all
+  methods beside the controls at once (Bonferroni), since the best of many is looked at.
 
   Args:
-    hits: method -> [E] cross-fitted hits.
+    predictions: method -> [E], cross-fitted.
     judged: the examples.
     controls: the methods that use real features only.
 
   Returns:
-    {"method", "control", "best", "expected_gain", "interval", "standard_error", "scores":
-    {method: {"score", "gain", "interval"}}}; gains are over the control, of the best method.
+    {"method", "control", "best", "criterion", "expected_gain", "interval", "standard_error",
+    "scores": {method: {"score", "gain", "interval"}}}; gains are over the control, of the best
+    method.
   """
-  scores = {method: float(score(values, judged.label)) for method, values in hits.items()}
+  scores = {method: float(judged.score(values)) for method, values in predictions.items()}
   control = max(controls, key=scores.__getitem__)
-  gains = {method: paired_gain(values, hits[control], judged) for method, values in hits.items()}
+  comparisons = max(len(predictions) - len(controls), 1)
+  gains = {
+    method: paired_gain(values, predictions[control], judged)
+    for method, values in predictions.items()
+  }
+  intervals = {method: gain.interval(comparisons) for method, gain in gains.items()}
   best = max(scores, key=scores.__getitem__)
-  worth_it = best not in controls and gains[best]["interval"][0] > 0
+  worth_it = best not in controls and intervals[best][0] > 0
   return {
     "method": best if worth_it else control,
     "control": control,
     "best": best,
-    "expected_gain": gains[best]["mean"],
-    "standard_error": gains[best]["standard_error"],
-    "interval": gains[best]["interval"],
+    "criterion": judged.criterion,
+    "expected_gain": gains[best].mean,
+    "standard_error": gains[best].error,
+    "interval": intervals[best],
     "scores": {
       method: {
         "score": scores[method],
-        "gain": gains[method]["mean"],
-        "interval": gains[method]["interval"],
+        "gain": gains[method].mean,
+        "interval": intervals[method],
       }
-      for method in hits
+      for method in predictions
     },
   }
 
@@ -207,14 +204,14 @@ def rank_agreement(ours: Sequence[float], test: Sequence[float]) -> dict[str, fl
 
   Returns:
     {"kendall_tau" in [-1, 1], "pairs": share of pairs of methods in the same order, ties as half,
-    "regret": test accuracy of the best method on test minus that of the one ranked first}.
+    "regret": score on test of the best method there minus that of the one ranked first}.
   """
   ours, test = np.asarray(ours, float), np.asarray(test, float)
   i, j = np.triu_indices(len(ours), 1)
   products = np.sign(ours[i] - ours[j]) * np.sign(test[i] - test[j])
-  untied = np.sqrt(float((ours[i] != ours[j]).sum()) * float((test[i] != test[j]).sum()))
+  tau = float(kendalltau(ours, test).statistic) if len(i) else math.nan
   return {
-    "kendall_tau": float(products.sum() / untied) if untied else 0.0,
+    "kendall_tau": 0.0 if math.isnan(tau) else tau,  # undefined if all are tied
     "pairs": float((products > 0).mean() + 0.5 * (products == 0).mean()) if len(i) else 1.0,
     "regret": float(test.max() - test[np.argmax(ours)]),
   }

@@ -1,9 +1,14 @@
-"""Accuracy and F1, per class and for the groups many, medium and few."""
+"""Accuracy and F1, per class and for the groups many, medium and few.
+
+A class without test examples has no score of its own and is left out of every mean over classes.
+"""
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+
+from memdiff.evaluation import criteria
 
 MANY_ABOVE, FEW_BELOW = 100, 20  # training images; Liu et al. 2019 (OLTR), kept in writing here
 
@@ -19,9 +24,10 @@ class Group:
 
 
 def make_groups(train_counts: np.ndarray) -> tuple[Group, ...]:
-  """Many (> 100 training images), medium (20 to 100), few (< 20); thirds where one would be empty.
+  """Many (> 100 training images), medium (20 to 100), few (< 20); thirds if one would be empty.
 
   Thirds rank the classes by training images, ties by class index; the first third is the largest.
+  Of two classes the larger one is "many" and the smaller one "few".
   """
   counts = np.asarray(train_counts)
   rules = (
@@ -35,9 +41,12 @@ def make_groups(train_counts: np.ndarray) -> tuple[Group, ...]:
   ranked = np.argsort(-counts, kind="stable")
   names = ("many", "medium", "few")
   thirds = ("the largest third of the classes", "the middle third", "the smallest third")
+  parts = np.array_split(ranked, 3)
+  if len(counts) == 2:
+    thirds, parts = ("the larger class", "no class", "the smaller class"), np.split(ranked, (1, 1))
   return tuple(
     Group(name, rule, tuple(sorted(part.tolist())))
-    for name, rule, part in zip(names, thirds, np.array_split(ranked, 3), strict=True)
+    for name, rule, part in zip(names, thirds, parts, strict=True)
   )
 
 
@@ -50,8 +59,7 @@ def per_class_scores(predictions: np.ndarray, labels: np.ndarray, num_classes: i
     num_classes: C.
 
   Returns:
-    (accuracy [C], F1 [C]) in [0, 1]; NaN accuracy for a class without test images, F1 0 where a
-    class was neither predicted nor present.
+    (accuracy [C], F1 [C]) in [0, 1]; NaN for a class without test images.
   """
   confusion = np.zeros((num_classes, num_classes))
   np.add.at(confusion, (labels, predictions), 1)
@@ -59,7 +67,7 @@ def per_class_scores(predictions: np.ndarray, labels: np.ndarray, num_classes: i
   with np.errstate(invalid="ignore"):
     accuracy = hits / present
   f1 = 2 * hits / np.maximum(present + predicted, 1)
-  return accuracy, f1
+  return accuracy, np.where(present > 0, f1, np.nan)
 
 
 def mean_std(values: np.ndarray) -> dict:
@@ -96,8 +104,8 @@ def score_method(
     num_classes: C.
 
   Returns:
-    {method, description, seeds, top1, many, medium, few, macro_f1, per_class_top1, per_class_f1},
-    each score as {mean, std} of fractions.
+    {method, description, seeds, top1, balanced_accuracy, many, medium, few, macro_f1,
+    per_class_top1, per_class_f1}, each score as {mean, std} of fractions.
   """
   scores = [per_class_scores(p, labels, num_classes) for p in predictions]
   accuracy = np.stack([a for a, _ in scores])
@@ -106,12 +114,15 @@ def score_method(
     "method": method,
     "description": description,
     "seeds": list(seeds),
-    "top1": mean_std((predictions == labels).mean(axis=1)),
+    "top1": mean_std(criteria.score(predictions, labels, "accuracy", num_classes)),
+    "balanced_accuracy": mean_std(
+      criteria.score(predictions, labels, "balanced_accuracy", num_classes)
+    ),
   }
   for group in groups:
     scored = [c for c in group.classes if np.isfinite(accuracy[:, c]).all()]
     row[group.name] = mean_std(accuracy[:, scored].mean(axis=1)) if scored else dict(NOTHING)
-  row["macro_f1"] = mean_std(f1.mean(axis=1))
+  row["macro_f1"] = mean_std(criteria.score(predictions, labels, "macro_f1", num_classes))
   row["per_class_top1"] = mean_std(accuracy)
   row["per_class_f1"] = mean_std(f1)
   return row
