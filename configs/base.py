@@ -228,6 +228,8 @@ def head() -> ConfigDict:
     "cross_entropy", "logit_adjustment", "balanced_softmax", "csl"
   )  # fmt: skip
   config.exponents = (1.0,)  # candidates; classes are drawn by (real + synthetic)^exponent
+  config.l2 = (5e-4, 5e-3, 5e-2)  # candidates; l2 / 2 times the squared length of the kernel
+  config.taus = (1.0, 0.5, 1.5)  # candidates; logit_adjustment: times the log of the class prior
   config.training = ConfigDict()
   config.training.start = "encoder"  # encoder: go on from its head | zeros
   config.training.beta = 0.9999  # csl: effective number, as in the classifier
@@ -235,7 +237,7 @@ def head() -> ConfigDict:
   config.training.defer = 0.0  # csl: share of the steps before the class weights set in
   config.training.batch_size = 256  # features, real and synthetic
   config.training.num_steps = 1000
-  config.training.optimizer = cosine(0.05, 5e-4)
+  config.training.optimizer = cosine(0.05, 0.0)
   return config
 
 
@@ -244,6 +246,7 @@ def selection() -> ConfigDict:
   config.folds = 5  # of cross-validation on training data; 0: none, settings as they come first
   config.repeats = 1  # with folds dealt anew
   config.encoder = "frozen"  # frozen | retrained: one per fold, without its images
+  config.criterion = "balanced_accuracy"  # balanced_accuracy | accuracy | macro_f1: what is best
   return config
 
 
@@ -276,6 +279,7 @@ def execution() -> ConfigDict:
   """How a run is executed; may change when it is resumed."""
   config = ConfigDict()
   config.parameters = "replicated"  # replicated | fsdp, split with their optimiser over the devices
+  config.show_folds = False  # whether TensorBoard shows the trainings of cross-validation
   config.profile_stage = ""  # name of the stage to profile, "classifier/csl"
   config.profile_steps = ()  # (first, last) of its steps; lands in the stage's folder
   return config

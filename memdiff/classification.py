@@ -72,30 +72,20 @@ def check(settings: ClassificationConfig, _: dataset_lib.LongTailDataset) -> Non
     )
 
 
-def classifier_of(e: Experiment, loss: str) -> loop.Stage:
-  """Its stage; a memory bank is kept only for losses that read it."""
-  return classifier_stage(e, loss, with_bank=losses.LOSSES[loss].needs_bank)
-
-
 def train_classifiers(e: Experiment) -> dict:
   summary = {}
   for loss in training.trained_losses(e.config.classifier):
     folder = e.workdir.folder("classifier") / loss
-    loop.train(classifier_of(e, loss), e.run, folder)
+    loop.train(classifier_stage(e, loss), e.run, folder)
     summary[loss] = last_metrics(folder)
   return summary
-
-
-def load(e: Experiment, loss: str) -> Any:
-  """The final state of a trained classifier."""
-  return load_classifier(e, loss, with_bank=losses.LOSSES[loss].needs_bank)
 
 
 def extract_features(e: Experiment) -> dict:
   """Runs the images that are scored, and for NCM those that train, through the classifiers."""
   summary = {}
   for loss in training.trained_losses(e.config.classifier):
-    state = load(e, loss)
+    state = load_classifier(e, loss)
     arrays = dict(mesh_lib.fetch(state.params["head"]))
     arrays["logits"], arrays["features"] = forward_images(e, loss, state, e.dataset.test_images)
     if len(e.dataset.holdout_labels):
@@ -122,8 +112,8 @@ def head_stage(e: Experiment, method: str) -> loop.Stage:
   loss = config.classifier.loss
   shared = encoder.device_data(config.encoder.input, e.dataset, e.mesh)
   return decoupled.make_stage(
-    method, config.decoupled, config.classifier, config.encoder, loss, load(e, loss), e.dataset,
-    shared, e.mesh,
+    method, config.decoupled, config.classifier, config.encoder, loss, load_classifier(e, loss),
+    e.dataset, shared, e.mesh,
   )  # fmt: skip
 
 

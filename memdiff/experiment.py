@@ -10,7 +10,7 @@ import numpy as np
 
 from input_pipeline.long_tail import LongTailLabels
 from memdiff import feature_space
-from memdiff.classifier import encoder, training
+from memdiff.classifier import encoder, losses, training
 from memdiff.config import each
 from memdiff.runtime import loop
 from memdiff.runtime import mesh as mesh_lib
@@ -57,25 +57,28 @@ class Phase:
   reads: tuple[str, ...]  # parts of the config that decide its result, beyond earlier phases'
 
 
-def classifier_stage(
-  e: Experiment, loss: str, *, with_bank: bool = True, rows: np.ndarray | None = None
-) -> loop.Stage:
-  """Trains the classifier of `loss`, with a bank or without, on all images or on `rows` [R, A]."""
+def classifier_stage(e: Experiment, loss: str, rows: np.ndarray | None = None) -> loop.Stage:
+  """Trains the classifier of `loss` on all images, or on `rows` [R, A] of each of R runs.
+
+  A memory bank moves along only for losses that read it.
+  """
   config = e.config
   shared = encoder.device_data(config.encoder.input, e.dataset, e.mesh)
-  bank = config.memory_bank if with_bank else None
+  bank = config.memory_bank if losses.LOSSES[loss].needs_bank else None
   return training.make_stage(
     config.classifier, config.encoder, bank, loss, e.dataset, shared, e.mesh, rows
   )
 
 
-def load_classifier(e: Experiment, loss: str, *, with_bank: bool = True) -> Any:
+def load_classifier(e: Experiment, loss: str) -> Any:
   """The final state of a trained classifier, seeds leading."""
-  stage = classifier_stage(e, loss, with_bank=with_bank)
+  stage = classifier_stage(e, loss)
   return loop.load_final(stage, e.run, e.workdir.folder("classifier") / loss)
 
 
-def forward_images(e: Experiment, loss: str, state: Any, images) -> tuple[np.ndarray, np.ndarray]:
+def forward_images(
+  e: Experiment, loss: str, state: Any, images, statistics: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
   """Runs images through trained classifiers in evaluation mode.
 
   Args:
@@ -83,20 +86,26 @@ def forward_images(e: Experiment, loss: str, state: Any, images) -> tuple[np.nda
     loss: that trained the classifiers.
     state: of R of them.
     images: uint8 [N, H, W, ch], in memory or read when sliced; a chunk is split over the devices.
+    statistics: {"pixel_mean", "pixel_std"} [R, ch], each run's own; None: of all training images.
 
   Returns:
     (logits [R, N, C], features [R, N, D]).
   """
   input_config = e.config.encoder.input
   model = encoder.make_model(e.config.encoder, loss, e.dataset.num_classes)
-  statistics = encoder.pixel_statistics(input_config, e.dataset.train_images)
+  axis = None if statistics is None else 0
+  if statistics is None:
+    statistics = encoder.pixel_statistics(input_config, e.dataset.train_images)
   statistics = mesh_lib.replicate(e.mesh, statistics)
 
   @jax.jit
   def forward(images, state, statistics):
     images = mesh_lib.shard_batch(images, e.mesh)
-    images = encoder.normalize(input_config, images, statistics)
-    return jax.vmap(lambda s: encoder.apply_eval(model, s, images))(state)
+
+    def of_run(state, statistics):
+      return encoder.apply_eval(model, state, encoder.normalize(input_config, images, statistics))
+
+    return jax.vmap(of_run, in_axes=(0, axis))(state, statistics)
 
   return feature_space.encode(lambda chunk: forward(chunk, state, statistics), images, e.mesh)
 

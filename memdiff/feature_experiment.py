@@ -14,10 +14,12 @@ evaluation     everything -> report.json, report.html                 evaluation
 
 A *method* is a generator with a loss, `memdiff+balanced_softmax`. `real` is no generator at all.
 Two references use what no method may: `oracle` adds the real features that the long tail left out,
-`unseen_exemplars` trains on as many left-out features as there are training ones, in their place.
+`unseen_exemplars` trains on left-out features in place of the training ones, as far as there are
+any.
 """
 
 import dataclasses
+import itertools
 import json
 from typing import Any
 
@@ -30,7 +32,7 @@ from input_pipeline import embeddings
 from input_pipeline.long_tail import LongTailLabels
 from memdiff import feature_space, generators, joint, memory_bank, selection, synthetic
 from memdiff.classifier import encoder, heads, losses, training
-from memdiff.config import at_least, one_of, some_of
+from memdiff.config import at_least, each, one_of, some_of
 from memdiff.errors import ConfigError, WorkdirError
 from memdiff.experiment import (
   Experiment,
@@ -51,13 +53,14 @@ from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.checkpoint import Checkpointer, abstract
 from memdiff.runtime.progress import CompileClock
 from memdiff.runtime.workdir import read_arrays, write_arrays, write_json
+from memdiff.runtime.writers import TensorBoard
 from memdiff.selection import SelectionConfig
 
 REAL = "real"
 OWN = "own_head"
 REFERENCES = {
   "oracle": "real features that the long tail left out: the most that hallucination can reach",
-  "unseen_exemplars": "as many left-out features in place of the training ones",
+  "unseen_exemplars": "left-out features in place of the training ones, as far as there are any",
 }
 
 
@@ -66,14 +69,19 @@ class MethodsConfig:
   """How heads are trained on what the generators make."""
 
   losses: tuple[str, ...] = some_of(heads.LOSSES)
-  exponents: tuple[float, ...]
+  exponents: tuple[float, ...] = each(lambda e: 0 <= e <= 1, "numbers from 0 to 1")
+  l2: tuple[float, ...] = each(lambda strength: strength >= 0, "numbers from 0")
+  taus: tuple[float, ...] = each(lambda tau: tau >= 0, "numbers from 0")
   training: heads.HeadConfig
 
   def __post_init__(self):
     if not self.losses:
       raise ValueError("losses is empty, but heads must be trained by one.")
-    if not self.exponents or any(not 0 <= e <= 1 for e in self.exponents):
-      raise ValueError(f"exponents are {self.exponents}, but must be numbers from 0 to 1.")
+    if self.training.optimizer.weight_decay:
+      raise ValueError(
+        f"training.optimizer.weight_decay is {self.training.optimizer.weight_decay:g}, but heads"
+        " are regularised by l2; set it to 0.0 and give l2 the candidates."
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +155,16 @@ def check(config: FeatureConfig, data: LongTailLabels) -> None:
       "config.selection.folds asks for cross-validation, but no class has two examples; set it to"
       " 0."
     )
+  if (
+    config.selection.folds
+    and config.selection.encoder == "frozen"
+    and config.head.training.start == "encoder"
+  ):
+    raise ConfigError(
+      "config.head.training.start is encoder and config.selection.encoder is frozen, so that heads"
+      " of the folds would begin with one that was trained on what they are judged on; set start to"
+      " zeros, or config.selection.folds to 0."
+    )
 
 
 def check_memdiff(config: MemdiffConfig, data: dataset_lib.LongTailDataset) -> None:
@@ -219,7 +237,7 @@ def _fill_memory_bank(e: Experiment, arrays: dict[str, np.ndarray]) -> dict:
     _for_seeds(e, arrays["train"]),
     np.broadcast_to(e.dataset.train_labels, (len(e.seeds), len(e.dataset.train_labels))),
     e.dataset.num_classes,
-    e.seeds,
+    e.run.keys("memory_bank"),
     e.config.memory_bank,
     e.mesh,
   )
@@ -326,6 +344,7 @@ class Folds:
 
   runs: FeatureRuns
   run: loop.Run
+  counts: np.ndarray  # [R, C] training examples
   held_out: np.ndarray  # [R, B] rows of the training set, -1 where there is none
   features: jax.Array  # [R, B, D] of them, standardised
   judged: selection.Judged
@@ -334,9 +353,11 @@ class Folds:
 
 def make_folds(e: Experiment) -> Folds:
   """Deals the training set, trains encoders where asked, and builds the runs."""
-  config, labels = e.config.selection, e.dataset.train_labels
+  config, labels, num_classes = e.config.selection, e.dataset.train_labels, e.dataset.num_classes
   train, held_out = selection.fold_rows(labels, config)
-  run = dataclasses.replace(e.run, seeds=tuple(range(config.num_runs)))
+  run = dataclasses.replace(
+    e.run, seeds=tuple(range(config.num_runs)), streams="folds/", tensorboard=_fold_writer(e)
+  )
   if config.encoder == "retrained":
     features, head = _encode_folds(e, run, train)
   else:
@@ -350,11 +371,10 @@ def make_folds(e: Experiment) -> Folds:
     """[R, n, D] of rows [R, n]; whatever where a row is -1."""
     return np.take_along_axis(features, np.maximum(rows, 0)[:, :, None], axis=1)
 
-  num_classes = e.dataset.num_classes
   run_labels = np.where(train >= 0, labels[np.maximum(train, 0)], num_classes)
   run_features = np.where((train >= 0)[:, :, None], take(train), 0.0)
   bank = feature_space.fill_bank(
-    run_features, run_labels, num_classes, run.seeds, e.config.memory_bank, e.mesh
+    run_features, run_labels, num_classes, run.keys("memory_bank"), e.config.memory_bank, e.mesh
   )
   runs = feature_space.make_runs(run_features, run_labels, bank, head, num_classes, e.mesh)
   forward = jax.jit(jax.vmap(lambda s, x: s.forward(x)))
@@ -364,23 +384,29 @@ def make_folds(e: Experiment) -> Folds:
   return Folds(
     runs=runs,
     run=run,
+    counts=mesh_lib.fetch(runs.exemplars.by_class.counts),
     held_out=held_out,
     features=forward(runs.standardizer, mesh_lib.replicate(e.mesh, take(held_out))),
-    judged=selection.judged_examples(held_out, labels, config.folds),
+    judged=selection.judged_examples(held_out, labels, config.criterion, num_classes),
     own_logits=own_logits,
   )
+
+
+def _fold_writer(e: Experiment) -> TensorBoard:
+  """Curves of folds are no results; TensorBoard gets them only if it is asked to show them."""
+  if e.config.execution.show_folds:
+    return e.run.tensorboard
+  return TensorBoard(e.workdir.path / "tensorboard", enabled=False)
 
 
 def _encode_folds(e: Experiment, run: loop.Run, train: np.ndarray):
   """Features [R, N, D] of all training images by encoders that saw their fold's part, and heads."""
   loss = e.config.classifier.loss
-  # Rows that pad a fold become a second copy of its first, which is of the largest class.
-  rows = np.where(train >= 0, train, train[:, :1])
-  stage = dataclasses.replace(classifier_stage(e, loss, rows=rows), name="selection/encoder")
+  rows = train[:, : (train >= 0).sum(axis=1).max()]
+  stage = dataclasses.replace(classifier_stage(e, loss, rows), name="selection/encoder")
   folder = e.workdir.folder("selection") / "encoder"
-  loop.train(stage, run, folder)
-  state = loop.load_final(stage, run, folder)
-  _, features = forward_images(e, loss, state, e.dataset.train_images)
+  state = loop.train(stage, run, folder)
+  _, features = forward_images(e, loss, state, e.dataset.train_images, stage.own["statistics"])
   head = mesh_lib.fetch(state.params["head"]) if has_own_head(e.config) else None
   return features, head
 
@@ -389,19 +415,26 @@ def _encode_folds(e: Experiment, run: loop.Run, train: np.ndarray):
 class Choice:
   """How a method is set: what cross-validation chooses."""
 
-  strength: float
-  fill: int
-  exponent: float
+  strength: float = 0.0
+  fill: int = 0
+  exponent: float = 1.0
+  l2: float = 0.0
+  tau: float = 1.0
 
 
-def candidates(e: Experiment, name: str) -> list[Choice]:
-  """The settings of a generator, the ones to take without cross-validation first."""
-  exponents = e.config.head.exponents
-  if name == REAL:
-    return [Choice(0.0, 0, exponent) for exponent in exponents]
-  strengths = generators.strengths(name, workshop(e))
-  fills = generators.fills(name, e.config.generators)
-  return [Choice(s, f, x) for s in strengths for f in fills for x in exponents]
+def candidates(e: Experiment, name: str, loss: str) -> list[Choice]:
+  """The settings of a method, the ones to take without cross-validation first.
+
+  Those that differ in nothing but tau share their heads.
+  """
+  head = e.config.head
+  taus = head.taus if loss == "logit_adjustment" else (1.0,)
+  strengths, fills = (0.0,), (0,)
+  if name != REAL:
+    strengths = generators.strengths(name, workshop(e))
+    fills = generators.fills(name, e.config.generators)
+  every = itertools.product(taus, strengths, fills, head.exponents, head.l2)
+  return [Choice(strength, fill, x, l2, tau) for tau, strength, fill, x, l2 in every]
 
 
 def methods(e: Experiment) -> list[str]:
@@ -414,20 +447,27 @@ def select(e: Experiment) -> dict:
   """Chooses every method's setting and recommends one, by cross-validation on training data."""
   folder = e.workdir.folder("selection")
   if e.config.selection.folds == 0:
-    choices = {m: dataclasses.asdict(candidates(e, m.split("+")[0])[0]) for m in methods(e)}
+    choices = {m: dataclasses.asdict(candidates(e, *m.split("+"))[0]) for m in methods(e)}
     write_json(folder / "choices.json", {"choices": choices, "recommendation": None})
     return {}
-  folds, hits, choices = make_folds(e), {}, {}
+  folds, fitted, choices, numbers = make_folds(e), {}, {}, {}
+
+  def take(method, settings, predictions):
+    """Chooses among settings [J] by their predictions [J, E]."""
+    choices[method] = settings[selection.choose(folds.judged.score(predictions))]
+    fitted[method] = selection.cross_fitted(predictions, folds.judged)
+    numbers[method] = len(settings)
+
   for name in (REAL, *e.config.generators.names):
-    found = _score_generator(e, folds, name)
-    settings = candidates(e, name)
-    for loss, of_settings in found.items():
-      method = f"{name}+{loss}"
-      choices[method] = settings[selection.choose(of_settings, folds.judged.label)]
-      hits[method] = selection.cross_fitted(of_settings, folds.judged)
-  hits |= _own_head_hits(e, folds)
-  controls = [m for m in hits if m.split("+")[0] in (REAL, OWN)]
-  recommendation = selection.recommend(hits, folds.judged, controls)
+    for loss, predictions in _predict_with(e, folds, name).items():
+      take(f"{name}+{loss}", candidates(e, name, loss), predictions)
+  if folds.own_logits is not None:
+    for method, (settings, predictions) in _predict_with_own_heads(e, folds).items():
+      take(method, settings, predictions)
+  controls = [m for m in fitted if m.split("+")[0] in (REAL, OWN)]
+  recommendation = selection.recommend(fitted, folds.judged, controls)
+  for method, number in numbers.items():
+    recommendation["scores"][method]["settings"] = number
   write_json(
     folder / "choices.json",
     {
@@ -435,7 +475,8 @@ def select(e: Experiment) -> dict:
       "recommendation": recommendation | {"basis": _basis(e)},
     },
   )
-  write_arrays(folder / "hits.npz", hits | dataclasses.asdict(folds.judged))
+  judged = {name: getattr(folds.judged, name) for name in ("label", "example", "run")}
+  write_arrays(folder / "predictions.npz", fitted | judged)
   return {"method": recommendation["method"], "expected_gain": recommendation["expected_gain"]}
 
 
@@ -444,17 +485,15 @@ def _basis(e: Experiment) -> dict[str, Any]:
   return {"folds": config.folds, "repeats": config.repeats, "encoder": config.encoder}
 
 
-def _hits(predictions: np.ndarray, folds: Folds, labels: np.ndarray) -> np.ndarray:
-  """Predictions [..., R, B] of held-out rows -> hits [..., E] in the order of `judged`."""
-  inside = folds.held_out >= 0
-  hits = predictions == labels[np.maximum(folds.held_out, 0)]
-  return hits[..., inside].astype(float)
+def _judged_rows(predictions: np.ndarray, folds: Folds) -> np.ndarray:
+  """Predictions [..., R, B] of held-out rows -> [..., E] in the order of `judged`."""
+  return predictions[..., folds.held_out >= 0]
 
 
-def _score_generator(e: Experiment, folds: Folds, name: str) -> dict[str, np.ndarray]:
-  """Hits of every setting on held-out examples, by loss. [J, E]."""
+def _predict_with(e: Experiment, folds: Folds, name: str) -> dict[str, np.ndarray]:
+  """Predictions of every setting for held-out examples, by loss. [J, E]."""
   folder, shop = e.workdir.folder("selection"), workshop(e)
-  settings, num_runs = candidates(e, name), len(folds.run.seeds)
+  settings, num_runs = candidates(e, name, "cross_entropy"), len(folds.run.seeds)
   strengths = sorted({choice.strength for choice in settings})
   if name == REAL:
     added = heads.nothing_added(num_runs, folds.features.shape[-1], e.dataset.num_classes)
@@ -464,8 +503,9 @@ def _score_generator(e: Experiment, folds: Folds, name: str) -> dict[str, np.nda
     features = generators.make(name, shop, folds.runs, folds.run, folder / name, made, strengths)
     added = heads.Added(features.features, features.confidence, made)
   trained = tuple(dict.fromkeys(heads.trained_loss(loss) for loss in e.config.head.losses))
+  share = folds.counts.sum(axis=1) / len(e.dataset.train_labels)
   every = [
-    heads.Setting(r, strengths.index(c.strength), c.fill, c.exponent, loss)
+    _setting(folds.run, c, name, loss, run=r, seed=r, strengths=strengths, share=float(share[r]))
     for loss in trained
     for c in settings
     for r in range(num_runs)
@@ -479,40 +519,57 @@ def _score_generator(e: Experiment, folds: Folds, name: str) -> dict[str, np.nda
     test_labels=mesh_lib.replicate(e.mesh, nothing),
   )
   stage = heads.make_stage(f"selection/heads/{name}", e.config.head.training, data, every, e.mesh)
-  run = dataclasses.replace(e.run, seeds=tuple(range(len(every))))
+  run = dataclasses.replace(folds.run, seeds=tuple(range(len(every))))
   state = loop.train(stage, run, folder / "heads" / name)
-  priors = heads.priors(data, every)
-
-  @jax.jit
-  def predict(params, priors, number, features):
-    def of_head(arguments):
-      params, prior, run = arguments
-      plain = heads.logits_of(params, features[run])
-      return plain.argmax(-1), (plain - jnp.log(jnp.maximum(prior, 1e-12))[None]).argmax(-1)
-
-    return jax.lax.map(of_head, (params, priors, number))
-
-  number = np.array([s.run for s in every])
-  plain, adjusted = mesh_lib.fetch(predict(state.params, priors, number, folds.features))
-  shape = (len(trained), len(settings), num_runs, -1)
-  plain, adjusted = plain.reshape(shape), adjusted.reshape(shape)
+  taus = np.array([0.0, *e.config.head.taus], np.float32)
+  predictions = mesh_lib.fetch(
+    heads.predict(state.params, heads.priors(data, every), taus, stage.own["run"], folds.features)
+  )
+  shape = (len(taus), len(trained), len(settings), *folds.held_out.shape)
+  predictions = _judged_rows(predictions.reshape(shape), folds)
   found = {}
   for loss in e.config.head.losses:
-    of_loss = (adjusted if loss == "logit_adjustment" else plain)[
-      trained.index(heads.trained_loss(loss))
-    ]
-    found[loss] = _hits(of_loss, folds, e.dataset.train_labels)
+    of_loss = predictions[:, trained.index(heads.trained_loss(loss))]
+    of_loss = of_loss[1:] if loss == "logit_adjustment" else of_loss[:1]
+    found[loss] = of_loss.reshape(-1, of_loss.shape[-1])
   return found
 
 
-def _own_head_hits(e: Experiment, folds: Folds) -> dict[str, np.ndarray]:
-  """Of the folds' own heads, where encoders were trained without what is held out."""
-  if folds.own_logits is None:
-    return {}
-  adjusted = folds.own_logits - log_prior(e.dataset.train_counts)
+def _setting(
+  of: loop.Run, choice: Choice, name: str, loss: str, *, run: int, seed: int, strengths, share=1.0
+) -> heads.Setting:
+  """A head of the method `name` + `loss`, set as chosen; `strengths` are those that were made."""
+  return heads.Setting(
+    run=run,
+    seed=seed,
+    stream=f"{of.streams}heads/{name}+{heads.trained_loss(loss)}",
+    strength=strengths.index(choice.strength),
+    fill=choice.fill,
+    share=share,
+    exponent=choice.exponent,
+    l2=choice.l2,
+    loss=heads.trained_loss(loss),
+  )
+
+
+def _predict_with_own_heads(
+  e: Experiment, folds: Folds
+) -> dict[str, tuple[list[Choice], np.ndarray]]:
+  """method -> (settings [J], predictions [J, E]) of the folds' own heads, adjusted or not.
+
+  The prior is the fold's own: that of the whole set knows what the fold has not seen.
+  """
+  plain = folds.own_logits.argmax(axis=-1)
+  prior = np.stack([log_prior(counts) for counts in folds.counts])[:, None]
+  adjusted = np.stack(
+    [(folds.own_logits - tau * prior).argmax(axis=-1) for tau in e.config.head.taus]
+  )
   return {
-    method: _hits(logits.argmax(axis=-1), folds, e.dataset.train_labels)
-    for method, logits in ((OWN, folds.own_logits), (f"{OWN}+logit_adjustment", adjusted))
+    OWN: ([Choice()], _judged_rows(plain[None], folds)),
+    f"{OWN}+logit_adjustment": (
+      [Choice(tau=tau) for tau in e.config.head.taus],
+      _judged_rows(adjusted, folds),
+    ),
   }
 
 
@@ -521,11 +578,17 @@ def log_prior(counts: np.ndarray) -> np.ndarray:
   return np.log(counts / counts.sum())
 
 
+def own_tau(e: Experiment, choices: dict[str, Choice]) -> float:
+  """By how many times the log prior the logits of the encoder's own head are lowered."""
+  choice = choices.get(f"{OWN}+logit_adjustment")
+  return e.config.head.taus[0] if choice is None else choice.tau
+
+
 def load_selection(e: Experiment) -> tuple[dict[str, Choice], dict | None]:
   """(method -> choice, recommendation or None)."""
   path = e.workdir.folder("selection") / "choices.json"
   try:
-    saved = json.loads(path.read_text())
+    saved = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise WorkdirError(
       f"Cannot read {path} ({error}); remove the folder {path.parent} and run the same command"
@@ -642,20 +705,9 @@ def head_training(e: Experiment, space: Space, choices: dict[str, Choice], name:
     added, strengths = load_added(e, space, name)
   settings, of_losses = [], []
   for loss in e.config.head.losses:
-    # References are no methods: they are trained as the data come, with all there is.
-    choice = choices.get(f"{name}+{loss}", Choice(0.0, generators.ALL, 1.0))
-    if name == "unseen_exemplars":
-      choice = choices[f"{REAL}+{loss}"]
-    for seed in range(num_seeds):
-      settings.append(
-        heads.Setting(
-          seed,
-          strengths.index(choice.strength),
-          choice.fill,
-          choice.exponent,
-          heads.trained_loss(loss),
-        )
-      )
+    choice = choices.get(f"{name}+{loss}") or _reference_choice(name, choices[f"{REAL}+{loss}"])
+    for run, seed in enumerate(e.seeds):
+      settings.append(_setting(e.run, choice, name, loss, run=run, seed=seed, strengths=strengths))
       of_losses.append(loss)
   data = heads.HeadData(
     exemplars=exemplars,
@@ -673,6 +725,13 @@ def head_training(e: Experiment, space: Space, choices: dict[str, Choice], name:
     settings=settings,
     losses=of_losses,
   )
+
+
+def _reference_choice(name: str, of_real: Choice) -> Choice:
+  """References are no methods: set as `real` is, and the oracle with all that there is."""
+  if name == "oracle":
+    return dataclasses.replace(of_real, fill=generators.ALL, exponent=1.0)
+  return of_real
 
 
 def _left_out_pool(e: Experiment, space: Space) -> heads.Added:
@@ -696,7 +755,7 @@ def _unseen_exemplars(e: Experiment, space: Space):
 
 
 def final_heads(e: Experiment, space: Space, choices: dict[str, Choice], name: str):
-  """Loss -> {"kernel" [S, D, C], "bias" [S, C]} on standardised features, adjusted where it is."""
+  """Loss -> {"kernel" [S, D, C], "bias" [S, C]} on standardised features, adjusted if asked."""
   trained = head_training(e, space, choices, name)
   state = loop.load_final(trained.stage, trained.run, e.workdir.folder("heads") / name)
   priors = heads.priors(trained.data, trained.settings)
@@ -705,7 +764,8 @@ def final_heads(e: Experiment, space: Space, choices: dict[str, Choice], name: s
     rows = np.array([i for i, own in enumerate(trained.losses) if own == loss])
     head = jax.tree.map(lambda x, rows=rows: x[rows], state.params)
     if loss == "logit_adjustment":
-      head = jax.vmap(heads.adjusted)(head, priors[rows])
+      choice = choices.get(f"{name}+{loss}") or choices[f"{REAL}+{loss}"]
+      head = jax.vmap(heads.adjusted, in_axes=(0, 0, None))(head, priors[rows], choice.tau)
     found[loss] = head
   return found
 
@@ -727,7 +787,9 @@ def describe(e: Experiment, method: str, choices: dict[str, Choice]) -> str:
   choice = choices.get(method)
   if choice is None:
     return words
-  details = [f"classes drawn by count^{choice.exponent:g}"]
+  details = [f"classes drawn by count^{choice.exponent:g}", f"L2 {choice.l2:g}"]
+  if loss == "logit_adjustment":
+    details.append(f"tau {choice.tau:g}")
   if name != REAL and choice.fill != generators.ALL:
     details.append(f"filled to {choice.fill}")
   if name != REAL and len(generators.strengths(name, workshop(e))) > 1:

@@ -19,7 +19,7 @@ from memdiff import memory_bank
 from memdiff.exemplars import Exemplars
 from memdiff.memory_bank import BankConfig, MemoryBank
 from memdiff.runtime import mesh as mesh_lib
-from memdiff.runtime.random import base_keys, stream
+from memdiff.runtime.random import stream
 
 _CHUNK = 512  # rows per encoder call and per bank update
 
@@ -150,7 +150,7 @@ def fill_bank(
   features: np.ndarray,
   labels: np.ndarray,
   num_classes: int,
-  seeds: tuple[int, ...],
+  keys: jax.Array,
   config: BankConfig,
   mesh: Mesh,
 ) -> MemoryBank:
@@ -160,7 +160,7 @@ def fill_bank(
     features: [R, N, D].
     labels: [R, N] int; rows with C or more never enter.
     num_classes: C.
-    seeds: R of them.
+    keys: [R], randomness.
     config: slots and horizon.
     mesh: the device mesh.
   """
@@ -187,7 +187,7 @@ def fill_bank(
     return bank
 
   return jax.jit(jax.vmap(fill), out_shardings=bank_sharding(num_classes, mesh))(
-    base_keys(seeds, "memory_bank"), features, np.asarray(labels, np.int32)
+    keys, features, np.asarray(labels, np.int32)
   )
 
 

@@ -22,6 +22,7 @@ from memdiff import feature_diffusion, hallucination, selection, synthetic
 from memdiff.baselines import fasa, ldmlr
 from memdiff.baselines.fasa import FASAConfig
 from memdiff.baselines.generators import GENERATORS
+from memdiff.classifier.heads import ALL
 from memdiff.config import above, at_least, each, some_of
 from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.errors import ConfigError
@@ -32,10 +33,8 @@ from memdiff.hallucination import SamplerConfig
 from memdiff.runtime import loop
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.loop import Stage
-from memdiff.runtime.random import base_keys, stream
+from memdiff.runtime.random import stream
 from memdiff.synthetic import ConfidenceConfig, SyntheticFeatures
-
-ALL = 10**9  # fills no class: as many features as are made
 
 DIFFUSIONS = {
   "memdiff": "diffusion conditioned on the memory of the class",
@@ -85,16 +84,21 @@ def plan(counts: np.ndarray, config: GeneratorsConfig) -> np.ndarray:
   Raises:
     ConfigError: where no class needs any.
   """
-  numbers = np.where(
-    counts < config.tail_below, np.maximum(max(config.fill_to) - counts, 0), 0
-  ).astype(np.int32)
+  target, smallest = max(config.fill_to), int(counts.min())
+  numbers = np.where(counts < config.tail_below, np.maximum(target - counts, 0), 0)
   if not numbers.any():
+    advice = (
+      f"set tail_below above {smallest} and fill_to above that"
+      if counts.max() > smallest
+      else f"all classes have {smallest}, so there is no tail to fill; cut one with"
+      " config.dataset.profile=exponential, or set tail_below and fill_to above that"
+    )
     raise ConfigError(
       f"config.generators: no class with fewer than tail_below={config.tail_below} training"
-      f" examples needs filling to fill_to={max(config.fill_to)}; the counts are"
-      f" {counts.tolist()}."
+      f" examples needs filling to fill_to={target} (the smallest class has {smallest}, the largest"
+      f" {int(counts.max())}); {advice}."
     )
-  return numbers
+  return numbers.astype(np.int32)
 
 
 def numbers(name: str, counts: np.ndarray, config: GeneratorsConfig) -> np.ndarray:
@@ -255,40 +259,50 @@ def diffusion_sampler(
   return of_runs
 
 
-def _make_sampler(name, shop, runs, run, folder, labels) -> tuple[Sampler, Any]:
-  """The sampler, and what it has learned beforehand."""
+def _learned(name: str, shop: Workshop, runs: FeatureRuns, run: loop.Run, folder: pathlib.Path):
+  """What the generator's sampler takes beside the exemplars, of all runs."""
   if name in GENERATORS:
-    return _plain_sampler(name, labels), ()
+    return ()
   if name == "fasa":
-    return _fasa_sampler(shop.config.fasa, labels), _fasa_parts(runs)
+    return _fasa_parts(runs)
   trained = _named(stage(name, shop, runs, run.mesh), folder)
-  params = loop.load_final(trained, run, folder).ema_params
+  return loop.load_final(trained, run, folder).ema_params
+
+
+def _sampler(name: str, shop: Workshop, dim: int, labels: jax.Array, mesh: Mesh) -> Sampler:
+  if name in GENERATORS:
+    return _plain_sampler(name, labels)
+  if name == "fasa":
+    return _fasa_sampler(shop.config.fasa, labels)
   if name in LDMLR:
-    return _ldmlr_sampler(_ldmlr(name, shop), labels, shop.num_classes), params
-  dim = runs.exemplars.features.shape[-1]
-  return diffusion_sampler(name, shop, dim, labels, run.mesh), params
+    return _ldmlr_sampler(_ldmlr(name, shop), labels, shop.num_classes)
+  return diffusion_sampler(name, shop, dim, labels, mesh)
 
 
+@functools.lru_cache(maxsize=16)
 def sampling_program(
-  sampler: Sampler, labels: jax.Array, config: ConfidenceConfig, mesh: Mesh
+  name: str, shop: Workshop, dim: int, numbers: tuple[int, ...], mesh: Mesh
 ) -> Callable:
-  """The jitted program that makes a generator's features and judges them.
+  """The jitted program that makes a generator's features and judges them; one for seeds and folds.
 
   Args:
-    sampler: of the generator.
-    labels: [M] int32, the class of each feature.
-    config: how features are judged.
+    name: of the generator.
+    shop: its settings.
+    dim: D.
+    numbers: features per class, M in all.
     mesh: the device mesh.
 
   Returns:
     (keys [R], strengths [K], runs, what it has learned) -> features [R, K, M, D], standardised, and
     confidence [R, K, M], both whole on every device.
   """
+  labels = np.repeat(np.arange(len(numbers)), numbers).astype(np.int32)
+  sampler = _sampler(name, shop, dim, labels, mesh)
 
   def judge(samples, trust, exemplars, standardizer, head):
     """Of one run and strength: what the head trains on is what is judged and exported."""
     features = standardizer.forward(standardizer.backward(samples))
-    confidence = synthetic.confidence(features, labels, exemplars, head, config)
+    confidence = synthetic.confidence(features, labels, exemplars, head, shop.config.confidence)
     return features, trust * confidence
 
   def everything(keys, strengths, runs, learned):
@@ -323,17 +337,13 @@ def make(
     made: [C] features per class, M in all.
     chosen: K strengths.
   """
-  host_labels = np.repeat(np.arange(len(made)), made).astype(np.int32)
-  labels = jnp.asarray(host_labels)
-  sampler, learned = _make_sampler(name, shop, runs, run, folder, labels)
+  labels = np.repeat(np.arange(len(made)), made).astype(np.int32)
   number = np.concatenate([np.arange(n) for n in made]).astype(np.int32)
-
-  with run.progress.compiling(f"and running {name}, {len(host_labels):,} features per run"):
-    keys = base_keys(run.seeds, f"sample/{name}")
-    program = sampling_program(sampler, labels, shop.config.confidence, run.mesh)
-    features, confidence = jax.block_until_ready(
-      program(keys, jnp.asarray(chosen, jnp.float32), runs, learned)
-    )
-  return SyntheticFeatures(
-    features=features, labels=host_labels, confidence=confidence, number=number
+  learned = _learned(name, shop, runs, run, folder)
+  dim = runs.exemplars.features.shape[-1]
+  program = sampling_program(name, shop, dim, tuple(made.tolist()), run.mesh)
+  run.progress.say(f"sampling {len(labels):,} features per run with {name} ...")
+  features, confidence = jax.block_until_ready(
+    program(run.keys(f"sample/{name}"), jnp.asarray(chosen, jnp.float32), runs, learned)
   )
+  return SyntheticFeatures(features=features, labels=labels, confidence=confidence, number=number)

@@ -238,18 +238,19 @@ def make_pool(
   e: Experiment, shop: Workshop, generator: str, state: Any, folder: pathlib.Path
 ) -> Pool:
   """Synthetic features of the encoders as they are now, seeds leading; trains what it takes."""
+  run = dataclasses.replace(e.run, streams=f"{folder.name}/")  # every refresh draws anew
   loss, labels = e.config.joint.loss, e.dataset.train_labels
   _, features = forward_images(e, loss, state, e.dataset.train_images)
   labels = np.broadcast_to(labels, features.shape[:2])
   bank = feature_space.fill_bank(
-    features, labels, e.dataset.num_classes, e.seeds, e.config.memory_bank, e.mesh
+    features, labels, e.dataset.num_classes, run.keys("memory_bank"), e.config.memory_bank, e.mesh
   )
   head = mesh_lib.fetch(state.params["head"])
   runs = feature_space.make_runs(features, labels, bank, head, e.dataset.num_classes, e.mesh)
-  generators.train(generator, shop, runs, e.run, folder)
+  generators.train(generator, shop, runs, run, folder)
   numbers = generators.numbers(generator, e.dataset.train_counts, shop.config)
   strength = generators.strengths(generator, shop)[0]
-  made = generators.make(generator, shop, runs, e.run, folder, numbers, [strength])
+  made = generators.make(generator, shop, runs, run, folder, numbers, [strength])
   backward = jax.jit(jax.vmap(lambda s, x: s.backward(x)))
   own_labels = np.broadcast_to(made.labels, made.confidence[:, 0].shape)
   return Pool(

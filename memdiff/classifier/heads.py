@@ -6,7 +6,9 @@ its settings as if they were seeds; they share the features on the devices.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -54,22 +56,35 @@ class HeadConfig:
   optimizer: OptimizerConfig
 
 
-@dataclasses.dataclass(frozen=True)
+ALL = 10**9  # a fill that no class reaches: as many synthetic features as there are
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
   """How one head is trained.
 
   Attributes:
     run: which of the runs.
+    seed: of its minibatches; heads of one seed and stream draw the same ones.
+    stream: names its random numbers, for example after its generator and loss.
     strength: which of the generator's strengths, by number.
-    fill: classes with fewer real features are filled up to this number with synthetic ones.
+    fill: classes with fewer real features are filled up to this number with synthetic ones; ALL
+      takes all that were made.
+    share: of the training set that the run has; what is filled shrinks alike, so that a fold's
+      mixture is the whole set's.
     exponent: classes are drawn by (real + synthetic features)^exponent.
+    l2: strength of the penalty l2 / 2 |W|^2 on the kernel.
     loss: one of TRAINED.
   """
 
   run: int
-  strength: int
-  fill: int
-  exponent: float
+  seed: int
+  stream: str
+  strength: int = 0
+  fill: int = ALL
+  share: float = 1.0
+  exponent: float = 1.0
+  l2: float = 0.0
   loss: str
 
 
@@ -113,18 +128,21 @@ def nothing_added(num_runs: int, dim: int, num_classes: int) -> Added:
   )
 
 
-def mixture(counts: jax.Array, added: Added, run, strength, fill, exponent) -> Mixture:
+def mixture(counts: jax.Array, added: Added, own: dict[str, jax.Array]) -> Mixture:
   """The mixture of one head.
 
   Args:
     counts: [C] real features.
     added: of all runs.
-    run, strength, fill, exponent: of its setting, int32 and float32 scalars.
+    own: scalars of its setting, a row of `setting_arrays`.
   """
+  run, strength, share_of_set = own["run"], own["strength"], own["share"]
   numbers = jnp.asarray(added.numbers)
-  used = jnp.where(counts > 0, jnp.clip(fill - counts, 0, numbers), 0)
+  filled = jnp.clip(jnp.round(own["fill"] * share_of_set).astype(jnp.int32) - counts, 0, numbers)
+  everything = jnp.round(numbers * share_of_set).astype(jnp.int32)
+  used = jnp.where(counts > 0, jnp.where(own["fill"] == ALL, everything, filled), 0)
   total = counts + used
-  draw = jnp.where(total > 0, jnp.maximum(total, 1).astype(jnp.float32) ** exponent, 0.0)
+  draw = jnp.where(total > 0, jnp.maximum(total, 1).astype(jnp.float32) ** own["exponent"], 0.0)
   draw = draw / draw.sum()
   share = used / jnp.maximum(total, 1)
   first = jnp.cumsum(numbers) - numbers
@@ -145,29 +163,56 @@ def setting_arrays(settings: Sequence[Setting]) -> dict[str, np.ndarray]:
   """The settings as arrays that lead with heads."""
   return {
     "run": np.array([s.run for s in settings], np.int32),
+    "seed": np.array([s.seed for s in settings], np.uint32),
+    "stream": np.array([zlib.crc32(s.stream.encode()) for s in settings], np.uint32),
     "strength": np.array([s.strength for s in settings], np.int32),
     "fill": np.array([s.fill for s in settings], np.int32),
+    "share": np.array([s.share for s in settings], np.float32),
     "exponent": np.array([s.exponent for s in settings], np.float32),
+    "l2": np.array([s.l2 for s in settings], np.float32),
     "loss": np.array([TRAINED.index(s.loss) for s in settings], np.int32),
   }
 
 
+@jax.jit
+def _priors(counts: jax.Array, added: Added, own: dict[str, jax.Array]) -> jax.Array:
+  return jax.vmap(lambda own: mixture(counts[own["run"]], added, own).prior)(own)
+
+
 def priors(data: HeadData, settings: Sequence[Setting]) -> jax.Array:
   """`Mixture.prior` of every head. [H, C]."""
-
-  @jax.jit
-  @jax.vmap
-  def of(run, strength, fill, exponent):
-    counts = jnp.asarray(data.exemplars.by_class.counts)[run]
-    return mixture(counts, data.added, run, strength, fill, exponent).prior
-
-  arrays = setting_arrays(settings)
-  return of(*(arrays[name] for name in ("run", "strength", "fill", "exponent")))
+  return _priors(data.exemplars.by_class.counts, data.added, setting_arrays(settings))
 
 
-def adjusted(head: dict[str, jax.Array], prior: jax.Array) -> dict[str, jax.Array]:
-  """The head whose logits are lowered by log prior (Menon et al. 2021, eq. 9, tau = 1)."""
-  return head | {"bias": head["bias"] - jnp.log(jnp.maximum(prior, 1e-12))}
+def adjusted(head: dict[str, jax.Array], prior: jax.Array, tau: float) -> dict[str, jax.Array]:
+  """The head whose logits are lowered by tau log prior (Menon et al. 2021, eq. 9)."""
+  return head | {"bias": head["bias"] - tau * jnp.log(jnp.maximum(prior, 1e-12))}
+
+
+@jax.jit
+def predict(
+  params: dict[str, jax.Array], prior: jax.Array, taus: jax.Array, run: jax.Array, features
+) -> jax.Array:
+  """Classes that heads predict, with logits lowered by each tau times their log prior.
+
+  Args:
+    params: {"kernel" [H, D, C], "bias" [H, C]}.
+    prior: [H, C].
+    taus: [T]; 0 leaves the logits as they are.
+    run: [H] whose features a head sees.
+    features: [R, B, D].
+
+  Returns:
+    [T, H, B] int.
+  """
+
+  def of_head(arguments):
+    params, prior, run = arguments
+    logits = logits_of(params, features[run])
+    lower = taus[:, None] * jnp.log(jnp.maximum(prior, 1e-12))[None]
+    return jax.vmap(lambda offset: (logits - offset[None]).argmax(axis=-1))(lower)
+
+  return jax.lax.map(of_head, (params, prior, run)).swapaxes(0, 1)
 
 
 def make_stage(
@@ -188,23 +233,46 @@ def make_stage(
     settings: H of them; they lead the stage's state as seeds do.
     mesh: the device mesh.
   """
+  program = _program(config, mesh)
+  own = setting_arrays(settings)
+  change = jnp.asarray if config.start == "encoder" else jnp.zeros_like
+  own["start"] = jax.tree.map(lambda x: change(jnp.asarray(x)[own["run"]]), data.start)
+  return Stage(
+    name=name,
+    num_steps=config.num_steps,
+    init=program.init,
+    batch=program.draw,
+    step=program.step,
+    evaluate=program.evaluate if data.test_labels.shape[1] else None,
+    shared=data,
+    own=mesh_lib.replicate(mesh, own),
+    batch_size=config.batch_size,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+  init: Callable
+  draw: Callable
+  step: Callable
+  evaluate: Callable
+
+
+@functools.lru_cache(maxsize=8)
+def _program(config: HeadConfig, mesh: Mesh) -> _Program:
+  """The functions of a stage; the same ones for every generator, so that they compile once."""
   optimizer = train_state.make_optimizer(config.optimizer, config.num_steps)
   start_step = round(config.defer * config.num_steps)
 
-  def init(key, own):
-    start = jax.tree.map(lambda x: x[own["run"]], data.start)
-    # Copies: the state is donated, the data are not.
-    change = jnp.copy if config.start == "encoder" else jnp.zeros_like
-    return train_state.create(key, jax.tree.map(change, start), optimizer)
-
-  def mixture_of(data, own):
-    counts = data.exemplars.by_class.counts[own["run"]]
-    names = ("run", "strength", "fill", "exponent")
-    return mixture(counts, data.added, *(own[name] for name in names))
+  def init(_, own):
+    key = jax.random.fold_in(jax.random.key(own["seed"]), own["stream"])
+    start = jax.tree.map(jnp.copy, own["start"])  # the state is donated, the data are not
+    return train_state.create(key, start, optimizer)
 
   def draw(state, data, own):
     """Features [B, D], labels [B] and trust [B] of a minibatch."""
-    key, mixed = stream(state.key, "batch", state.step), mixture_of(data, own)
+    key = stream(state.key, "batch", state.step)
+    mixed = mixture(data.exemplars.by_class.counts[own["run"]], data.added, own)
     run, size = own["run"], (config.batch_size,)
     class_key, real_key, added_key, kind_key = jax.random.split(key, 4)
     cumulative = jnp.cumsum(mixed.draw)
@@ -231,17 +299,18 @@ def make_stage(
     return losses.effective_number(jnp.maximum(seen, 1e-3), config.beta)
 
   def step(state, data, own):
-    mixed = mixture_of(data, own)
+    counts = data.exemplars.by_class.counts[own["run"]]
+    mixed = mixture(counts, data.added, own)
     features, label, trust = draw(state, data, own)
     balanced = own["loss"] == TRAINED.index("balanced_softmax")
     offset = jnp.where(balanced, jnp.log(jnp.maximum(mixed.prior, 1e-12)), 0.0)
-    gamma = class_weights(mixed, data.exemplars.by_class.counts[own["run"]])
-    gamma = losses.deferred(gamma, state.step, start_step)
+    gamma = losses.deferred(class_weights(mixed, counts), state.step, start_step)
     gamma = jnp.where(own["loss"] == TRAINED.index("csl"), gamma, 1.0)
 
     def loss_of(params):
       logits = logits_of(params, features) + offset[None]
-      return losses.weighted_cross_entropy(logits, label, gamma[label] * trust)
+      value = losses.weighted_cross_entropy(logits, label, gamma[label] * trust)
+      return value + own["l2"] / 2 * jnp.square(params["kernel"]).sum()
 
     loss, gradients = jax.value_and_grad(loss_of)(state.params)
     return train_state.apply_gradients(state, gradients, optimizer), {"loss": loss}
@@ -250,14 +319,4 @@ def make_stage(
     logits = logits_of(state.params, data.test_features[own["run"]])
     return {"accuracy": jnp.mean(logits.argmax(axis=-1) == data.test_labels[own["run"]])}
 
-  return Stage(
-    name=name,
-    num_steps=config.num_steps,
-    init=init,
-    batch=draw,
-    step=step,
-    evaluate=evaluate if data.test_labels.shape[1] else None,
-    shared=data,
-    own=mesh_lib.replicate(mesh, setting_arrays(settings)),
-    batch_size=config.batch_size,
-  )
+  return _Program(init, draw, step, evaluate)

@@ -261,7 +261,7 @@ class Objective:
 
   row: Loss
   config: LossConfig
-  counts: np.ndarray  # [C] training examples
+  counts: Any  # [C] training examples; may be traced
   scale: float  # of cosine logits
   num_steps: int
   steps_per_epoch: int
@@ -337,11 +337,11 @@ class Objective:
 def make(
   name: str,
   config: LossConfig,
-  counts: np.ndarray,
+  counts: Any,
   *,
   scale: float,
   num_steps: int,
   steps_per_epoch: int,
 ) -> Objective:
-  """The loss `name` for a training set with `counts` [C] examples per class."""
-  return Objective(LOSSES[name], config, np.asarray(counts), scale, num_steps, steps_per_epoch)
+  """The loss `name` for a training set with `counts` [C] examples per class, maybe traced."""
+  return Objective(LOSSES[name], config, counts, scale, num_steps, steps_per_epoch)

@@ -30,13 +30,10 @@ def predictive_entropy(logits: jax.Array) -> jax.Array:
   return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1) / np.log(logits.shape[-1])
 
 
-def tail_classes(counts: np.ndarray, share: float) -> np.ndarray:
+def tail_classes(counts: jax.Array, share: float) -> jax.Array:
   """[C] bool: the `share` of the classes with the fewest examples, ties by class index."""
-  tail = np.zeros(len(counts), bool)
-  tail[
-    np.argsort(-np.asarray(counts), kind="stable")[len(counts) - round(share * len(counts)) :]
-  ] = True
-  return tail
+  rank = jnp.argsort(jnp.argsort(-jnp.asarray(counts), stable=True))
+  return rank >= len(counts) - round(share * len(counts))
 
 
 # --- semantic scale --------------------------------------------------------------------------

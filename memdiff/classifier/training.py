@@ -1,6 +1,8 @@
 """The classifier stage: encoder, head and memory bank trained on long-tailed images."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +101,32 @@ def host_batches(
   return make
 
 
+def fold_data(
+  encoder_config: EncoderConfig, dataset: LongTailDataset, rows: np.ndarray
+) -> dict[str, Any]:
+  """What is known of the training set in each of R runs that see a part of it.
+
+  Args:
+    encoder_config, dataset: see there.
+    rows: [R, A] training images, -1 where a run has fewer.
+
+  Returns:
+    {"rows" [R, A], padded with a second copy of the run's first image, "counts" [R, C],
+    "statistics": {"pixel_mean", "pixel_std"} [R, ch]}.
+  """
+  seen = [row[row >= 0] for row in rows]
+  statistics = [
+    encoder.pixel_statistics(encoder_config.input, dataset.train_images[row]) for row in seen
+  ]
+  return {
+    "rows": np.where(rows >= 0, rows, rows[:, :1]),
+    "counts": np.stack(
+      [np.bincount(dataset.train_labels[row], minlength=dataset.num_classes) for row in seen]
+    ),
+    "statistics": jax.tree.map(lambda *leaves: np.stack(leaves), *statistics),
+  }
+
+
 def make_stage(
   config: ClassifierConfig,
   encoder_config: EncoderConfig,
@@ -117,8 +145,9 @@ def make_stage(
     dataset: the long-tailed set.
     shared: of `encoder.device_data`.
     mesh: the device mesh.
-    rows: [R, A] the training images of each of R runs, of a set in memory; None: all of them. The
-      stage of runs scores nothing while it trains.
+    rows: [R, A] the training images of each of R runs, of a set in memory, -1 where a run has
+      fewer; None: all of them. Class counts and pixel statistics are then a run's own, and the
+      stage scores nothing while it trains.
   """
   name = f"classifier/{loss}"
   num_examples, num_classes = len(dataset.train_labels), dataset.num_classes
@@ -127,14 +156,15 @@ def make_stage(
   model = encoder.make_model(encoder_config, loss, num_classes)
   optimizer = train_state.make_optimizer(config.optimizer, num_steps)
   row = losses.LOSSES[loss]
-  objective = losses.make(
+  make_objective = functools.partial(
+    losses.make,
     loss,
     config.loss_parameters,
-    dataset.train_counts,
     scale=encoder_config.backbone.scale,
     num_steps=num_steps,
     steps_per_epoch=max(num_examples // config.batch_size, 1),
   )
+  of_everything = make_objective(dataset.train_counts)
 
   def init(key, _):
     variables = encoder.initial_variables(
@@ -151,7 +181,7 @@ def make_stage(
       optimizer,
       model_state=variables["batch_stats"],
       bank=bank,
-      loss_state=objective.init(),
+      loss_state=of_everything.init(),
     )
 
   def draw(state, shared, own):
@@ -162,15 +192,18 @@ def make_stage(
     index = batches.epoch_indices(
       stream(state.key, "order"), state.step, num_examples, config.batch_size
     )
-    index = index if rows is None else own[index]
+    index = index if rows is None else own["rows"][index]
     return mesh_lib.shard_batch((shared["images"][index], shared["labels"][index]), mesh)
 
   def prepare(state, shared, own):
     """The loss's views of a batch, one after the other, its labels, and mixup's partners."""
     images, labels = draw(state, shared, own)
     key = stream(state.key, "views", state.step)
+    statistics = shared if rows is None else own["statistics"]
     views = [
-      augmented(jax.random.fold_in(key, view), images, config.augment, encoder_config.input, shared)
+      augmented(
+        jax.random.fold_in(key, view), images, config.augment, encoder_config.input, statistics
+      )
       for view in range(row.views)
     ]
     partner = share = None
@@ -180,6 +213,7 @@ def make_stage(
 
   def step(state, shared, own):
     images, labels, partner, share = prepare(state, shared, own)
+    objective = of_everything if rows is None else make_objective(own["counts"])
     batch = len(labels)
 
     def loss_of(params):
@@ -242,7 +276,7 @@ def make_stage(
     step=step,
     evaluate=None if dataset.streamed or rows is not None else evaluate,
     shared=shared,
-    own=() if rows is None else mesh_lib.replicate(mesh, rows),
+    own=() if rows is None else mesh_lib.replicate(mesh, fold_data(encoder_config, dataset, rows)),
     batch_size=config.batch_size,
     batches=host_batches(dataset, config, name),
   )

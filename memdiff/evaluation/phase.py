@@ -12,7 +12,7 @@ from memdiff import feature_experiment as experiment
 from memdiff import joint, selection
 from memdiff.classifier import heads
 from memdiff.classifier.training import trained_losses
-from memdiff.evaluation import classification, plots, quality, result
+from memdiff.evaluation import classification, criteria, plots, quality, result
 from memdiff.experiment import Experiment
 from memdiff.feature_experiment import OWN, REAL, REFERENCES, Choice, Space
 from memdiff.feature_space import raw_head
@@ -29,50 +29,113 @@ class Scored:
 
   Attributes:
     rows: of the report.
-    top1: method -> [S] test accuracy.
+    predictions: method -> [S, T] classes of the test examples.
     heads: method -> {"kernel" [S, D, C], "bias" [S, C]} on standardised features.
+    labels: [T] of the test examples.
+    criterion: by which methods are compared.
+    groups: many, medium and few.
   """
 
   rows: list[dict]
-  top1: dict[str, np.ndarray]
+  predictions: dict[str, np.ndarray]
   heads: dict[str, dict[str, jax.Array]]
+  labels: np.ndarray
+  criterion: str
+  groups: tuple[classification.Group, ...]
+
+  def score(self, method: str) -> float:
+    """The criterion on the test set, mean over seeds."""
+    return float(self._measure(criteria.score, method).mean())
+
+  def gain(self, method: str, control: str, group: str | None = None) -> dict | None:
+    """How much better a method does than another, by the criterion or on a group of classes.
+
+    {mean, interval, std, ours, theirs}; None for a group without test examples.
+    """
+    if group is None:
+      return self._measure(criteria.over_seeds_and_examples, method, control)
+    classes = next(g.classes for g in self.groups if g.name == group)
+    if not np.isin(self.labels, classes).any():
+      return None
+    return criteria.over_seeds_and_examples(
+      self.predictions[method], self.predictions[control], self.labels, "balanced_accuracy",
+      self._num_classes, classes,
+    )  # fmt: skip
+
+  def share_of_room(self, method: str, control: str, reference: str) -> dict:
+    return self._measure(criteria.share_of_room, method, control, reference)
+
+  def _measure(self, function, *methods: str):
+    predictions = [self.predictions[method] for method in methods]
+    return function(*predictions, self.labels, self.criterion, self._num_classes)
+
+  @property
+  def _num_classes(self) -> int:
+    return sum(len(group.classes) for group in self.groups)
 
 
 def classify(e: Experiment, space: Space, choices: Mapping[str, Choice]) -> Scored:
   """Scores every method and reference on the test set."""
-  described, found = {}, {}
-  for loss, logits in space.own_logits.items():
-    name = OWN if loss == e.config.classifier.loss else f"{OWN}:{loss}"
-    words = experiment.describe_own(e, loss)
-    adjusted = logits - experiment.log_prior(e.dataset.train_counts)
-    described[name] = words, logits.argmax(axis=-1)
-    described[f"{name}+logit_adjustment"] = (
-      f"{words}; logits adjusted by the class prior afterwards",
-      adjusted.argmax(axis=-1),
-    )
+  described, found = _own_heads(e, space, choices), {}
   for name, logits in joint.load_logits(e).items():
     method = f"{JOINT}:{name}+{e.config.joint.loss}"
     described[method] = experiment.describe_joint(e, name), logits.argmax(axis=-1)
   for name in experiment.head_names(e):
     for loss, head in experiment.final_heads(e, space, choices, name).items():
       method = f"{name}+{loss}"
-      logits = jax.jit(jax.vmap(heads.logits_of))(head, space.test)
-      described[method] = (
-        experiment.describe(e, method, choices),
-        np.asarray(logits.argmax(axis=-1)),
-      )
+      logits = _logits(head, space.test)
+      words = experiment.describe(e, method, choices)
+      described[method] = words, np.asarray(logits.argmax(axis=-1))
       found[method] = head
   labels, groups = e.dataset.test_labels, classification.make_groups(e.dataset.train_counts)
   rows = [
     classification.score_method(
       method, description, predictions, labels, groups, e.seeds, e.dataset.num_classes
     )
+    | {"reference": method.split("+")[0] in REFERENCES}
     for method, (description, predictions) in described.items()
   ]
-  for row in rows:
-    row["reference"] = row["method"].split("+")[0] in REFERENCES
-  top1 = {method: (p == labels).mean(axis=1) for method, (_, p) in described.items()}
-  return Scored(rows, top1, found)
+  return Scored(
+    rows=rows,
+    predictions={method: predictions for method, (_, predictions) in described.items()},
+    heads=found,
+    labels=labels,
+    criterion=e.config.selection.criterion,
+    groups=groups,
+  )
+
+
+_logits = jax.jit(jax.vmap(heads.logits_of))
+
+
+def _own_heads(
+  e: Experiment, space: Space, choices: Mapping[str, Choice]
+) -> dict[str, tuple[str, np.ndarray]]:
+  """method -> (words, predictions) of the heads that the encoders were trained with."""
+  tau, described = experiment.own_tau(e, choices), {}
+  for loss, logits in space.own_logits.items():
+    name = _own_name(e, loss)
+    words = experiment.describe_own(e, loss)
+    adjusted = logits - tau * experiment.log_prior(e.dataset.train_counts)
+    described[name] = words, logits.argmax(axis=-1)
+    described[f"{name}+logit_adjustment"] = (
+      f"{words}; logits adjusted by the class prior afterwards (tau {tau:g})",
+      adjusted.argmax(axis=-1),
+    )
+  return described
+
+
+def _own_name(e: Experiment, loss: str) -> str:
+  return OWN if loss == e.config.classifier.loss else f"{OWN}:{loss}"
+
+
+def plain_training(e: Experiment, space: Space) -> str:
+  """The method that a user would have without memdiff: cross-entropy on the data as they are."""
+  if space.own_logits:
+    loss = "cross_entropy" if "cross_entropy" in space.own_logits else e.config.classifier.loss
+    return _own_name(e, loss)
+  losses = e.config.head.losses
+  return f"{REAL}+{'cross_entropy' if 'cross_entropy' in losses else losses[0]}"
 
 
 def best_of(methods: list[str], scores: Mapping[str, float]) -> str:
@@ -80,63 +143,102 @@ def best_of(methods: list[str], scores: Mapping[str, float]) -> str:
   return max(methods, key=lambda method: scores.get(method, -1.0))
 
 
+def _known_scores(recommendation: Mapping | None) -> dict[str, float]:
+  known = (recommendation or {}).get("scores", {})
+  return {method: entry["score"] for method, entry in known.items()}
+
+
 def compare(e: Experiment, scored: Scored, recommendation: Mapping | None) -> dict:
   """What hallucination adds to the real-only control, and how much the oracle would; paired.
 
   Which of the losses stands for memdiff, and which control it is held against, is chosen by
-  cross-validation, never by the test set. Every row gets its share of the gap.
+  cross-validation, never by the test set. Every row gets its share of the gap, if there is a gap
+  that seeds and test examples can tell from none.
   """
-  known = (recommendation or {}).get("scores", {})
-  scores = {method: entry["score"] for method, entry in known.items()}
+  scores = _known_scores(recommendation)
   name = "memdiff" if "memdiff" in e.config.generators.names else e.config.generators.names[0]
   method = best_of([f"{name}+{loss}" for loss in e.config.head.losses], scores)
   controls = [m for m in scores if m.split("+")[0] in (REAL, OWN)]
   control = best_of(controls or [f"{REAL}+{loss}" for loss in e.config.head.losses], scores)
-  gain = scored.top1[method] - scored.top1[control]
   outcome = {
     "method": method,
     "control": control,
     "reference": None,
-    "gain": classification.mean_std(gain),
+    "gain": scored.gain(method, control),
     "headroom": None,
     "gap_closed": None,
   }
   reference = f"oracle+{method.split('+')[1]}"
-  if reference in scored.top1:
-    headroom = scored.top1[reference] - scored.top1[control]
-    outcome |= {"reference": reference, "headroom": classification.mean_std(headroom)}
-    if (headroom > 0).all():
-      outcome["gap_closed"] = classification.mean_std(gain / headroom)
+  if reference in scored.predictions:
+    outcome |= {"reference": reference, "headroom": scored.gain(reference, control)}
+    if outcome["headroom"]["interval"][0] > 0:
       for row in scored.rows:
-        closed = (scored.top1[row["method"]] - scored.top1[control]) / headroom
-        row["gap_closed"] = classification.mean_std(closed)
+        row["gap_closed"] = scored.share_of_room(row["method"], control, reference)
+      outcome["gap_closed"] = scored.share_of_room(method, control, reference)
   return outcome
+
+
+def headline(
+  e: Experiment, scored: Scored, plain: str, comparison: Mapping, recommendation: Mapping | None
+) -> dict:
+  """What a user asks first: what to use, what it is worth, and what synthetic features add."""
+  scores = _known_scores(recommendation)
+  names, losses = e.config.generators.names, e.config.head.losses
+  synthetic = comparison["method"]
+  if scores:
+    synthetic = best_of([f"{name}+{loss}" for name in names for loss in losses], scores)
+  chosen, control = comparison["method"], comparison["control"]
+  entry = None
+  if recommendation:
+    chosen, entry = recommendation["method"], recommendation["scores"][synthetic]
+  reference = comparison["reference"]
+  return {
+    "recommended": chosen,
+    "by": "cross-validation" if recommendation else "default",
+    "plain": plain,
+    "over_plain": {"overall": scored.gain(chosen, plain)}
+    | {group.name: scored.gain(chosen, plain, group.name) for group in scored.groups},
+    "synthetic": {
+      "method": synthetic,
+      "control": control,
+      "overall": scored.gain(synthetic, control),
+      "few": scored.gain(synthetic, control, "few"),
+      "expected": entry and {"mean": entry["gain"], "interval": entry["interval"]},
+      "recommended": chosen == synthetic and recommendation is not None,
+    },
+    "room": reference and {"reference": reference, "overall": comparison["headroom"]},
+  }
+
+
+def mark_shown(scored: Scored, first: Mapping, comparison: Mapping) -> None:
+  """Marks the rows of the short table: those that the first words and the comparison speak of."""
+  named = {first["recommended"], first["plain"], first["synthetic"]["method"]}
+  named |= {comparison[key] for key in ("method", "control", "reference")}
+  for row in scored.rows:
+    row["shown"] = row["method"] in named
 
 
 def compare_joint(e: Experiment, scored: Scored) -> list[dict]:
   """What each generator adds to joint training on real images alone; paired."""
-  trained = {m: top1 for m, top1 in scored.top1.items() if m.startswith(f"{JOINT}:")}
-  control = trained.get(f"{JOINT}:{REAL}+{e.config.joint.loss}") if trained else None
-  if control is None:
+  control = f"{JOINT}:{REAL}+{getattr(getattr(e.config, 'joint', None), 'loss', None)}"
+  if control not in scored.predictions:
     return []
   return [
-    {"method": method, "gain": classification.mean_std(top1 - control)}
-    for method, top1 in trained.items()
-    if top1 is not control
+    {"method": method, "gain": scored.gain(method, control)}
+    for method in scored.predictions
+    if method.startswith(f"{JOINT}:") and method != control
   ]
 
 
 def agreement(scored: Scored, recommendation: Mapping) -> dict:
   """How well cross-validation foresaw the test set; looked at only when all is chosen."""
-  common = [m for m in recommendation["scores"] if m in scored.top1]
+  common = [m for m in recommendation["scores"] if m in scored.predictions]
   ours = [recommendation["scores"][m]["score"] for m in common]
-  test = [float(scored.top1[m].mean()) for m in common]
-  gain = scored.top1[recommendation["best"]] - scored.top1[recommendation["control"]]
-  chosen = float(scored.top1[recommendation["method"]].mean())
+  test = [scored.score(m) for m in common]
   return selection.rank_agreement(ours, test) | {
     "methods": len(common),
-    "test_gain": classification.mean_std(gain),
-    "regret_of_recommended": max(test) - chosen,
+    "test_gain": scored.gain(recommendation["best"], recommendation["control"]),
+    "regret_of_recommended": max(test) - scored.score(recommendation["method"]),
   }
 
 
@@ -225,7 +327,7 @@ def draw(e: Experiment, space: Space, scored: Scored, comparison: Mapping, shown
   if comparison["gap_closed"]:
     figures["gap_closed"] = plots.gap_closed(
       [
-        (row["method"], row["gap_closed"]["mean"], row["gap_closed"]["std"])
+        (row["method"], row["gap_closed"]["mean"], row["gap_closed"]["interval"])
         for row in scored.rows
         if row["method"].split("+")[0] not in REFERENCES
       ]
@@ -236,13 +338,20 @@ def draw(e: Experiment, space: Space, scored: Scored, comparison: Mapping, shown
   return figures
 
 
-def save_recommended_head(e: Experiment, space: Space, scored: Scored, method: str) -> None:
-  """The recommended method's head on the encoder's own features: kernel [S, D, C], bias [S, C]."""
+def save_recommended_head(
+  e: Experiment, space: Space, scored: Scored, method: str, choices: Mapping[str, Choice]
+) -> None:
+  """The recommended method's head on the encoder's own features.
+
+  kernel [S, D, C], bias [S, C], class_names [C].
+  """
   head = scored.heads.get(method, space.runs.head)
   if method == f"{OWN}+logit_adjustment":
-    head = head | {"bias": head["bias"] - experiment.log_prior(e.dataset.train_counts)[None]}
-  raw = jax.jit(jax.vmap(raw_head))(head, space.runs.standardizer)
-  write_arrays(e.workdir.path / "recommended_head.npz", mesh_lib.fetch(raw))
+    offset = experiment.own_tau(e, choices) * experiment.log_prior(e.dataset.train_counts)
+    head = head | {"bias": head["bias"] - offset[None]}
+  raw = mesh_lib.fetch(jax.jit(jax.vmap(raw_head))(head, space.runs.standardizer))
+  names = {"class_names": np.array(e.dataset.class_names)}
+  write_arrays(e.workdir.path / "recommended_head.npz", raw | names)
 
 
 def export_embeddings(e: Experiment, generator: str, made: Mapping[str, np.ndarray]) -> None:
@@ -277,7 +386,7 @@ def evaluate(e: Experiment) -> dict:
   }
   judged = judge(e, space, made)
   chosen = recommendation["method"] if recommendation else comparison["method"]
-  save_recommended_head(e, space, scored, chosen)
+  save_recommended_head(e, space, scored, chosen, choices)
   if isinstance(e.dataset, embeddings.LongTailEmbeddings):
     # The recommended generator's; where that is none, those of the one that was compared.
     name, _, loss = (chosen if chosen.split("+")[0] in made else comparison["method"]).partition(
@@ -288,7 +397,11 @@ def evaluate(e: Experiment) -> dict:
   if recommendation:
     recommendation = recommendation | {"agreement": agreement(scored, recommendation)}
   shown = made[generator]
+  first = headline(e, scored, plain_training(e, space), comparison, recommendation)
+  mark_shown(scored, first, comparison)
   outcome = result.record(e, scored.rows) | {
+    "criterion": scored.criterion,
+    "headline": first,
     "comparison": comparison,
     "joint": compare_joint(e, scored),
     "recommendation": recommendation,
