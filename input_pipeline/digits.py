@@ -4,8 +4,6 @@ Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI
 """
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from input_pipeline.source import Source
 
@@ -14,6 +12,9 @@ _TEST_SHARE = 0.3  # the set has no official test split; this one is stratified 
 
 def load() -> Source:
   """The digits with a held-out, stratified test set of 30 %; grey values scaled to 0..255."""
+  from sklearn.datasets import load_digits  # takes seconds
+  from sklearn.model_selection import train_test_split
+
   digits = load_digits()
   images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
   train, test = train_test_split(

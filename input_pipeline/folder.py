@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image, ImageOps
 
+from input_pipeline import identity
 from input_pipeline.lazy_images import LazyImages, resize_and_crop
 from input_pipeline.source import Source
 from memdiff.errors import DataError
@@ -33,6 +34,10 @@ class FolderImages:
       return _decode(self._paths[index])
     except _UNREADABLE as error:
       raise DataError(f"Cannot read the image {self._paths[index]} ({error}).") from error
+
+  def fingerprint(self, indices: np.ndarray) -> str:
+    """SHA-256 of the files at `indices`: paths, sizes, samples of content."""
+    return identity.of_files([self._paths[i] for i in indices])
 
 
 def load(data_dir: str, image_size: int, skip_unreadable: bool) -> Source:

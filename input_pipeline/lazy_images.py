@@ -23,6 +23,10 @@ class Reader(Protocol):
     """RGB."""
     ...
 
+  def fingerprint(self, indices: np.ndarray) -> str:
+    """SHA-256 that tells the images at `indices`, in this order, from others."""
+    ...
+
 
 def resize_and_crop(image: Image.Image, size: int, margin: float = 1.0) -> np.ndarray:
   """The centre square of side `size`, of an image whose shorter side is made `size` x `margin`.
@@ -71,6 +75,10 @@ class LazyImages:
   def read(self, index: int) -> Image.Image:
     """The whole image, RGB."""
     return self._reader[int(self._indices[index])]
+
+  def fingerprint(self) -> str:
+    """SHA-256 of what is on disk, as the reader samples it."""
+    return self._reader.fingerprint(self._indices)
 
   def _view(self, index: int) -> np.ndarray:
     return resize_and_crop(self.read(index), self._size, _MARGIN)

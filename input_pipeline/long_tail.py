@@ -6,11 +6,13 @@ order, and the first n_c of each class stay.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from input_pipeline import identity
 from memdiff.errors import DataError
 
 PROFILES = ("exponential", "step")
@@ -43,6 +45,22 @@ class LongTailLabels:
   def train_counts(self) -> np.ndarray:
     """[C] training examples per class."""
     return np.bincount(self.train_labels, minlength=self.num_classes)
+
+  @functools.cached_property
+  def fingerprints(self) -> dict[str, str]:
+    """SHA-256 of all that is in it, by field: every array and every tuple of names.
+
+    Texts and numbers are left out: they follow from the config or from the arrays.
+
+    Raises:
+      DataError: where a file is gone or cannot be read.
+    """
+    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    return {
+      name: identity.digest(value)
+      for name, value in values.items()
+      if not isinstance(value, (str, int, float))
+    }
 
 
 def class_counts(n_max: int, num_classes: int, imbalance: float, profile: str) -> np.ndarray:

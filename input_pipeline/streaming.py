@@ -9,8 +9,8 @@ import math
 import os
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
-import grain
 import numpy as np
 from absl import flags
 from PIL import Image
@@ -116,7 +116,7 @@ class _InTurns:
   worker is dealt whole ones.
   """
 
-  examples: grain.MapDataset
+  examples: Any  # grain.MapDataset
   rows: int
   workers: int
 
@@ -153,6 +153,8 @@ def train_batches(
   Yields:
     {"images" uint8 [B / process_count, S, S, 3], "labels" int32 [B / process_count]}.
   """
+  import grain  # takes half a second, and only sets on disk need it
+
   if batch_size % process_count:
     raise ConfigError(
       f"config.classifier.batch_size is {batch_size}, but must be a multiple of the"

@@ -22,11 +22,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from input_pipeline import identity
 from input_pipeline.lazy_images import LazyImages
 from input_pipeline.source import Source
 from memdiff.errors import ConfigError, DataError
 
 _CHUNK = 1000  # records read at a time
+_SAMPLED = 1000  # records of a large set that its fingerprint reads
 # What Pillow and array_record raise.
 _DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 INDEX_FILE = "memdiff_index.npz"
@@ -257,13 +259,32 @@ class _StoredImages:
     return self._number
 
   def __getitem__(self, index: int) -> Image.Image:
+    with self._readable(index):
+      return Image.open(io.BytesIO(self._encoded(index))).convert("RGB")
+
+  def _encoded(self, index: int) -> bytes:
+    with self._readable(index):
+      return self._examples[index]["image"]
+
+  @contextlib.contextmanager
+  def _readable(self, index: int):
+    """Turns what reading a damaged record raises into a DataError."""
     try:
-      data = self._examples[index]["image"]
-      return Image.open(io.BytesIO(data)).convert("RGB")
+      yield
     except _DAMAGED as error:
       raise DataError(
         f"Image {index} of the {self._split} split of {self._name} cannot be read ({error})."
       ) from error
+
+  def fingerprint(self, indices: np.ndarray) -> str:
+    """SHA-256 of name, version and split, the numbers of the records, and a spread sample of them.
+
+    Not of the folder, nor of how the records are spread over files.
+    """
+    builder = make_builder(self._name, self._data_dir)
+    facts = f"{builder.info.full_name} {self._split} {self._number}"
+    sample = [self._encoded(int(i)) for i in indices[identity.spread(len(indices), _SAMPLED)]]
+    return identity.of_bytes(facts.encode(), identity.digest(indices).encode(), *sample)
 
 
 def _read_streamed(name: str, builder, image_size: int) -> Source:

@@ -19,7 +19,7 @@ from memdiff.classifier import decoupled, encoder, losses, posthoc, training
 from memdiff.config import one_of
 from memdiff.errors import ConfigError
 from memdiff.evaluation import classification as scores
-from memdiff.evaluation import plots, result
+from memdiff.evaluation import result
 from memdiff.experiment import (
   Experiment,
   Phase,
@@ -208,6 +208,8 @@ def predict(e: Experiment) -> dict[str, dict[str, Any]]:
 
 def evaluate(e: Experiment) -> dict:
   """Scores every row on the test set and draws."""
+  from memdiff.evaluation import plots  # matplotlib takes a second
+
   data, table = e.dataset, []
   groups = scores.make_groups(data.train_counts)
   e.run.progress.say("scoring on the test set")

@@ -1,6 +1,7 @@
 """What every kind of experiment is made of: settings, data, phases, and its image classifiers."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,14 @@ class Experiment:
   workdir: Workdir
   run: loop.Run
   command: str
+
+  @functools.cached_property
+  def data_digests(self) -> dict[str, str | None]:
+    """SHA-256 of everything that enters the run beside its config, by name; read once per run."""
+    digests = self.dataset.fingerprints | {"split": self.dataset.split_sha256}
+    if hasattr(self.config, "encoder"):
+      digests["initial_weights"] = encoder.weights_sha256(self.config.encoder)
+    return digests
 
   @property
   def mesh(self):

@@ -19,7 +19,7 @@ from memdiff.runtime import distributed, environment, loop
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.preemption import Preemption
 from memdiff.runtime.progress import CompileClock, Progress
-from memdiff.runtime.workdir import Workdir
+from memdiff.runtime.workdir import DATA, Workdir
 from memdiff.runtime.writers import TensorBoard
 
 _EVALUATION = Phase(
@@ -119,14 +119,14 @@ def prepare(config: Mapping[str, Any]) -> tuple[Kind, Any, LongTailLabels]:
 
 
 def phase_config(e: Experiment, phases: tuple[Phase, ...], phase: Phase) -> dict[str, Any]:
-  """The flat config that the phase's manifest is held against, earlier phases' included."""
+  """The flat config that the phase's manifest is held against, earlier phases' included.
+
+  The data are part of it: all of them for every phase.
+  """
   read = [name for p in phases[: phases.index(phase) + 1] for name in p.reads]
   everything = config_lib.as_dict(e.config)
   flat = config_lib.flatten({name: everything[name] for name in read})
-  flat["split_sha256"] = e.dataset.split_sha256
-  if hasattr(e.config, "encoder"):
-    flat["init_from_sha256"] = encoder.weights_sha256(e.config.encoder)
-  return flat
+  return flat | {f"{DATA}{name}": digest for name, digest in e.data_digests.items()}
 
 
 def open_experiment(

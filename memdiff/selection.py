@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import kendalltau
 
 from memdiff.config import at_least, one_of
 from memdiff.evaluation import criteria
@@ -206,6 +205,8 @@ def rank_agreement(ours: Sequence[float], test: Sequence[float]) -> dict[str, fl
     {"kendall_tau" in [-1, 1], "pairs": share of pairs of methods in the same order, ties as half,
     "regret": score on test of the best method there minus that of the one ranked first}.
   """
+  from scipy.stats import kendalltau  # takes a second to import
+
   ours, test = np.asarray(ours, float), np.asarray(test, float)
   i, j = np.triu_indices(len(ours), 1)
   products = np.sign(ours[i] - ours[j]) * np.sign(test[i] - test[j])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -108,6 +109,12 @@ def test_a_run_on_embeddings_scores_every_method_and_both_references(finished):
   assert list(rows) == METHODS + REFERENCES  # embeddings come without a head of their own
   assert report["experiment"] == "features"
   assert report["dataset"]["train_counts"] == COUNTS.tolist()
+  digests = report["dataset"]["sha256"]
+  assert digests["split"] == report["dataset"]["split_sha256"]
+  assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests.values())
+  for phase in report["timing"]["phases"]:
+    written = json.loads((workdir / phase / "manifest.json").read_text())["config"]
+    assert {n.removeprefix("data/"): v for n, v in written.items() if "data/" in n} == digests
   assert report["dataset"]["left_out_counts"] == (STORED - COUNTS).tolist()
   assert report["dataset"]["class_names"] == list("abcd")
   assert all(row["seeds"] == [0, 1] and 0 <= row["top1"]["mean"] <= 1 for row in rows.values())

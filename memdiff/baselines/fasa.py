@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.cluster import AffinityPropagation
 
 from memdiff.config import at_least
 from memdiff.exemplars import Exemplars
@@ -74,6 +73,8 @@ def group_classes(means: np.ndarray, counts: np.ndarray) -> np.ndarray:
   Returns:
     Group numbers below C, [C] int32.
   """
+  from sklearn.cluster import AffinityPropagation  # takes seconds
+
   means, filled = np.asarray(means, np.float64), np.flatnonzero(np.asarray(counts) > 0)
   difference = means[filled, None] - means[None, filled]
   groups = np.arange(len(means), dtype=np.int32)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
 
 CRITERIA = ("balanced_accuracy", "accuracy", "macro_f1")
 WORDS = {
@@ -132,6 +131,8 @@ class Estimate:
 
   def interval(self, comparisons: int = 1) -> list[float]:
     """The 95 % Student interval; of several, all hold at once (Bonferroni)."""
+    from scipy.stats import t as student  # takes a second to import
+
     tail = (1 - CONFIDENCE) / 2 / comparisons
     half = float(student.ppf(1 - tail, self.freedom)) * self.error if self.error else 0.0
     return [self.mean - half, self.mean + half]

@@ -6,7 +6,6 @@ real features that the long tail removed and that no method has seen: the truth 
 
 import numpy as np
 from scipy.spatial.distance import cdist, pdist
-from sklearn.covariance import ledoit_wolf
 
 
 def diversity(features: np.ndarray) -> float:
@@ -23,6 +22,8 @@ def gaussian_kl(real: np.ndarray, synthetic: np.ndarray) -> tuple[float, float]:
   Returns:
     (KL, the larger of the two shrinkage intensities in [0, 1]); NaN for fewer than two features.
   """
+  from sklearn.covariance import ledoit_wolf  # takes seconds
+
   if min(len(real), len(synthetic)) < 2:
     return float("nan"), float("nan")
   (cov_r, shrink_r), (cov_s, shrink_s) = ledoit_wolf(real), ledoit_wolf(synthetic)
@@ -57,6 +58,8 @@ def mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
   """Frechet distance of the two Gaussians, Ledoit-Wolf covariances; NaN below two features."""
+  from sklearn.covariance import ledoit_wolf  # takes seconds
+
   if min(len(x), len(y)) < 2:
     return float("nan")
   cov_x, cov_y = ledoit_wolf(x)[0], ledoit_wolf(y)[0]

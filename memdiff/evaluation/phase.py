@@ -12,7 +12,7 @@ from memdiff import feature_experiment as experiment
 from memdiff import joint, selection
 from memdiff.classifier import heads
 from memdiff.classifier.training import trained_losses
-from memdiff.evaluation import classification, criteria, plots, quality, result
+from memdiff.evaluation import classification, criteria, quality, result
 from memdiff.experiment import Experiment
 from memdiff.feature_experiment import OWN, REAL, REFERENCES, Choice, Space
 from memdiff.feature_space import raw_head
@@ -298,6 +298,8 @@ def draw(e: Experiment, space: Space, scored: Scored, comparison: Mapping, shown
   Args:
     shown: features of the generator that the comparison is about.
   """
+  from memdiff.evaluation import plots  # matplotlib takes a second
+
   data = e.dataset
   made = np.bincount(shown["labels"], minlength=data.num_classes)
   first = jax.tree.map(lambda x: x[0], space.runs.standardizer)

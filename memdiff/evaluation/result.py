@@ -3,17 +3,19 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from memdiff import config as config_lib
-from memdiff.evaluation import classification, plots, report
+from memdiff.evaluation import classification, report
 from memdiff.experiment import Experiment
 from memdiff.runtime import environment, meter
 from memdiff.runtime.workdir import write_atomically, write_json
 from memdiff.runtime.writers import read_history
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
 
 SCHEMA = 1
 _TABLE = ("top1", "many", "medium", "few", "macro_f1")
@@ -40,6 +42,7 @@ def record(e: Experiment, rows: list[dict]) -> dict[str, Any]:
       "holdout_counts": np.bincount(data.holdout_labels, minlength=data.num_classes).tolist(),
       "test_count": len(data.test_labels),
       "split_sha256": data.split_sha256,
+      "sha256": e.data_digests,
       "profile": data.profile,
       "imbalance": data.imbalance,
     },
@@ -77,8 +80,10 @@ def group_of_class(e: Experiment) -> list[str]:
   return [next(g.name for g in groups if c in g.classes) for c in range(e.dataset.num_classes)]
 
 
-def accuracy_by_class(e: Experiment, rows: list[dict], methods: Sequence[str]) -> Figure:
+def accuracy_by_class(e: Experiment, rows: list[dict], methods: Sequence[str]) -> "Figure":
   """The per-class picture of some of the rows."""
+  from memdiff.evaluation import plots  # matplotlib takes a second
+
   chosen = [
     (r["method"], np.array(r["per_class_top1"]["mean"]), np.array(r["per_class_top1"]["std"]))
     for r in rows
@@ -87,12 +92,14 @@ def accuracy_by_class(e: Experiment, rows: list[dict], methods: Sequence[str]) -
   return plots.per_class_accuracy(e.dataset.class_names, e.dataset.train_counts, chosen)
 
 
-def save(e: Experiment, result: Mapping[str, Any], figures: Mapping[str, Figure]) -> dict:
+def save(e: Experiment, result: Mapping[str, Any], figures: Mapping[str, "Figure"]) -> dict:
   """Writes result.json, the figures, and TensorBoard's pictures and table.
 
   Returns:
     The top-1 score of every method, for the manifest.
   """
+  from memdiff.evaluation import plots  # matplotlib takes a second
+
   folder = e.workdir.folder("evaluation")
   for name, figure in figures.items():
     write_atomically(folder / f"{name}.png", plots.to_png(figure, dpi=150))

@@ -1,4 +1,7 @@
-"""Checkpoints: the only file that knows Orbax."""
+"""Checkpoints: the only file that knows Orbax.
+
+It is imported when a checkpoint is first looked for: the import takes half a second.
+"""
 
 import errno
 import inspect
@@ -13,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from memdiff.errors import WorkdirError
 from memdiff.runtime import distributed
@@ -28,6 +30,8 @@ class Checkpointer:
   """
 
   def __init__(self, directory: pathlib.Path, keep: int, keep_every: int = 0):
+    import orbax.checkpoint as ocp
+
     self._directory = directory
     self._unreadable = _set_aside(directory)
     self._manager = ocp.CheckpointManager(
@@ -48,6 +52,8 @@ class Checkpointer:
       state: arrays on the devices.
       records: how many records of metrics the stage had written by then; kept for `records`.
     """
+    import orbax.checkpoint as ocp
+
     if step == self._manager.latest_step():
       return
     self._check_room(state)
@@ -89,6 +95,8 @@ class Checkpointer:
     Raises:
       WorkdirError: where checkpoints exist and none can be read.
     """
+    import orbax.checkpoint as ocp
+
     steps = sorted(self._manager.all_steps(), reverse=True)
     failures = []
     for step in steps:
@@ -147,6 +155,8 @@ def _set_aside(directory: pathlib.Path) -> list[pathlib.Path]:
   Returns:
     their folders, those of earlier runs included.
   """
+  import orbax.checkpoint as ocp
+
   if distributed.is_main() and directory.is_dir():
     for step in ocp.path.step.standard_name_format().find_all(directory.absolute()):
       try:

@@ -2,7 +2,8 @@
 
 A phase's manifest is written when it begins (with the part of the config it depends on) and again
 when it has finished. The same command resumes at the first unfinished phase; a changed config for
-a phase that has begun is refused with the differing fields named.
+a phase that has begun is refused with the differing fields named. Digests of the data belong to the
+config, under names that begin with `data/`.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,9 @@ import numpy as np
 
 from memdiff.errors import WorkdirError
 from memdiff.runtime import distributed
+
+DATA = "data/"  # begins the names of digests of data
+_PARTS = {"train": "training", "holdout": "held-out", "left_out": "left-out"}
 
 
 @contextlib.contextmanager
@@ -125,15 +129,10 @@ class Workdir:
       write_json(self.folder(phase) / "manifest.json", {"config": config, "finished": False})
       return False
     old = manifest["config"]
-    changed = [
-      f"{name} was {old.get(name)!r} and is now {config.get(name)!r}"
-      for name in sorted(old.keys() | config.keys())
-      if old.get(name) != config.get(name)
-    ]
-    if changed:
+    if changed := [n for n in sorted(old.keys() | config.keys()) if old.get(n) != config.get(n)]:
       raise WorkdirError(
-        f"Phase {phase} in {self.path} was run with another config ({'; '.join(changed)}); use a"
-        f" new --workdir, or remove {self.folder(phase)} and the phases after it."
+        f"Phase {phase} in {self.path} was run with"
+        f" {_difference(changed, old, config, self.folder(phase))}."
       )
     return manifest["finished"]
 
@@ -143,6 +142,34 @@ class Workdir:
       manifest = self.manifest(phase) | {"finished": True} | dict(record)
       write_json(self.folder(phase) / "manifest.json", manifest)
     distributed.barrier(f"{phase} finished")
+
+
+def _difference(changed: Sequence[str], old: Mapping, new: Mapping, folder: pathlib.Path) -> str:
+  """What the `changed` names of two flat configs mean, and what to do about it."""
+  data = [name for name in changed if name.startswith(DATA)]
+  if data and not any(name.startswith(DATA) for name in old):
+    return "an older memdiff, which did not record its data; use a new --workdir"
+  fields = [
+    f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
+    for name in changed
+    if name not in data
+  ]
+  config = f"another config ({'; '.join(fields)})"
+  if not data:
+    return f"{config}; use a new --workdir, or remove {folder} and the phases after it"
+  others = f"other data (changed since: {', '.join(map(_in_words, data))})"
+  if not fields:
+    return f"{others}; put the data back, or use a new --workdir"
+  return f"{config} and {others}; use a new --workdir"
+
+
+def _in_words(name: str) -> str:
+  """`data/left_out_images` -> `the left-out images`."""
+  name = name.removeprefix(DATA)
+  for part, word in _PARTS.items():
+    if name.startswith(f"{part}_"):
+      name = word + name.removeprefix(part)
+  return f"the {name.replace('_', ' ')}"
 
 
 def _lock(path: pathlib.Path):

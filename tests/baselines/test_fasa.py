@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sklearn.cluster
 
 from memdiff import exemplars as exemplars_lib
 from memdiff.baselines import fasa
@@ -98,13 +99,13 @@ def test_groups_of_few_or_equal_classes(means):
 
 
 def test_without_convergence_each_class_is_a_group(monkeypatch):
-  class Never(fasa.AffinityPropagation):
+  class Never(sklearn.cluster.AffinityPropagation):
     def fit(self, similarity):
       super().fit(similarity)
       self.n_iter_ = self.max_iter
       return self
 
-  monkeypatch.setattr(fasa, "AffinityPropagation", Never)
+  monkeypatch.setattr(sklearn.cluster, "AffinityPropagation", Never)
   groups = fasa.group_classes(np.array([[0.0], [0.1], [9.0]]), np.ones(3))
   np.testing.assert_array_equal(groups, [0, 1, 2])
 

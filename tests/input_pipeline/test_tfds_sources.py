@@ -197,6 +197,23 @@ def test_a_set_without_names_keeps_the_order_it_is_stored_in(tmp_path):
     assert np.round(np.mean(source.train_images.read(i)) / 20) == label  # JPEG is not exact
 
 
+def test_the_fingerprint_tells_records_by_content_and_number(tmp_path):
+  def written(place, data, shards=1):
+    examples = imagenet_examples(IMAGENET_NAMES, data)
+    write("imagenet2012", place, shards=shards, train=examples, validation=examples)
+    index("imagenet2012", place)
+    return load("imagenet2012", place).train_images
+
+  data = JPEGS["train"]
+  images = written(tmp_path / "a", data)
+  before = images.fingerprint()
+  assert written(tmp_path / "b", data, shards=2).fingerprint() == before
+  assert written(tmp_path / "c", [*data[:4], jpeg(33, 44, 99)]).fingerprint() != before
+  assert images.take([0, 1, 2]).fingerprint() != before
+  assert images.take([1, 0, 2, 3, 4]).fingerprint() != before
+  assert images.take(np.arange(5)).fingerprint() == before
+
+
 def attributes(*shown):
   return {name: name in shown for name in (*CELEBA_5, "Smiling")}
 

@@ -8,6 +8,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from memdiff.errors import NonFiniteError, WorkdirError
@@ -404,11 +405,11 @@ def test_errors_without_words_still_end_in_a_sentence(mesh, tmp_path, monkeypatc
     raise Wordless
 
   kill_at(mesh, tmp_path, 20)
-  monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "restore", fail)
+  monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
   with pytest.raises(WorkdirError, match="No checkpoint in"):
     loop.train(make_stage(), make_run(mesh), tmp_path)
   monkeypatch.undo()
-  monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", fail)
+  monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
   with pytest.raises(WorkdirError, match="Cannot write a checkpoint"):
     loop.train(make_stage(), make_run(mesh), tmp_path)
 

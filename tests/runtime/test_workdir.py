@@ -202,6 +202,41 @@ def test_a_changed_config_is_refused_with_every_differing_field(workdir, finishe
   assert str(workdir.folder("encoder")) in message and "new --workdir" in message
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_changed_data_are_refused_in_words(workdir, finished):
+  old = {"rate": 0.1, "data/split": "ab", "data/initial_weights": None}
+  old |= {f"data/{part}_labels": part for part in ("train", "holdout", "left_out", "test")}
+  workdir.begin("encoder", old)
+  if finished:
+    workdir.finish("encoder", {})
+  for name, words in (
+    ("train_labels", "the training labels"),
+    ("holdout_labels", "the held-out labels"),
+    ("left_out_labels", "the left-out labels"),
+    ("test_labels", "the test labels"),
+    ("split", "the split"),
+    ("initial_weights", "the initial weights"),
+  ):
+    message = message_of(workdir.begin, "encoder", old | {f"data/{name}": "other"})
+    assert message == (
+      f"Phase encoder in {workdir.path} was run with other data (changed since: {words}); put the"
+      " data back, or use a new --workdir."
+    )
+  new = old | {"data/test_labels": "x", "data/train_labels": "y"}
+  assert "changed since: the test labels, the training labels)" in message_of(
+    workdir.begin, "encoder", new
+  )
+  message = message_of(workdir.begin, "encoder", new | {"rate": 0.2})
+  assert "another config (rate was 0.1 and is now 0.2) and other data (changed since: " in message
+  assert workdir.begin("encoder", old) == finished
+
+
+def test_a_workdir_of_a_version_that_kept_no_digests_is_refused(workdir):
+  workdir.begin("encoder", {"rate": 0.1, "split_sha256": "ab"})
+  message = message_of(workdir.begin, "encoder", {"rate": 0.1, "data/split": "ab"})
+  assert "was run with an older memdiff" in message and "use a new --workdir" in message
+
+
 def test_tuples_and_lists_are_the_same_config(workdir):
   workdir.begin("encoder", {"sizes": (1, 2)})
   workdir.finish("encoder", {})
@@ -247,6 +282,26 @@ def test_tensorboard_without_its_packages_says_how_to_go_on(tmp_path, monkeypatc
   writer.hparams({"a": None})
   writer.close()
   assert not (tmp_path / "tb").exists()
+
+
+HEAVY = (
+  "tensorflow",
+  "tensorboard",
+  "tensorflow_datasets",
+  "clu",
+  "matplotlib",
+  "sklearn",
+  "grain",
+)
+
+
+def test_importing_the_library_imports_nothing_that_only_some_runs_need():
+  program = f"import sys, memdiff.pipeline; print(*sys.modules.keys() & set({HEAVY}))"
+  environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+  )
+  assert done.stdout.split() == []
 
 
 def test_the_library_runs_without_tensorflow():

@@ -1,5 +1,7 @@
 """TensorBoard after a kill: every point of a curve once, of every stage its own."""
 
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -57,6 +59,18 @@ def test_stages_do_not_take_back_each_others_points(tmp_path):
     board.close()
   assert [s for s, _ in curves(tmp_path / "first")["train/loss"]] == [0, 5, 10]
   assert [s for s, _ in curves(tmp_path / "second")["train/loss"]] == [0, 10]
+
+
+def test_a_run_that_writes_no_event_makes_no_writer(tmp_path):
+  program = (
+    "import pathlib, sys; from memdiff.runtime.writers import TensorBoard\n"
+    "board = TensorBoard(pathlib.Path(sys.argv[1]), enabled=True); board.close()\n"
+    "assert not {'tensorflow', 'tensorboard', 'clu'} & set(sys.modules)"
+  )
+  subprocess.run(
+    [sys.executable, "-c", program, str(tmp_path / "tb")], cwd=support.ROOT, check=True
+  )
+  assert not (tmp_path / "tb").exists()
 
 
 def test_switched_off_nothing_is_written(tmp_path):
