@@ -140,7 +140,7 @@ def load(config: EmbeddingsConfig) -> LongTailEmbeddings:
 
 
 def _read(path: str, labels_path: str, config: EmbeddingsConfig, part: str) -> LabelledRows:
-  """One file, by its suffix; `part` is train or test."""
+  """One file by its suffix, or a folder; `part` is train or test."""
   where = f"config.dataset.{part}"
   if not path:
     raise DataError(f"{where}_path is empty; give a file of labelled embeddings.")

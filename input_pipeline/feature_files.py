@@ -6,6 +6,7 @@ Nothing in a file is unpickled. Parquet is read by `parquet_files`.
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import shlex
 import sys
@@ -57,7 +58,7 @@ def format_of(path: pathlib.Path, option: str) -> str:
     return ".parquet"
   if suffix in _SUFFIXES:
     return suffix
-  if path.is_dir():
+  if os.path.isdir(path):  # False, not an error, if it cannot be looked at
     return ".parquet"
   if suffix in (".csv", ".tsv"):
     options = ", parse_options=c.ParseOptions(delimiter=chr(9))" if suffix == ".tsv" else ""
@@ -223,7 +224,7 @@ def checked(
   if not features.size:
     empty = "no rows" if not len(features) else "rows without a number"
     raise DataError(f"{where} holds {empty}.")
-  return LabelledRows(where, features, label_values(where, labels), class_names, **more)
+  return LabelledRows(where, features, _label_values(where, labels), class_names, **more)
 
 
 def _without_axes_of_one(array: np.ndarray, ndim: int) -> np.ndarray:
@@ -255,7 +256,7 @@ def _numbers(where: str, features: np.ndarray) -> np.ndarray:
     return features.astype(np.float32, copy=False)
 
 
-def label_values(where: str, labels: np.ndarray) -> np.ndarray:
+def _label_values(where: str, labels: np.ndarray) -> np.ndarray:
   """Labels [N] as whole numbers, booleans or texts: floats become int64, bytes become texts."""
   if labels.dtype.kind in "SU":
     return _texts(where, labels)

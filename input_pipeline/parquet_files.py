@@ -1,5 +1,6 @@
 """Labelled rows in Parquet: one file or a folder of parts, lists or one column per number."""
 
+import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -64,7 +65,7 @@ def read(path: pathlib.Path, features: str, label: str) -> LabelledRows:
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
   """The file itself; or the parts of a folder, without what Spark and systems hide there."""
-  if not path.is_dir():
+  if not os.path.isdir(path):
     return [path]
   with feature_files.reading(path):
     found = [file for file in path.iterdir() if not file.name.startswith((".", "_"))]

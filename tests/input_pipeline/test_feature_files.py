@@ -88,6 +88,8 @@ def test_a_missing_file_of_labels_is_named(tmp_path):
 
 def test_paths_that_cannot_be_are_refused():
   assert "config.dataset.train_path is empty; give a file" in refusal("")
+  for path in ("x" * 5000, "a\0", "x" * 5000 + ".parquet", "a\0.parquet", "nowhere"):
+    refusal(path)
   message = refusal("a.pkl")
   assert message.startswith(
     "config.dataset.train_path is a.pkl, but must end in one of .npz, .npy, .parquet, .pq, or be a"
