@@ -25,7 +25,7 @@ def dataset() -> ConfigDict:
 def embeddings() -> ConfigDict:
   """The data set of experiments on features that another model made."""
   config = ConfigDict()
-  config.train_path = ""  # .npz, .npy or .parquet: a row of numbers and a label per example
+  config.train_path = ""  # .npz, .npy, .parquet or a folder of the last: numbers and label per row
   config.train_labels_path = ""  # of .npy alone: the file of its labels
   config.test_path = ""  # as train_path; "": in the same .npz, or split off by test_share
   config.test_labels_path = ""  # of .npy alone
@@ -38,7 +38,7 @@ def embeddings() -> ConfigDict:
   config.arrays.test_features = "test_features"  # the test set in the file of train_path
   config.arrays.test_labels = "test_labels"
   config.columns = ConfigDict()  # names in Parquet files
-  config.columns.features = "features"  # lists of numbers
+  config.columns.features = "features"  # lists; or a column per number: dim_* for dim_0, dim_1, ...
   config.columns.label = "label"  # whole numbers or texts
   config.profile = "natural"  # natural (all) | exponential | step (as LDAM, of balanced files)
   config.imbalance = 100.0  # exponential, step: rows of the largest class / of the smallest

@@ -1,7 +1,8 @@
 """Embeddings as a data set: rows of numbers with labels, made long-tailed where asked.
 
-For features that another model made (CLIP, DINO, a tabular model): read from .npz, .npy or Parquet,
-checked, and split like images are. Synthetic features are written back in the same formats.
+For features that another model made (CLIP, DINO, a tabular model): read from .npz, .npy or Parquet
+(a file or a folder of parts), checked, and split like images are. Synthetic features are written
+back in the same formats.
 
 A class of one row is allowed: it trains, and is not tested where the test set is split off. A class
 without test rows has no accuracy of its own.
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from input_pipeline import feature_files, long_tail
+from input_pipeline import feature_files, label_classes, long_tail
 from input_pipeline.feature_files import LabelledRows
 from memdiff.config import at_least, between, one_of
 from memdiff.errors import ConfigError, DataError
@@ -39,7 +40,7 @@ class ArraysConfig:
 class ColumnsConfig:
   """Names in Parquet files."""
 
-  features: str
+  features: str  # of lists; or of a column per number, with * for the number
   label: str
 
 
@@ -88,14 +89,15 @@ def load(config: EmbeddingsConfig) -> LongTailEmbeddings:
 
   Classes are the labels of the training file in ascending order, or the file's `class_names` in
   theirs, which then must name a class each: label c, or the label itself where labels are texts.
+  Hugging Face's ClassLabel in a Parquet schema names classes too; names without a row are dropped.
 
   Raises:
     ConfigError, DataError: with a sentence that says what to do.
   """
   train = _read(config.train_path, config.train_labels_path, config, "train")
   test = _read_test(config)
-  values, names = _classes(train)
-  labels = _encode(train, values, train.where)
+  values, names = label_classes.classes_of(train)
+  labels = label_classes.encode(train, values, train.where)
   rows = _usable_rows(train, config.skip_non_finite)
   num_skipped = len(labels) - len(rows)
   _check_train(train, labels, rows, names)
@@ -111,7 +113,7 @@ def load(config: EmbeddingsConfig) -> LongTailEmbeddings:
     test_rows = _usable_rows(test, config.skip_non_finite)
     num_skipped += len(test.labels) - len(test_rows)
     test_features = test.features[test_rows]
-    test_labels = _encode(test, values, train.where)[test_rows]
+    test_labels = label_classes.encode(test, values, train.where)[test_rows]
   kept, left_out, imbalance = long_tail.cut(
     labels[rows], names, config.profile, config.imbalance, config.split_seed
   )
@@ -138,15 +140,12 @@ def load(config: EmbeddingsConfig) -> LongTailEmbeddings:
 
 
 def _read(path: str, labels_path: str, config: EmbeddingsConfig, part: str) -> LabelledRows:
-  """One file, by its suffix; `part` is train or test."""
+  """One file by its suffix, or a folder; `part` is train or test."""
   where = f"config.dataset.{part}"
   if not path:
     raise DataError(f"{where}_path is empty; give a file of labelled embeddings.")
-  file, suffix = pathlib.Path(path).expanduser(), pathlib.Path(path).suffix.lower()
-  if suffix not in feature_files.SUFFIXES:
-    raise DataError(
-      f"{where}_path is {path}, but must end in one of {', '.join(feature_files.SUFFIXES)}."
-    )
+  file = pathlib.Path(path).expanduser()
+  suffix = feature_files.format_of(file, f"{where}_path")
   if bool(labels_path) != (suffix == ".npy"):
     raise ConfigError(
       f"{where}_labels_path is {labels_path!r} with {path}; the file of labels is for .npy, and"
@@ -155,14 +154,21 @@ def _read(path: str, labels_path: str, config: EmbeddingsConfig, part: str) -> L
   if suffix == ".npy":
     return feature_files.read_npy(file, pathlib.Path(labels_path).expanduser())
   if suffix == ".parquet":
-    return feature_files.read_parquet(file, config.columns.features, config.columns.label)
+    return _parquet_files().read(file, config.columns.features, config.columns.label)
   names = config.arrays
-  found = feature_files.read_npz(file, names.features, names.labels, names.class_names)
+  found = feature_files.read_npz(file, dataclasses.asdict(names))
   if found.class_names is None and names.class_names != _OPTIONAL:
     raise DataError(
       f"{path} has no array {names.class_names!r}, but config.dataset.arrays.class_names is that."
     )
   return found
+
+
+def _parquet_files():
+  """The module, imported only if Parquet is read or written: Arrow takes its time to load."""
+  from input_pipeline import parquet_files
+
+  return parquet_files
 
 
 def _read_test(config: EmbeddingsConfig) -> LabelledRows | None:
@@ -189,48 +195,7 @@ def _read_test(config: EmbeddingsConfig) -> LabelledRows | None:
     )
   if not inside:
     return None
-  return feature_files.read_npz(train, names.test_features, names.test_labels, names.class_names)
-
-
-def _classes(train: LabelledRows) -> tuple[np.ndarray, tuple[str, ...]]:
-  """Label values [C] and names of the classes."""
-  values, names = np.unique(train.labels), train.class_names
-  if names is None:
-    names = tuple(str(value) for value in values.tolist())
-  else:
-    if len(set(names)) < len(names):
-      twice = next(name for name in names if names.count(name) > 1)
-      raise DataError(f"The class names in {train.where} have {twice!r} more than once.")
-    named = np.array(names) if train.labels.dtype.kind == "U" else np.arange(len(names))
-    present, possible = values.tolist(), named.tolist()
-    without = sorted(set(possible) - set(present), key=possible.index)
-    if without:
-      raise DataError(
-        f"{train.where} has {len(names)} class names, but no row with the label {without[0]!r};"
-        " every class needs at least one."
-      )
-    unknown = sorted(set(present) - set(possible))
-    if unknown:
-      raise DataError(
-        f"{train.where} has the label {unknown[0]!r}, but no class name for it among {len(names)}."
-      )
-    values = named
-  if len(names) < 2:
-    raise DataError(f"{train.where} has one class, {names[0]!r}; a classifier needs at least two.")
-  return values, names
-
-
-def _encode(rows: LabelledRows, values: np.ndarray, train: str) -> np.ndarray:
-  """Classes [N] int32 of the labels of `rows`."""
-  number = {value: c for c, value in enumerate(values.tolist())}
-  present, inverse = np.unique(rows.labels, return_inverse=True)
-  unknown = [i for i, value in enumerate(present.tolist()) if value not in number]
-  if unknown:
-    raise DataError(
-      f"Row {np.argmax(inverse == unknown[0])} of {rows.where} has the label"
-      f" {present.tolist()[unknown[0]]!r}, which no row of {train} has."
-    )
-  return np.array([number[value] for value in present.tolist()], np.int32)[inverse]
+  return feature_files.read_npz(train, dataclasses.asdict(names), "test_")
 
 
 def _usable_rows(rows: LabelledRows, skip: bool) -> np.ndarray:
@@ -260,8 +225,8 @@ def _check_train(train: LabelledRows, labels, rows, names: Sequence[str]) -> Non
       f"Every row of the class {names[empty[0]]!r} in {train.where} has a NaN or an infinity; every"
       " class needs at least one."
     )
-  used = train.features[rows]
-  if (used == used[:1]).all():
+  same = (train.features == train.features[rows[0]]).all(axis=1)
+  if same[rows].all():
     raise DataError(f"All rows of features in {train.where} are the same; they tell nothing apart.")
 
 
@@ -273,11 +238,22 @@ def _check_test(train: LabelledRows, test: LabelledRows) -> None:
       f"The rows of {train.where} have {widths[0]} numbers and those of {test.where} {widths[1]};"
       " they must be of one model."
     )
-  if test.class_names is not None and test.class_names != train.class_names:
+  if train.columns and test.columns and train.columns != test.columns:
+    names = sorted(set(train.columns) ^ set(test.columns))
+    raise DataError(
+      f"{train.where} and {test.where} have different columns of features, for example"
+      f" {names[0]!r}; both must have the same."
+    )
+  if None not in (train.class_names, test.class_names) and train.class_names != test.class_names:
     raise DataError(f"{train.where} and {test.where} name the classes differently.")
 
 
 # --- writing ---------------------------------------------------------------------------------
+
+
+def export_suffix(train_path: str) -> str:
+  """Of the format in which synthetic features go back to the user: .npz or .parquet."""
+  return ".npz" if pathlib.Path(train_path).suffix.lower() in (".npz", ".npy") else ".parquet"
 
 
 def write_synthetic(
@@ -332,4 +308,4 @@ def write_synthetic(
   if suffix == ".npz":
     write_arrays(path, arrays)
   else:
-    write_atomically(path, feature_files.parquet_bytes(arrays))
+    write_atomically(path, _parquet_files().parquet_bytes(arrays))

@@ -1,15 +1,35 @@
-"""Labelled rows of numbers in .npz, .npy and Parquet files; nothing in them is unpickled."""
+"""Labelled rows of numbers in .npz and .npy files, and the checks that all formats share.
+
+Nothing in a file is unpickled. Parquet is read by `parquet_files`.
+"""
 
 import contextlib
 import dataclasses
+import math
+import os
 import pathlib
+import shlex
+import sys
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from memdiff.errors import DataError
 
-SUFFIXES = (".npz", ".npy", ".parquet")
-_BATCH = 8192  # rows of Parquet at a time, so that float64 never stands in memory whole
+PARQUET_SUFFIXES = (".parquet", ".pq")
+_SUFFIXES = (".npz", ".npy", *PARQUET_SUFFIXES)
+_MAX_NAMES = 8  # in a message
+_WHOLE = 2**53  # up to here float64 holds every whole number
+_BFLOAT16 = np.dtype("V2")  # how NumPy saves it; no other of its types of two bytes loses its name
+_TO_PARQUET = (
+  "import sys, pyarrow.csv as c, pyarrow.parquet as p;"
+  " p.write_table(c.read_csv(sys.argv[1]{options}), sys.argv[2])"
+)
+_TO_NPZ = (
+  "import sys, numpy, torch; d = torch.load(sys.argv[1], map_location='cpu');"
+  " numpy.savez(sys.argv[2], features=d['features'].float().numpy(), labels=d['labels'].numpy())"
+)
+_TO_NPY = "import sys, numpy; numpy.save(sys.argv[2], numpy.loadtxt(sys.argv[1], dtype=str))"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,18 +39,61 @@ class LabelledRows:
   where: str  # it lies, for messages
   features: np.ndarray  # [N, D] float32; a missing number is NaN
   labels: np.ndarray  # [N] whole numbers, booleans or texts
-  class_names: tuple[str, ...] | None = None  # where the file has them
+  class_names: tuple[str, ...] | None = None  # if the file has them
+  may_lack_rows: bool = False  # whether a class name without a row is dropped instead of refused
+  columns: tuple[str, ...] | None = None  # D names, if each number has a column of its own
+
+
+# --- formats ---------------------------------------------------------------------------------
+
+
+def format_of(path: pathlib.Path, option: str) -> str:
+  """.npz, .npy or .parquet; folders are Parquet unless their name says otherwise.
+
+  Raises:
+    DataError: for any other format, with the line that converts it. `option` names the path.
+  """
+  suffix = path.suffix.lower()
+  if suffix in PARQUET_SUFFIXES:
+    return ".parquet"
+  if suffix in _SUFFIXES:
+    return suffix
+  if os.path.isdir(path):  # False, not an error, if it cannot be looked at
+    return ".parquet"
+  if suffix in (".csv", ".tsv"):
+    options = ", parse_options=c.ParseOptions(delimiter=chr(9))" if suffix == ".tsv" else ""
+    line = _command(_TO_PARQUET.format(options=options), path, ".parquet")
+    raise DataError(
+      f"{option} is {path}; convert it with {line} and read columns such as dim_0, dim_1 with"
+      " --config.dataset.columns.features='dim_*'."
+    )
+  if suffix in (".pt", ".pth"):
+    line = _command(_TO_NPZ, path, ".npz")
+    raise DataError(
+      f"{option} is {path}; convert it with {line} if it holds a dictionary of features and labels."
+    )
+  raise DataError(
+    f"{option} is {path}, but must end in one of {', '.join(_SUFFIXES)}, or be a folder of Parquet"
+    " files; numpy.savez('embeddings.npz', features=..., labels=...) writes such a file."
+  )
+
+
+def _command(program: str, path: pathlib.Path, suffix: str) -> str:
+  """A line for a shell that writes what `path` holds beside it, with this suffix."""
+  source, target = (shlex.quote(str(p)) for p in (path, path.with_suffix(suffix)))
+  return f'python -c "{program}" {source} {target}'
 
 
 @contextlib.contextmanager
-def _reading(path: pathlib.Path):
-  """Turns whatever reading raises into one sentence: zip, zlib and Arrow raise many types."""
+def reading(path: pathlib.Path):
+  """Turns any error of a reader into one sentence: zip, zlib and Arrow raise many types."""
   try:
     yield
   except DataError:
     raise
   except FileNotFoundError:
-    raise DataError(f"There is no file {path}.") from None
+    parts = "; to read several files, give their folder" if "*" in path.name else ""
+    raise DataError(f"There is no file {path}{parts}.") from None
   except Exception as error:
     reason = " ".join(str(error).split()) or repr(error)
     if "Object arrays" in reason:
@@ -41,18 +104,31 @@ def _reading(path: pathlib.Path):
     raise DataError(f"Cannot read {path} ({reason[:300]}).") from error
 
 
+def there_are(names: Collection[str], option: str) -> str:
+  """The end of a sentence about a missing name: those there are, and the option that names one."""
+  if not len(names):
+    return "it has none"
+  shown = list(names)[:_MAX_NAMES]
+  more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+  return f"it has {', '.join(shown)}{more}; choose one with --config.dataset.{option}"
+
+
+# --- NumPy's formats -------------------------------------------------------------------------
+
+
 def _load(file):
-  """What NumPy reads from an open file; what is not in its format it would take for a pickle."""
+  """What NumPy reads from an open file; it would take any other format for a pickle."""
   start = file.read(6)
   if not start.startswith((b"PK", b"\x93NUMPY")):
-    raise ValueError("it is not in NumPy's format" if start else "it is empty")
+    wrong = "it is not in NumPy's format; numpy.save writes that" if start else "it is empty"
+    raise ValueError(wrong)
   file.seek(0)
   return np.load(file, allow_pickle=False)
 
 
 @contextlib.contextmanager
 def _npz(path: pathlib.Path):
-  with _reading(path), path.open("rb") as file:  # numpy itself leaves damaged archives open
+  with reading(path), path.open("rb") as file:  # numpy itself leaves damaged archives open
     arrays = _load(file)
     if isinstance(arrays, np.ndarray):
       raise ValueError("it is one array in .npy format")
@@ -65,124 +141,43 @@ def npz_names(path: pathlib.Path) -> list[str]:
     return list(arrays)
 
 
-def read_npz(path: pathlib.Path, features: str, labels: str, class_names: str) -> LabelledRows:
-  """Reads the arrays of these names; `class_names` only where the file has it.
+def read_npz(path: pathlib.Path, names: Mapping[str, str], prefix: str = "") -> LabelledRows:
+  """Reads the arrays of a training set, or those of a test set with the prefix `test_`.
+
+  Args:
+    names: the fields of `config.dataset.arrays`; the array `class_names` may be missing.
 
   Raises:
     DataError: as all readers here, with one sentence about the file.
   """
+  options = f"{prefix}features", f"{prefix}labels"
+  features, labels = (names[option] for option in options)
+  key = names["class_names"]
   with _npz(path) as arrays:
-    for name in (features, labels):
-      if name not in arrays:
-        raise DataError(f"{path} has no array {name!r}; {_there_are(arrays)}.")
+    for option in options:
+      if names[option] not in arrays:
+        known = there_are(list(arrays), f"arrays.{option}")
+        raise DataError(f"{path} has no array {names[option]!r}; {known}.")
     found = [np.asarray(arrays[name]) for name in (features, labels)]
-    names = np.asarray(arrays[class_names]) if class_names in arrays else None
-  return _checked(f"{path} ({features}, {labels})", *found, _names(path, class_names, names))
+    class_names = np.asarray(arrays[key]) if key in arrays else None
+  return checked(f"{path} ({features}, {labels})", *found, _names(path, key, class_names))
 
 
 def read_npy(path: pathlib.Path, labels_path: pathlib.Path) -> LabelledRows:
   """Reads features from one file and labels from another."""
+  if labels_path.suffix.lower() in (".txt", ".csv"):
+    line = _command(_TO_NPY, labels_path, ".npy")
+    raise DataError(
+      f"{labels_path} is no .npy file of labels; convert it with {line} and give the new file."
+    )
   found = []
   for file_path in (path, labels_path):
-    with _reading(file_path), file_path.open("rb") as file:
+    with reading(file_path), file_path.open("rb") as file:
       array = _load(file)
       if not isinstance(array, np.ndarray):
         raise ValueError("it is an archive in .npz format")
       found.append(array)
-  return _checked(f"{path} with {labels_path}", *found)
-
-
-def read_parquet(path: pathlib.Path, features: str, label: str) -> LabelledRows:
-  """Reads a column of lists of numbers and a column of labels.
-
-  A missing list, like a missing number, becomes NaN; every label must be there.
-  """
-  from pyarrow import parquet  # only here and where Parquet is written
-
-  with _reading(path), parquet.ParquetFile(path, page_checksum_verification=True) as file:
-    schema = file.schema_arrow
-    for name in (features, label):
-      if name not in schema.names:
-        raise DataError(f"{path} has no column {name!r}; {_there_are(schema.names)}.")
-    _check_types(path, schema.field(features), schema.field(label))
-    if not file.metadata.num_rows:
-      raise DataError(f"{path} holds no rows.")
-    batches = [
-      (*_lists(batch.column(features)), _label_values(batch.column(label)))
-      for batch in file.iter_batches(_BATCH, columns=[features, label])
-    ]
-  lengths, numbers, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-  if len(missing := np.flatnonzero(labels == None)):  # noqa: E711 (element by element)
-    raise DataError(f"Row {missing[0]} of {path} has no label in the column {label!r}.")
-  table = _table(path, features, lengths, numbers)
-  return _checked(f"{path} ({features}, {label})", table, np.array(labels.tolist()))
-
-
-def _check_types(path: pathlib.Path, features, label) -> None:
-  """Raises DataError where the columns (fields of an Arrow schema) hold something else."""
-  from pyarrow import types
-
-  is_list = (types.is_list, types.is_large_list, types.is_fixed_size_list)
-  is_number = (types.is_floating, types.is_integer)
-  if not any(test(features.type) for test in is_list) or not any(
-    test(features.type.value_type) for test in is_number
-  ):
-    raise DataError(
-      f"The column {features.name!r} of {path} has the type {features.type}; it must hold a list of"
-      " numbers per row."
-    )
-  kind = label.type.value_type if types.is_dictionary(label.type) else label.type
-  is_label = (types.is_integer, types.is_boolean, types.is_string, types.is_large_string)
-  if not any(test(kind) for test in is_label):
-    raise DataError(
-      f"The column {label.name!r} of {path} has the type {label.type}; labels must be whole numbers"
-      " or texts."
-    )
-
-
-def _lists(column) -> tuple[np.ndarray, np.ndarray]:
-  """An Arrow column of lists -> lengths [n], -1 where one is missing, and all numbers in a row."""
-  from pyarrow import compute
-
-  lengths = compute.fill_null(compute.list_value_length(column), -1)
-  numbers = column.flatten().to_numpy(zero_copy_only=False)
-  return lengths.to_numpy(zero_copy_only=False), _as_float32(numbers)
-
-
-def _label_values(column) -> np.ndarray:
-  """An Arrow column -> [n] Python values, None where one is missing."""
-  values = np.empty(len(column), object)
-  values[:] = column.to_pylist()
-  return values
-
-
-def _table(path: pathlib.Path, name: str, lengths: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-  """Lists of one length as float32 [N, D]; rows of NaN for missing ones."""
-  present = np.flatnonzero(lengths >= 0)
-  if not len(present):
-    raise DataError(f"The column {name!r} of {path} is empty in every row.")
-  width = lengths[present[0]]
-  ragged = present[lengths[present] != width]
-  if len(ragged):
-    raise DataError(
-      f"Row {ragged[0]} of {path} has {lengths[ragged[0]]} numbers in the column {name!r}, but row"
-      f" {present[0]} has {width}; all must have as many."
-    )
-  if len(present) == len(lengths):
-    return numbers.reshape(len(lengths), width)
-  table = np.full((len(lengths), width), np.nan, np.float32)
-  table[present] = numbers.reshape(len(present), width)
-  return table
-
-
-def _as_float32(numbers: np.ndarray) -> np.ndarray:
-  # What is too large becomes infinite, and signalling NaNs quiet; both are looked for later.
-  with np.errstate(over="ignore", invalid="ignore"):
-    return numbers.astype(np.float32)
-
-
-def _there_are(names) -> str:
-  return f"it has {', '.join(names)}" if len(names) else "it has none"
+  return checked(f"{path} with {labels_path}", *found)
 
 
 def _names(path: pathlib.Path, key: str, names: np.ndarray | None) -> tuple[str, ...] | None:
@@ -196,56 +191,100 @@ def _names(path: pathlib.Path, key: str, names: np.ndarray | None) -> tuple[str,
   return tuple(_texts(path, names).tolist())
 
 
+# --- checks ----------------------------------------------------------------------------------
+
+
+def checked(
+  where: str,
+  features: np.ndarray,
+  labels: np.ndarray,
+  class_names: tuple[str, ...] | None = None,
+  **more,
+) -> LabelledRows:
+  """Labelled rows of what a file holds; `more` are further fields of LabelledRows.
+
+  Axes of length one are dropped, as in features [N, 1, D] and labels [N, 1].
+
+  Raises:
+    DataError: if shapes or types are not those of labelled rows.
+  """
+  features, labels = _without_axes_of_one(features, 2), _without_axes_of_one(labels, 1)
+  if features.ndim != 2:
+    raise DataError(
+      f"The features in {where} have the shape {features.shape}; they must be [rows, numbers], as"
+      " features.reshape(len(labels), -1) is."
+    )
+  features = _numbers(where, features)
+  if labels.shape != features.shape[:1]:
+    one_hot = "; one-hot labels become that by labels.argmax(axis=1)" if labels.ndim == 2 else ""
+    raise DataError(
+      f"{where} has {len(features)} rows of features and labels of the shape {labels.shape}; there"
+      f" must be one label per row{one_hot}."
+    )
+  if not features.size:
+    empty = "no rows" if not len(features) else "rows without a number"
+    raise DataError(f"{where} holds {empty}.")
+  return LabelledRows(where, features, _label_values(where, labels), class_names, **more)
+
+
+def _without_axes_of_one(array: np.ndarray, ndim: int) -> np.ndarray:
+  """[N, ...] -> [N] or [N, D], if no more than that is longer than one; else as it is."""
+  lengths = array.shape[1:]
+  if array.ndim <= ndim or sum(length != 1 for length in lengths) >= ndim:
+    return array
+  return array.reshape(len(array), *[math.prod(lengths)] * (ndim - 1))
+
+
+def _numbers(where: str, features: np.ndarray) -> np.ndarray:
+  """As float32."""
+  if features.dtype == _BFLOAT16:
+    print(f"memdiff: read the two-byte values in {where} as bfloat16, which NumPy saves without its"
+          " name", file=sys.stderr)  # fmt: skip
+    bits = np.ascontiguousarray(features).view(np.uint16).astype(np.uint32)
+    bits <<= 16  # bfloat16 is the upper half of float32
+    return bits.view(np.float32)
+  if features.dtype.kind not in "biuf":
+    advice = {
+      "c": "features.real takes the real part",
+      "V": "save features.astype('float32')",
+    }.get(features.dtype.kind, "features.astype('float32') converts them")
+    raise DataError(
+      f"The features in {where} have the type {features.dtype}; they must be numbers: {advice}."
+    )
+  # What is too large becomes infinite, and signalling NaNs quiet; both are looked for later.
+  with np.errstate(over="ignore", invalid="ignore"):
+    return features.astype(np.float32, copy=False)
+
+
+def _label_values(where: str, labels: np.ndarray) -> np.ndarray:
+  """Labels [N] as whole numbers, booleans or texts: floats become int64, bytes become texts."""
+  if labels.dtype.kind in "SU":
+    return _texts(where, labels)
+  if labels.dtype.kind in "biu":
+    return labels
+  if labels.dtype.kind != "f":
+    raise DataError(
+      f"The labels in {where} have the type {labels.dtype}; they must be whole numbers or texts, as"
+      " labels.astype(int) or labels.astype(str) gives."
+    )
+  values = labels.astype(np.float64)
+  missing = np.flatnonzero(np.isnan(values))
+  if len(missing):
+    raise DataError(
+      f"Row {missing[0]} of {where} has NaN as its label; give it a label, or leave the row out."
+    )
+  broken = np.flatnonzero((values != np.rint(values)) | (np.abs(values) > _WHOLE))
+  if len(broken):
+    raise DataError(
+      f"Row {broken[0]} of {where} has the label {values[broken[0]]}; labels must be whole numbers"
+      " or texts, as labels.astype(int) or labels.astype(str) gives."
+    )
+  return values.astype(np.int64)
+
+
 def _texts(where, values: np.ndarray) -> np.ndarray:
   """Bytes as text."""
   try:
     return np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
   except UnicodeDecodeError as error:
     raise DataError(f"A text in {where} is not in UTF-8 ({error}).") from None
-
-
-def _checked(
-  where: str,
-  features: np.ndarray,
-  labels: np.ndarray,
-  class_names: tuple[str, ...] | None = None,
-) -> LabelledRows:
-  """Raises DataError where shapes or types are not those of labelled rows."""
-  if features.ndim != 2:
-    raise DataError(
-      f"The features in {where} have the shape {features.shape}; they must be [rows, numbers]."
-    )
-  if features.dtype.kind not in "fiu":
-    raise DataError(
-      f"The features in {where} have the type {features.dtype}; they must be numbers."
-    )
-  if labels.shape != features.shape[:1]:
-    raise DataError(
-      f"{where} has {len(features)} rows of features and labels of the shape {labels.shape}; there"
-      " must be one label per row."
-    )
-  if not features.size:
-    empty = "no rows" if not len(features) else "rows without a number"
-    raise DataError(f"{where} holds {empty}.")
-  if labels.dtype.kind not in "biuSU":
-    raise DataError(
-      f"The labels in {where} have the type {labels.dtype}; they must be whole numbers or texts."
-    )
-  return LabelledRows(where, _as_float32(features), _texts(where, labels), class_names)
-
-
-def parquet_bytes(columns: dict[str, np.ndarray]) -> bytes:
-  """A Parquet file of these columns: [n] or, as lists of fixed length, [n, D]."""
-  import pyarrow
-  from pyarrow import parquet
-
-  def column(values):
-    if values.ndim == 1:
-      return pyarrow.array(values)
-    flat = pyarrow.array(np.ascontiguousarray(values).reshape(-1))
-    return pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1])
-
-  sink = pyarrow.BufferOutputStream()
-  table = pyarrow.table({name: column(values) for name, values in columns.items()})
-  parquet.write_table(table, sink, write_page_checksum=True)
-  return sink.getvalue().to_pybytes()

@@ -528,14 +528,16 @@ def test_the_synthetic_embeddings_are_those_of_the_first_seed(finished):
   np.testing.assert_array_equal(made["num_exemplars"], COUNTS[saved["labels"]])
 
 
-def test_parquet_in_parquet_out_with_a_class_of_one_row(tmp_path):
+def test_a_folder_of_parquet_in_parquet_out_with_a_class_of_one_row(tmp_path):
   """The class of one is never held out, trains, and gets synthetic rows; the file can be read."""
   rng = np.random.default_rng(0)
   labels = np.repeat([7, 11, 30], [14, 6, 1])
   rows = (rng.normal(size=(21, DIM)) + labels[:, None] / 5).astype(np.float32)
   table = pa.table({"features": list(rows), "label": labels})
-  parquet.write_table(table, tmp_path / "train.parquet")
-  config = config_for(tmp_path / "train.parquet")
+  (tmp_path / "train").mkdir()
+  for part, start in enumerate(range(0, 21, 9)):
+    parquet.write_table(table.slice(start, 9), tmp_path / "train" / f"part-{part}.parquet")
+  config = config_for(tmp_path / "train")
   config.dataset.update(profile="natural", test_share=0.3)
   report = run(config, tmp_path / "run")
   counts = np.array(report["dataset"]["train_counts"])

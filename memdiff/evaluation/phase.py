@@ -1,7 +1,6 @@
 """The evaluation of an experiment on features: methods scored, features judged, pictures."""
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 
 import jax
@@ -358,8 +357,8 @@ def save_recommended_head(
 
 def export_embeddings(e: Experiment, generator: str, made: Mapping[str, np.ndarray]) -> None:
   """The first seed's synthetic features, in the format of the file that the features came from."""
-  suffix = pathlib.Path(e.config.dataset.train_path).suffix.lower()
-  path = e.workdir.path / f"synthetic_embeddings{'.parquet' if suffix == '.parquet' else '.npz'}"
+  suffix = embeddings.export_suffix(e.config.dataset.train_path)
+  path = e.workdir.path / f"synthetic_embeddings{suffix}"
   embeddings.write_synthetic(
     path,
     e.dataset,

@@ -1,7 +1,5 @@
 """Embeddings from .npz, .npy and Parquet: what is read, how it is split, what is refused."""
 
-import functools
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -10,78 +8,22 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from configs import base
-from input_pipeline import embeddings, feature_files, long_tail
+from input_pipeline import long_tail
 from input_pipeline.embeddings import EmbeddingsConfig
 from memdiff import config as config_lib
-from memdiff.errors import ConfigError, DataError, WorkdirError
-
-FEATURES = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9], [0, 1, 0], [2, 2, 5], [3, 0, 1]], float)
-LABELS = np.array([1, 0, 1, 2, 0, 1])
-FLOATS = pa.list_(pa.float32())
-TEST = np.array([[9, 9, 9], [5, 4, 3]], float)
-TEST_LABELS = np.array([2, 0])
-
-
-def config_of(path, **changes):
-  """base.embeddings(), with the test set split off unless it is given; fields by dotted names."""
-  values = base.embeddings()
-  if not {"test_path", "test_share"} & set(changes):
-    changes["test_share"] = 0.2
-  values.update_from_flattened_dict({"train_path": str(path)} | changes)
-  return config_lib.build(EmbeddingsConfig, values.to_dict(), "dataset")
-
-
-def load(path, **changes):
-  return embeddings.load(config_of(path, **changes))
-
-
-def refusal(path, kind=DataError, **changes) -> str:
-  with pytest.raises(kind) as caught:
-    load(path, **changes)
-  message = str(caught.value)
-  assert "\n" not in message and message.endswith(".")
-  return message
-
-
-def npz(path, features=FEATURES, labels=LABELS, **more):
-  np.savez(path, features=features, labels=labels, **more)
-  return path
-
-
-def write_parquet(path, features, labels, kind=FLOATS, **options):
-  labels = labels if isinstance(labels, pa.Array) else pa.array(labels)
-  table = pa.table({"features": pa.array(features, kind), "label": labels})
-  parquet.write_table(table, path, write_page_checksum=True, **options)
-  return path
-
-
-def write(folder, form, features, labels):
-  """The same rows in any format; returns the settings that read them."""
-  labels = np.asarray(labels)
-  if form == "npz":
-    return {"path": npz(folder / "train.npz", features, labels)}
-  if form == "parquet":
-    return {"path": write_parquet(folder / "train.parquet", features.tolist(), labels.tolist())}
-  np.save(folder / "x.npy", features)
-  np.save(folder / "y.npy", labels)
-  return {"path": folder / "x.npy", "train_labels_path": str(folder / "y.npy")}
-
-
-def rows_of(data):
-  """Everything that a split has of the file, as sorted (label, features) per row."""
-  parts = ("train", "holdout", "left_out", "test")
-  return sorted(
-    (int(label), *row.tolist())
-    for part in parts
-    for label, row in zip(
-      getattr(data, f"{part}_labels"), getattr(data, f"{part}_features"), strict=True
-    )
-  )
-
-
-def expected_rows(features, labels):
-  return sorted((int(y), *map(float, x)) for x, y in zip(features, labels, strict=True))
-
+from memdiff.errors import ConfigError
+from tests.input_pipeline.embedding_files import (
+  FEATURES,
+  LABELS,
+  TEST,
+  TEST_LABELS,
+  expected_rows,
+  load,
+  npz,
+  refusal,
+  rows_of,
+  write,
+)
 
 # --- settings --------------------------------------------------------------------------------
 
@@ -140,52 +82,6 @@ def test_numbers_of_every_type_become_float32(tmp_path, dtype):
   assert rows_of(data) == expected_rows(FEATURES, LABELS)
 
 
-@pytest.mark.parametrize("kind", [
-  pa.list_(pa.float16()), pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.int8()),
-  pa.list_(pa.float32(), 3), pa.list_(pa.float16(), 3), pa.large_list(pa.float64()),
-], ids=str)  # fmt: skip
-@pytest.mark.parametrize("missing", [None, "number", "row"])
-def test_parquet_lists_of_every_type(tmp_path, kind, missing):
-  numpy_type = pa.array([], kind.value_type).to_numpy(zero_copy_only=False).dtype.type
-  features = FEATURES.astype(numpy_type).tolist()
-  if missing:
-    features[5] = None if missing == "row" else [numpy_type(1), None, numpy_type(1)]
-  path = write_parquet(tmp_path / "a.parquet", features, LABELS, kind=kind)
-  if not missing:
-    assert rows_of(load(path)) == expected_rows(FEATURES, LABELS)
-    return
-  assert f"Row 5 of {path} (features, label) has a NaN" in refusal(path)
-  data = load(path, skip_non_finite=True)
-  assert rows_of(data) == expected_rows(FEATURES[:5], LABELS[:5]) and data.num_skipped == 1
-
-
-@pytest.mark.parametrize("labels", [
-  pa.array(list("bab"), pa.large_string()), pa.array(list("bab")).dictionary_encode(),
-  pa.array([1, 0, 1], pa.uint8()), pa.array([1, 0, 1]).dictionary_encode(),
-], ids=lambda labels: str(labels.type))  # fmt: skip
-def test_parquet_labels_of_every_type(tmp_path, labels):
-  data = load(write_parquet(tmp_path / "a.parquet", FEATURES[:3].tolist(), labels))
-  assert rows_of(data) == expected_rows(FEATURES[:3], [1, 0, 1])
-  assert data.label_values.tolist() == sorted(set(labels.to_pylist()))
-
-
-@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
-def test_parquet_is_read_in_pieces_in_its_order(batch, group, seed):
-  rng = np.random.default_rng(seed)
-  features, labels = rng.normal(size=(13, 2)).astype(np.float32), rng.permutation(13)
-  features[rng.random(13) < 0.2] = np.nan
-  listed = [None if np.isnan(row[0]) else row.tolist() for row in features]
-  sink = pa.BufferOutputStream()
-  write_parquet(sink, listed, labels.tolist(), row_group_size=group)
-  reader = functools.partial(parquet.ParquetFile, pa.BufferReader(sink.getvalue()))
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(feature_files, "_BATCH", batch)
-    patch.setattr(parquet, "ParquetFile", lambda _, **options: reader(**options))
-    rows = feature_files.read_parquet("a.parquet", "features", "label")
-  np.testing.assert_array_equal(rows.features, features)
-  np.testing.assert_array_equal(rows.labels, labels)
-
-
 def test_arrays_and_columns_are_found_by_their_configured_names(tmp_path):
   np.savez(tmp_path / "a.npz", x=FEATURES, y=LABELS, z=["n", "o", "p"], tx=TEST, ty=TEST_LABELS)
   names = {"features": "x", "labels": "y", "class_names": "z", "test_features": "tx",
@@ -212,54 +108,6 @@ def test_the_home_folder_may_be_abbreviated(tmp_path, monkeypatch):
   assert len(load("~/a.npz", test_share=0.0).test_labels) == 2
   (tmp_path / "a.npz").rename(tmp_path / "b.NPZ")
   assert len(load("~/b.NPZ", test_share=0.0).test_labels) == 2
-
-
-# --- classes ---------------------------------------------------------------------------------
-
-
-def test_class_names_number_the_classes(tmp_path):
-  names = ["cat", "ant", "bee"]
-  data = load(npz(tmp_path / "a.npz", class_names=names))
-  assert data.class_names == ("cat", "ant", "bee") and data.label_values.tolist() == [0, 1, 2]
-  assert rows_of(data) == expected_rows(FEATURES, LABELS)
-  texts = load(npz(tmp_path / "b.npz", labels=np.array(names)[LABELS], class_names=names))
-  assert texts.class_names == data.class_names and texts.label_values.tolist() == names
-  assert rows_of(texts) == rows_of(data)
-
-
-def test_bytes_are_texts_in_utf8(tmp_path):
-  words = ["ü".encode(), b"a", b"b"]
-  path = npz(tmp_path / "a.npz", labels=np.array(words)[LABELS], class_names=np.array(words))
-  assert load(path).class_names == ("ü", "a", "b")
-  path = npz(tmp_path / "a.npz", labels=np.array([b"\xff", b"a", b"b"])[LABELS])
-  assert "is not in UTF-8" in refusal(path)
-
-
-@pytest.mark.parametrize(("labels", "names", "words"), [
-  (LABELS, list("abcd"), "has 4 class names, but no row with the label 3;"),
-  (LABELS, list("abcdefghijkl"), "has 12 class names, but no row with the label 3;"),
-  (LABELS + 1, list("abc"), "has 3 class names, but no row with the label 0;"),
-  (LABELS, list("ab"), "has the label 2, but no class name for it among 2"),
-  (LABELS, list("aba"), "class names in .* have 'a' more than once"),
-  (np.array(list("abc"))[LABELS], list("abd"), "no row with the label 'd'"),
-  (np.array(list("abc"))[LABELS], list("ab"), "has the label 'c', but no class name"),
-  (LABELS, [1, 2, 3], r"The array 'class_names' of .*shape \(3,\) and type int64.*row of texts"),
-  (LABELS, [["a", "b", "c"]], r"shape \(1, 3\) and type <U1; it must be one row of texts"),
-])  # fmt: skip
-def test_class_names_that_do_not_fit_are_refused(tmp_path, labels, names, words):
-  path = npz(tmp_path / "a.npz", labels=labels, class_names=np.array(names))
-  with pytest.raises(DataError, match=words):
-    load(path)
-
-
-def test_configured_class_names_must_be_there(tmp_path):
-  message = refusal(npz(tmp_path / "a.npz"), **{"arrays.class_names": "nmaes"})
-  assert "has no array 'nmaes'" in message and "config.dataset.arrays.class_names" in message
-
-
-def test_one_class_is_no_classification(tmp_path):
-  message = refusal(npz(tmp_path / "a.npz", labels=np.full(6, 4)))
-  assert "has one class, '4'; a classifier needs at least two" in message
 
 
 # --- the test set ----------------------------------------------------------------------------
@@ -481,224 +329,3 @@ def test_constant_features_are_refused_and_a_constant_number_is_not(tmp_path):
   assert "are the same" in refusal(npz(path, features), skip_non_finite=True)
   features[5, 2] = 2.0
   assert rows_of(load(npz(path, features))) == expected_rows(features, LABELS)
-
-
-# --- files that cannot be used ---------------------------------------------------------------
-
-NO_ROW = np.zeros((0, 3))
-
-
-@pytest.mark.parametrize(("features", "labels", "words"), [
-  (FEATURES[0], LABELS[0], r"have the shape \(3,\); they must be \[rows, numbers\]"),
-  (FEATURES[None], LABELS, r"have the shape \(1, 6, 3\)"),
-  (FEATURES, LABELS[:5], r"has 6 rows of features and labels of the shape \(5,\); there must be"),
-  (FEATURES, LABELS[:, None], r"labels of the shape \(6, 1\)"),
-  (FEATURES.astype(complex), LABELS, "have the type complex128; they must be numbers"),
-  (FEATURES.astype(str), LABELS, "The features in .* have the type <U32; they must be numbers"),
-  (FEATURES, LABELS.astype(float), "labels in .* type float64; they must be whole numbers or text"),
-  (NO_ROW, LABELS[:0], "holds no rows"),
-  (FEATURES[:, :0], LABELS, "holds rows without a number"),
-  (FEATURES.astype(object), LABELS, "holds Python objects, which memdiff does not read because"),
-  (FEATURES, LABELS.astype(object), "holds Python objects, .* save texts with labels.astype"),
-])  # fmt: skip
-@pytest.mark.parametrize("form", ["npz", "npy"])
-def test_arrays_that_do_not_fit_are_refused(tmp_path, form, features, labels, words):
-  with pytest.raises(DataError, match=words):
-    load(**write(tmp_path, form, features, labels))
-
-
-LISTS = FEATURES.tolist()
-RAGGED = [*LISTS[:4], [1.0], LISTS[5]]
-
-
-@pytest.mark.parametrize(("columns", "words"), [
-  ({"features": [1.0, 2.0], "label": [0, 1]}, "'features' of .* has the type double; it must hold"),
-  ({"features": [["a"], ["b"]], "label": [0, 1]}, "type list<.*string>; it must hold a list"),
-  ({"features": [[[1.0]], [[2.0]]], "label": [0, 1]}, "must hold a list of numbers per row"),
-  ({"features": LISTS, "label": [0.5] * 6}, "'label' of .* type double; labels must be whole"),
-  ({"features": LISTS, "label": [None, 1, 0, 1, None, 2]}, "Row 0 of .* has no label in the"),
-  ({"features": LISTS, "label": ["a", "b", None, "a", "b", "c"]}, "Row 2 of .* has no label"),
-  ({"features": RAGGED, "label": LABELS}, "Row 4 of .* has 1 numbers .* but row 0 has 3; all must"),
-  ({"features": [None, *RAGGED], "label": [0, *LABELS]}, "Row 5 of .* but row 1 has 3"),
-  ({"features": pa.array([None] * 6, FLOATS), "label": LABELS},
-   "column 'features' of .* is empty in every row"),
-  ({"features": [[]] * 6, "label": LABELS}, "must hold a list of numbers"),
-  ({"features": pa.array([[]] * 6, FLOATS), "label": LABELS}, "without a number"),
-  ({"features": pa.array([], FLOATS), "label": pa.array([], pa.int64())},
-   "holds no rows"),
-  ({"embedding": LISTS, "y": LABELS}, "has no column 'features'; it has embedding, y"),
-  ({"features": LISTS, "y": LABELS}, "has no column 'label'; it has features, y"),
-])  # fmt: skip
-def test_columns_that_do_not_fit_are_refused(tmp_path, columns, words):
-  parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
-  with pytest.raises(DataError, match=words):
-    load(tmp_path / "a.parquet")
-
-
-def test_a_missing_array_lists_those_there_are(tmp_path):
-  path = tmp_path / "a.npz"
-  np.savez(path, x=FEATURES, labels=LABELS)
-  assert refusal(path) == f"{path} has no array 'features'; it has x, labels."
-  np.savez(path, features=FEATURES)
-  assert "has no array 'labels'; it has features." in refusal(path)
-  np.savez(path)
-  assert "has no array 'features'; it has none." in refusal(path)
-  npz(path, test_features=TEST)
-  message = refusal(path, test_share=0.0)
-  assert "no array 'test_labels'; it has features, labels, test_features." in message
-
-
-@pytest.mark.parametrize("name", ["a.npz", "a.npy", "a.parquet"])
-def test_files_that_are_not_there_are_named(tmp_path, name):
-  labels = {"train_labels_path": "y.npy"} if name == "a.npy" else {}
-  assert refusal(tmp_path / name, **labels) == f"There is no file {tmp_path / name}."
-  (tmp_path / name).mkdir()
-  assert f"Cannot read {tmp_path / name} (" in refusal(tmp_path / name, **labels)
-  good = npz(tmp_path / "good.npz")
-  test = {"test_path": str(tmp_path / "none.parquet")}
-  assert refusal(good, **test) == f"There is no file {tmp_path / 'none.parquet'}."
-
-
-def test_a_missing_file_of_labels_is_named(tmp_path):
-  settings = write(tmp_path, "npy", FEATURES, LABELS)
-  (tmp_path / "y.npy").unlink()
-  assert refusal(**settings) == f"There is no file {tmp_path / 'y.npy'}."
-
-
-def test_paths_that_cannot_be_are_refused():
-  assert "config.dataset.train_path is empty; give a file" in refusal("")
-  sentence = "config.dataset.train_path is a.csv, but must end in one of .npz, .npy, .parquet."
-  assert refusal("a.csv") == sentence
-  message = refusal("a.npy", ConfigError)
-  assert "config.dataset.train_labels_path is '' with a.npy" in message
-  message = refusal("a.npz", ConfigError, train_labels_path="y.npy")
-  assert "train_labels_path is 'y.npy' with a.npz; the file of labels is for .npy" in message
-
-
-def test_paths_of_the_test_set_are_refused_alike(tmp_path):
-  path = npz(tmp_path / "a.npz")
-  assert "config.dataset.test_path is b.txt, but must end in" in refusal(path, test_path="b.txt")
-  message = refusal(path, ConfigError, test_path="b.npy")
-  assert "config.dataset.test_labels_path is '' with b.npy" in message
-  message = refusal(path, ConfigError, test_labels_path="b.npy")
-  assert "test_labels_path is b.npy, but config.dataset.test_path is empty" in message
-
-
-DAMAGE = {
-  "empty": lambda data: b"",
-  "text": lambda data: b"not this format, " * 20,
-  "cut short": lambda data: data[: len(data) // 2],
-  "spoilt": lambda data: data[:150] + bytes(255 - byte for byte in data[150:250]) + data[250:],
-}
-
-
-@pytest.mark.parametrize("how", DAMAGE)
-@pytest.mark.parametrize("form", ["npz", "npy", "parquet"])
-def test_damaged_files_are_one_sentence(tmp_path, form, how):
-  features = np.random.default_rng(0).normal(size=(60, 3))
-  settings = write(tmp_path, form, features, np.arange(60) % 3)
-  path = settings["path"]
-  path.write_bytes(DAMAGE[how](path.read_bytes()))
-  if (form, how) == ("npy", "spoilt"):  # has no checksum
-    assert load(**settings, skip_non_finite=True).num_classes == 3
-    return
-  message = refusal(**settings)
-  assert message.startswith(f"Cannot read {path} (")
-  if form == "npz" and how == "text":
-    assert "not in NumPy's format" in message
-
-
-def test_an_archive_is_no_array_and_an_array_no_archive(tmp_path):
-  settings = write(tmp_path, "npy", FEATURES, LABELS)
-  npz(tmp_path / "a.npz").rename(tmp_path / "b.npy")
-  assert "it is an archive in .npz format" in refusal(
-    tmp_path / "b.npy", train_labels_path=settings["train_labels_path"]
-  )
-  (tmp_path / "x.npy").rename(tmp_path / "c.npz")
-  assert "it is one array in .npy format" in refusal(tmp_path / "c.npz")
-
-
-class Trap:
-  """Calls a function when it is unpickled."""
-
-  def __reduce__(self):
-    return pytest.fail, ("something was unpickled",)
-
-
-@pytest.mark.parametrize("form", ["npz", "npy"])
-def test_nothing_is_unpickled(tmp_path, form):
-  labels = np.array([Trap() for _ in LABELS], object)
-  assert "holds Python objects" in refusal(**write(tmp_path, form, FEATURES, labels))
-
-
-# --- writing ---------------------------------------------------------------------------------
-
-
-def synthetic(data, number=7):
-  rng = np.random.default_rng(3)
-  return {
-    "features": rng.normal(size=(number, data.train_features.shape[1])).astype(np.float32),
-    "labels": np.arange(number, dtype=np.int32) % data.num_classes,
-    "confidence": rng.random(number).astype(np.float32),
-    "number": np.arange(number, dtype=np.int32) // data.num_classes,
-    "num_exemplars": np.full(number, 4, np.int32),
-    "nearest_index": rng.integers(0, len(data.train_labels), number),
-    "nearest_distance": rng.random(number),
-  }
-
-
-LABEL_KINDS = {"numbers": [-3, 8, 41], "texts": ["cat", "ü dog", ""], "booleans": [False, True]}
-
-
-@pytest.mark.parametrize("kind", LABEL_KINDS)
-@pytest.mark.parametrize("suffix", [".npz", ".parquet", ".NPZ"])
-def test_synthetic_features_are_read_back_as_they_were_written(tmp_path, suffix, kind):
-  original = np.array(LABEL_KINDS[kind])[LABELS % len(LABEL_KINDS[kind])]
-  data = load(npz(tmp_path / "train.npz", labels=original))
-  made, path = synthetic(data), tmp_path / f"made{suffix}"
-  embeddings.write_synthetic(path, data, "memdiff", **made)
-  assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["train.npz", path.name])
-  again = load(path, test_path=str(tmp_path / "train.npz"))
-  assert again.class_names == data.class_names
-  assert again.label_values.tolist() == data.label_values.tolist()
-  np.testing.assert_array_equal(again.train_features, made["features"][again.train_rows])
-  np.testing.assert_array_equal(again.train_labels, made["labels"][again.train_rows])
-  assert rows_of(again)[0] is not None and len(again.train_labels) == 7
-  if suffix == ".parquet":
-    table = parquet.read_table(path)
-    assert table.schema.field("features").type == pa.list_(pa.float32(), 3)
-    found = {name: table[name].to_pylist() for name in table.column_names}
-    found["labels"] = found.pop("label")
-  else:
-    with np.load(path, allow_pickle=False) as file:
-      found = {name: file[name].tolist() for name in file}
-  assert set(found) == {"features", "labels", "confidence", "method", "number", "num_exemplars",
-                        "nearest_row", "nearest_distance"}  # fmt: skip
-  assert found["labels"] == data.label_values[made["labels"]].tolist()
-  assert found["method"] == ["memdiff"] * 7
-  assert found["nearest_row"] == data.train_rows[made["nearest_index"]].tolist()
-  for name in ("features", "confidence", "number", "num_exemplars", "nearest_distance"):
-    assert found[name] == made[name].tolist()
-
-
-def test_synthetic_features_in_parquet_carry_checksums(tmp_path):
-  data, path = load(npz(tmp_path / "train.npz")), tmp_path / "made.parquet"
-  embeddings.write_synthetic(path, data, "memdiff", **synthetic(data, 60))
-  assert load(path).num_classes == 3
-  path.write_bytes(DAMAGE["spoilt"](path.read_bytes()))
-  assert f"Cannot read {path} (" in refusal(path)
-
-
-def test_each_row_may_have_a_method_of_its_own(tmp_path):
-  data = load(npz(tmp_path / "train.npz"))
-  methods = list("abcdefg")
-  embeddings.write_synthetic(tmp_path / "made.parquet", data, methods, **synthetic(data))
-  assert parquet.read_table(tmp_path / "made.parquet")["method"].to_pylist() == methods
-
-
-def test_what_cannot_be_written_is_one_sentence(tmp_path):
-  data = load(npz(tmp_path / "train.npz"))
-  with pytest.raises(ConfigError, match=r"made\.csv, must end in \.npz or \.parquet"):
-    embeddings.write_synthetic(tmp_path / "made.csv", data, "memdiff", **synthetic(data))
-  with pytest.raises(WorkdirError, match=r"Cannot write .*nowhere/made\.npz"):
-    embeddings.write_synthetic(tmp_path / "nowhere/made.npz", data, "memdiff", **synthetic(data))
