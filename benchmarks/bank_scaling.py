@@ -87,7 +87,7 @@ def main() -> None:
       line = f"{found[classes]['update']:>10.2f}  {found[classes]['read']:>8.2f}"
       print(f"{number:>7}  {int(classes):>7,}  {line}", flush=True)
   if arguments.json:
-    arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

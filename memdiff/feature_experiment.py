@@ -525,7 +525,7 @@ def load_selection(e: Experiment) -> tuple[dict[str, Choice], dict | None]:
   """(method -> choice, recommendation or None)."""
   path = e.workdir.folder("selection") / "choices.json"
   try:
-    saved = json.loads(path.read_text())
+    saved = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise WorkdirError(
       f"Cannot read {path} ({error}); remove the folder {path.parent} and run the same command"
