@@ -5,6 +5,7 @@ The same command again goes on where the last one stopped. All the work is in me
 
 import logging
 import os
+import re
 import shlex
 import sys
 
@@ -60,8 +61,9 @@ def _explain(error: Exception, argv: list[str]) -> str:
         return f"{name} does not exist; the config file lists the fields."
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   if isinstance(error, OSError):
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "")
-    return f"Cannot read the config file {path.split(':')[0]} ({lines[-1]})."
+    words = " ".join(argv)
+    path = next(iter(re.findall(r"(?:^| )--?config[= ]([^ :]*)", words)), "")
+    return f"Cannot read the config file {path} ({lines[-1]})."
   if any(line.startswith("Traceback") for line in lines):
     return f"The config file failed: {lines[-1]}"
   return lines[0] if lines else repr(error)
@@ -97,10 +99,12 @@ def main(_) -> None:
   command = shlex.join(["python", *sys.argv])
   try:
     _join_cluster()
-    from memdiff import pipeline
-    from memdiff.runtime import checkpoint, devices
+    from memdiff.runtime import devices
 
     devices.say(os.environ)
+    from memdiff import pipeline
+    from memdiff.runtime import checkpoint
+
     if not _DEBUG.value:
       checkpoint.keep_quiet()
     pipeline.run(

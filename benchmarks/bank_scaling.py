@@ -79,7 +79,7 @@ def main() -> None:
       [sys.executable, "-m", "benchmarks.bank_scaling", "--here", f"--rounds={arguments.rounds}"],
       env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
       stdout=subprocess.PIPE,
-      text=True,
+      encoding="utf-8",
       check=True,
     )
     result[str(number)] = found = json.loads(done.stdout)

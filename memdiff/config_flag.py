@@ -33,7 +33,9 @@ def _expand_home(argument: str) -> str:
   return argument
 
 
-def define() -> flags.FlagHolder:
+def define(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
   """Defines --config, the file of an experiment's settings."""
   config_flags.register_flag_parser_for_type(tuple, _TupleParser())
-  return config_flags.DEFINE_config_file("config", help_string="A file in configs/.")
+  return config_flags.DEFINE_config_file(
+    "config", help_string="A file in configs/.", flag_values=flag_values
+  )

@@ -402,6 +402,38 @@ def test_values_that_would_break_a_phase_are_refused_before_any_work(path, value
   assert path.rsplit(".", 1)[-1] in message
 
 
+def paths_of(kind):
+  """The settings that are paths, by the names that paths have here."""
+  ends = ("_path", "_dir", "init_from", "_file", "_folder")
+  return [(kind, path) for own, path in LEAVES if own == kind and path.endswith(ends)]
+
+
+PATHS = [pair for kind in VALID for pair in paths_of(kind)]
+
+
+def test_paths_are_found_by_their_names():
+  assert {path for _, path in PATHS} == {
+    "dataset.data_dir", "dataset.list_path", "dataset.train_path", "dataset.train_labels_path",
+    "dataset.test_path", "dataset.test_labels_path", "encoder.init_from",
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "path"), PATHS)
+def test_home_is_written_out_in_every_path(kind, path, monkeypatch):
+  monkeypatch.setenv("HOME", "/home/somebody")
+
+  def value_of(text):
+    values = replaced(VALID[kind], "dataset.test_share", 0.0) if kind == "features" else VALID[kind]
+    settings = build(settings_of(kind), replaced(values, path, text))
+    return config_lib.flatten(config_lib.as_dict(settings))[path]
+
+  assert value_of("~/data/[x].npz:key") == "/home/somebody/data/[x].npz:key"
+  for text in ("", "./~", "a~b", "gs://bucket/~"):
+    assert value_of(text) == text
+  message = refusal(settings_of(kind), replaced(VALID[kind], path, "~nobody-has-this-name/x"))
+  assert message.startswith(f"config.{path} is '~nobody-has-this-name/x'")
+
+
 # --- no setting without an effect ------------------------------------------------------------
 
 # Functions that look at settings without using them.

@@ -25,7 +25,8 @@ def find() -> list[jax.Device]:
     return jax.devices()
   except (RuntimeError, AssertionError) as error:  # JAX asserts that there is a default device
     asked = jax.config.jax_platforms
-    reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+    words = str(error).split("\n")[0].split(" (set JAX_PLATFORMS=")[0]  # ours follow
+    reason = f" ({words})" if words else ""
     if not asked:
       message = f"JAX cannot use the devices of this machine{reason}; set JAX_PLATFORMS=cpu."
       raise ConfigError(message) from error
@@ -74,7 +75,8 @@ def _num_cores() -> int:
 
 def idle(devices: list[jax.Device], environment: Mapping[str, str]) -> str | None:
   """What to do about an accelerator that JAX leaves idle; None if there is none, or by choice."""
-  if devices[0].platform != "cpu" or jax.config.jax_platforms:
+  chosen = environment.get("JAX_PLATFORMS") or environment.get("JAX_PLATFORM_NAME")
+  if devices[0].platform != "cpu" or chosen:
     return None
   platform = _plugged_in(environment)
   if platform is None:
