@@ -5,16 +5,17 @@ The same command again goes on where the last one stopped. All the work is in me
 
 import logging
 import os
-import pathlib
+import re
 import shlex
 import sys
 
 from absl import app, flags
-from ml_collections import config_flags
 
+from memdiff import config_flag, paths
 from memdiff.errors import ConfigError, MemdiffError
+from memdiff.runtime import startup
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in configs/.")
+_CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: results, checkpoints, logs.")
 _TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard events to WORKDIR.")
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -36,12 +37,14 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors.")
 def _parse(argv: list[str]) -> list[str]:
   """Parses the flags; whatever is wrong with them or the config file is one sentence."""
   try:
-    rest = flags.FLAGS(argv)
+    paths.check_arguments(argv)
+    rest = flags.FLAGS(config_flag.expand_home(argv))
     if rest[1:]:
       raise ConfigError(f"Unknown argument {rest[1]!r}; options start with --.")
     if _CONFIG.value is None or _WORKDIR.value is None:
       raise ConfigError("Both --config=configs/NAME.py and --workdir=FOLDER are needed.")
     _CONFIG.value.to_dict()  # raises where the file could not be read
+    paths.workdir(_WORKDIR.value)
   except MemdiffError as error:
     _exit(error)
   except Exception as error:  # absl and ml_collections raise many types, configs may raise any
@@ -58,8 +61,9 @@ def _explain(error: Exception, argv: list[str]) -> str:
         return f"{name} does not exist; the config file lists the fields."
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   if isinstance(error, OSError):
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "")
-    return f"Cannot read the config file {path.split(':')[0]} ({lines[-1]})."
+    words = " ".join(argv)
+    path = next(iter(re.findall(r"(?:^| )--?config[= ]([^ :]*)", words)), "")
+    return f"Cannot read the config file {path} ({lines[-1]})."
   if any(line.startswith("Traceback") for line in lines):
     return f"The config file failed: {lines[-1]}"
   return lines[0] if lines else repr(error)
@@ -69,7 +73,7 @@ def _exit(error: MemdiffError) -> None:
   if "--debug" in sys.argv:
     raise error
   print(f"memdiff: {error}", file=sys.stderr, flush=True)
-  if "jax" in sys.modules and sys.modules["jax"].process_count() > 1:
+  if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
     os._exit(error.exit_code)  # at once: the others must not wait for this one
   sys.exit(error.exit_code)
 
@@ -89,15 +93,15 @@ def _join_cluster() -> None:
 
 
 def main(_) -> None:
-  # Compiled programs are kept between runs; JAX reads the folder when it is imported.
-  cache = pathlib.Path.home() / ".cache" / "memdiff" / "jax"
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-  for noisy in ("absl", "jax"):
+  startup.choose_cache(os.environ)
+  for noisy in ("absl", "jax", "matplotlib"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
   command = shlex.join(["python", *sys.argv])
   try:
     _join_cluster()
+    from memdiff.runtime import devices
+
+    devices.say(os.environ)
     from memdiff import pipeline
     from memdiff.runtime import checkpoint
 
@@ -114,4 +118,5 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
+  startup.print_anything()
   app.run(main, flags_parser=_parse)

@@ -32,12 +32,12 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
 from PIL import Image
 
+from memdiff import config_flag
 from memdiff.errors import ConfigError, MemdiffError
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in configs/.")
+_CONFIG = config_flag.define()
 _TOPOLOGY = flags.DEFINE_string("topology", "", "TPU slice, v5e:16x16; none: the devices here.")
 _PARAMETERS = flags.DEFINE_enum(
   "parameters", None, ("replicated", "fsdp"), "In place of config.execution.parameters."
@@ -521,7 +521,7 @@ def main(argv: list[str]) -> None:
       "parameters": parameters,
       "rows": rows,
     }
-    pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n")
+    pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

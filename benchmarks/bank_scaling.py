@@ -79,7 +79,7 @@ def main() -> None:
       [sys.executable, "-m", "benchmarks.bank_scaling", "--here", f"--rounds={arguments.rounds}"],
       env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
       stdout=subprocess.PIPE,
-      text=True,
+      encoding="utf-8",
       check=True,
     )
     result[str(number)] = found = json.loads(done.stdout)
@@ -87,7 +87,7 @@ def main() -> None:
       line = f"{found[classes]['update']:>10.2f}  {found[classes]['read']:>8.2f}"
       print(f"{number:>7}  {int(classes):>7,}  {line}", flush=True)
   if arguments.json:
-    arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ run down to what a machine can do; the table then says so, and is no reproductio
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import shlex
 import subprocess
@@ -128,7 +129,7 @@ def folder_of(arguments: argparse.Namespace, config: str, run: Run) -> pathlib.P
 
 def read_report(folder: pathlib.Path) -> dict | None:
   path = folder / "report.json"
-  return json.loads(path.read_text()) if path.exists() else None
+  return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def collect(config: str, run: Run, report: dict) -> list[dict[str, Any]]:
@@ -254,7 +255,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   )
   parser.add_argument("--table", required=True, choices=TABLES)
   parser.add_argument("--data_dir", default="", help="where TFDS keeps its sets")
-  parser.add_argument("--workdir", default="runs/tables", help="folder of all runs and the table")
+  parser.add_argument(
+    "--workdir",
+    default="runs/tables",
+    type=os.path.expanduser,
+    help="folder of all runs and the table",
+  )
   parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of every run")
   parser.add_argument("--rows", nargs="+", help="only these runs, by name")
   parser.add_argument("--epochs", type=float, help="fewer epochs than the recipe has")

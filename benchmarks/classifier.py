@@ -186,7 +186,7 @@ def main() -> None:
   result["load_average_after"] = list(os.getloadavg())
   print("\n" + timing.table(table))
   if arguments.json:
-    arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

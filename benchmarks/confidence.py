@@ -160,7 +160,7 @@ def main() -> None:
   path = arguments.run / "report.json"
   if not path.exists():
     parser.error(f"{path} does not exist; let the run finish first")
-  report = json.loads(path.read_text())
+  report = json.loads(path.read_text(encoding="utf-8"))
   method = f"{arguments.generator}+{_LOSS}"
   if method not in (report.get("choices") or {}) or arguments.generator == "fasa":
     parser.error(f"the run has no {method} (fasa weighs its features by itself)")

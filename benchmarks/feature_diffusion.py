@@ -619,7 +619,7 @@ def main() -> None:
   rows, result = run(rounds, arguments.quick)
   print("\n" + timing.table(rows))
   if arguments.json:
-    arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -241,13 +241,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--json", required=True, type=pathlib.Path, help="file to write")
   parser.add_argument("--workdir", help="folder of the run; default runs/<name of the JSON file>")
   arguments, passed_on = parser.parse_known_args(argv)
-  workdir = pathlib.Path(arguments.workdir or f"runs/{arguments.json.stem}")
+  workdir = pathlib.Path(arguments.workdir or f"runs/{arguments.json.stem}").expanduser()
   typed = ["main.py", f"--config={arguments.config}", f"--workdir={workdir}", *passed_on]
   print(shlex.join(["python", *typed]), flush=True)
   code = subprocess.run([sys.executable, *typed], check=False).returncode
   if code:
     return code
-  report = json.loads((workdir / "report.json").read_text())
+  report = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
   write(report, workdir, arguments.json)
   print(f"\nwritten: {arguments.json}, {arguments.json.with_suffix('.md')}")
   return 0

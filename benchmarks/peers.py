@@ -187,7 +187,7 @@ def main() -> None:
     rows += found
   if arguments.json:
     result["table"] = [dataclasses.asdict(row) for row in rows]
-    arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ def main() -> None:
     generated_images.prepare_set(folder, arguments.gigabytes)
     result = measure(folder, arguments.rounds)
   if arguments.json:
-    arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def environment() -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError:
       versions[package] = None
   cpuinfo = pathlib.Path("/proc/cpuinfo")
-  lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+  lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
   names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
   device = jax.devices()[0]
   return {

@@ -277,7 +277,7 @@ def sample_ancestral(
   schedule: NoiseSchedule,
   num_steps: int,
   prediction: str,
-  x0_limit: float | None,
+  x0_limit: float,
   seed: int,
 ) -> np.ndarray:
   """Ancestral sampling with the posterior variance, one feature per label, as an eager loop."""
@@ -290,7 +290,7 @@ def sample_ancestral(
     row = {name: float(column[i]) for name, column in table.items()}
     t = torch.full((len(label),), row["t"] * (1000.0 / schedule.num_steps))
     x0 = row["from_x"] * x + row["from_output"] * model.denoise(x, t, context)
-    if x0_limit is not None:
+    if x0_limit:
       x0 = x0.clamp(-x0_limit, x0_limit)
     x = row["keep"] * x + row["pull"] * x0
     if row["sigma"] > 0:

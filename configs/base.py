@@ -196,7 +196,7 @@ def hallucination() -> ConfigDict:
   config.condition = "memory"  # memory | class_and_memory | class
   config.guidance = (1.0,)  # candidates; 1: none, above: towards the class
   config.start = (1.0,)  # candidates; below 1: from exemplars noised for this share of the steps
-  config.x0_limit = 8.0  # clips predicted features, standard deviations; None: not
+  config.x0_limit = 8.0  # clips predicted features, standard deviations; 0: none
   config.chunk_size = 1024  # samples at a time, bounds the memory; devices share them by 16
   return config
 

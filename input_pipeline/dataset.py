@@ -12,7 +12,7 @@ import numpy as np
 from input_pipeline import digits, folder, index_lists, long_tail, tfds_sources
 from input_pipeline.lazy_images import LazyImages, subset
 from input_pipeline.source import Source
-from memdiff.config import at_least, between, one_of
+from memdiff.config import at_least, between, one_of, path_text
 from memdiff.errors import ConfigError, DataError
 
 PROFILES = (*long_tail.PROFILES, "natural", "list")
@@ -45,11 +45,11 @@ SOURCES = {
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
   name: str = one_of(SOURCES)
-  data_dir: str
+  data_dir: str = path_text()
   profile: str = one_of(PROFILES)
   imbalance: float = at_least(1)
   split_seed: int = between(0, 2**32 - 1)
-  list_path: str
+  list_path: str = path_text()
   holdout: float = between(0, 0.5)
   image_size: int = at_least(0)
   skip_unreadable: bool

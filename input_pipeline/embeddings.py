@@ -17,7 +17,7 @@ import numpy as np
 
 from input_pipeline import feature_files, label_classes, long_tail
 from input_pipeline.feature_files import LabelledRows
-from memdiff.config import at_least, between, one_of
+from memdiff.config import at_least, between, one_of, path_text
 from memdiff.errors import ConfigError, DataError
 from memdiff.runtime.workdir import write_arrays, write_atomically
 
@@ -46,10 +46,10 @@ class ColumnsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingsConfig:
-  train_path: str
-  train_labels_path: str
-  test_path: str
-  test_labels_path: str
+  train_path: str = path_text()
+  train_labels_path: str = path_text()
+  test_path: str = path_text()
+  test_labels_path: str = path_text()
   test_share: float = between(0, 0.5)
   test_seed: int = between(0, 2**32 - 1)
   arrays: ArraysConfig

@@ -66,7 +66,7 @@ def _read_npz(path: str, key: str) -> np.ndarray:
 
 def _read_names(path: str, labels: np.ndarray, names: np.ndarray | None) -> np.ndarray:
   try:
-    text = pathlib.Path(path).read_text()
+    text = pathlib.Path(path).read_text(encoding="utf-8")
   except FileNotFoundError:
     raise DataError(f"There is no file {path} (config.dataset.list_path).") from None
   except (OSError, UnicodeDecodeError) as error:

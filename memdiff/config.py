@@ -7,11 +7,11 @@ fields, wrong types and values outside their range, so a typo never survives to 
 
 import dataclasses
 import sys
-import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from memdiff import paths
 from memdiff.errors import ConfigError
 
 
@@ -63,6 +63,11 @@ def each_if_any(accepts: Callable[[Any], bool], words: str) -> Any:
   return _setting(lambda v: all(accepts(item) for item in v), words)
 
 
+def path_text() -> Any:
+  """A path, in which ~ at the beginning is the home folder; "" is left as it is."""
+  return dataclasses.field(metadata={"is_path": True})
+
+
 _TYPE_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 
 
@@ -80,14 +85,6 @@ def _convert_scalar(kind: type, value: Any) -> Any:
 
 def _convert(kind: Any, value: Any) -> Any:
   origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-  if origin is types.UnionType:
-    (inner,) = (a for a in arguments if a is not type(None))
-    if value is None:
-      return None
-    try:
-      return _convert(inner, value)
-    except TypeError as error:
-      raise TypeError(f"{error} or None") from None
   if origin is tuple:
     if isinstance(value, str) or not isinstance(value, (tuple, list)):
       raise TypeError("a tuple, for example (1, 2)")
@@ -107,8 +104,10 @@ def _field_value(path: str, field: dataclasses.Field, value: Any) -> Any:
     value = _convert(field.type, value)
   except TypeError as error:
     raise ConfigError(f"config.{path} is {value!r}, but must be {error}.") from None
+  if field.metadata.get("is_path"):
+    value = paths.expand_home(value, f"config.{path}")
   allowed = field.metadata.get("allowed")
-  if allowed is not None and value is not None and not allowed.accepts(value):
+  if allowed is not None and not allowed.accepts(value):
     raise ConfigError(f"config.{path} is {value!r}, but must be {allowed.words}.")
   return value
 
@@ -117,8 +116,8 @@ def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
   """Builds the settings dataclass `cls` from `values`.
 
   Args:
-    cls: a frozen dataclass whose fields are bool, int, float, str, optional or tuples of these,
-      or further settings dataclasses. Field types must be real types, not strings.
+    cls: a frozen dataclass whose fields are bool, int, float, str or tuples of these, or
+      further settings dataclasses. Field types must be real types, not strings.
     values: a mapping with exactly the fields of `cls`.
     path: where `values` stands in the whole config, for error messages.
 

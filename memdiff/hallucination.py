@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from memdiff import memory_bank
-from memdiff.config import above, at_least, each, one_of
+from memdiff.config import at_least, each, one_of
 from memdiff.diffusion import sampler
 from memdiff.diffusion.sampler import SAMPLERS
 from memdiff.diffusion.schedules import NoiseSchedule
@@ -30,7 +30,7 @@ class SamplerConfig:
   condition: str = one_of(CONDITIONS)
   guidance: tuple[float, ...] = each(lambda g: g >= 0, "numbers from 0")
   start: tuple[float, ...] = each(lambda s: 0 < s <= 1, "numbers above 0, up to 1")
-  x0_limit: float | None = above(0)
+  x0_limit: float = at_least(0)
   chunk_size: int = at_least(1)
 
   def __post_init__(self):

@@ -1,8 +1,10 @@
 """The command line: every wrong input ends in one sentence and an exit code."""
 
 import fcntl
+import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -15,8 +17,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 SMOKE = "--config=configs/digits_lt.py:smoke"
 
 
-def call(*arguments, **kwargs):
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}
+def call(*arguments, environment=None, **kwargs):
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"} | (environment or {})
   return subprocess.run(
     [sys.executable, "main.py", *arguments],
     cwd=ROOT,
@@ -49,6 +51,10 @@ def expect_sentence(result, code, *parts):
     ([SMOKE, "--workdir=x", "--config.encoder.stray=1"], ["config.encoder.stray"]),
     ([SMOKE, "--workdir=x", "--config.stray.field=1"], ["config.stray.field"]),
     ([SMOKE, "--workdir=x", "--config.encoder.backbone.scale=many"], ["backbone.scale", "many"]),
+    ([SMOKE, "--workdir=gs://bucket/run"], ["gs://bucket/run", "a folder of this machine"]),
+    ([SMOKE, "--workdir="], ["--workdir is empty"]),
+    (["--config=~nobody-has-this-name/c.py", "--workdir=x"], ["--config", "home folder"]),
+    (["--config", "configs/nope.py", "--workdir=x"], ["config file configs/nope.py"]),
   ],
 )
 def test_wrong_command_lines_are_usage_errors(arguments, parts, tmp_path):
@@ -84,6 +90,19 @@ def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
   (tmp_path / "file").write_text("")
   result = call(SMOKE, f"--workdir={tmp_path / 'file' / 'run'}", "--notensorboard")
   expect_sentence(result, 1, "file/run", "another --workdir")
+
+
+def test_a_device_that_is_not_there_is_one_sentence(tmp_path):
+  result = call(SMOKE, f"--workdir={tmp_path / 'run'}", environment={"JAX_PLATFORMS": "cuda"})
+  expect_sentence(result, 2, "JAX_PLATFORMS is cuda", 'pip install "jax[cuda13]==')
+  assert not (tmp_path / "run").exists()
+
+
+def test_an_argument_in_another_encoding_is_one_sentence(tmp_path):
+  ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+  result = call(SMOKE, f"--workdir={tmp_path / 'läuft'}", environment=ascii_locale)
+  expect_sentence(result, 2, "l\\udcc3\\udca4uft", "PYTHONUTF8=1")
+  assert not list(tmp_path.iterdir())
 
 
 def test_two_runs_in_one_workdir_are_refused(tmp_path):
@@ -170,3 +189,27 @@ def test_damaged_files_of_finished_phases_are_named(smoke_run):
   np.savez(damaged, features=np.array([{}], dtype=object))
   result = call(SMOKE, f"--workdir={run}", "--notensorboard")
   expect_sentence(result, 1, "memdiff.npz", "remove the folder")
+
+
+@pytest.mark.slow
+def test_a_run_in_poor_surroundings(tmp_path):
+  """No home folder, an ASCII locale, brackets in the workdir, a tuple given twice, no clipping."""
+  environment = {
+    "HOME": "/nonexistent", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+  }  # fmt: skip
+  command = [
+    SMOKE, f"--workdir={tmp_path}/[lr=*] {{a?}}", "--notensorboard",
+    "--config.seeds=(5,6,7)", "--config.seeds", "(1,2)", "--config.hallucination.x0_limit=0",
+  ]  # fmt: skip
+  first = call(*command, environment=environment)
+  assert first.returncode == 0, first.stderr[-3000:]
+  assert "running on 1 x CPU" in first.stderr and "+-" in first.stdout and first.stdout.isascii()
+  (run,) = tmp_path.iterdir()
+  report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+  assert report["config"]["seeds"] == [1, 2]
+  for folder in (run / "heads", run / "evaluation"):  # and from checkpoints
+    shutil.rmtree(folder)
+  second = call(*command, environment=environment)
+  assert second.returncode == 0, second.stderr[-3000:]
+  assert second.stdout == first.stdout

@@ -1,4 +1,4 @@
-"""Files are data: nothing that is read from a workdir or a weights file is unpickled or run."""
+"""Files are data: nothing that is read is unpickled or run, and text is UTF-8 in every locale."""
 
 import ast
 import json
@@ -50,6 +50,51 @@ def test_no_source_unpickles_or_executes(path):
     if name in ("np.load", "numpy.load"):
       keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
       assert keywords.get("allow_pickle") == "False", f"{path}:{call.lineno}"
+
+
+def without_encoding(tree):
+  """Calls that read or write text in the encoding of the locale."""
+  for name, call in calls(tree):
+    module, _, function = name.rpartition(".")
+    keywords = {k.arg: k.value for k in call.keywords}
+    if function in ("read_text", "write_text"):
+      is_text = True
+    elif function == "open" and module not in ("Image", "os"):
+      place = 0 if module and module != "io" else 1  # of the mode; path.open has no path before it
+      mode = keywords.get("mode", call.args[place] if len(call.args) > place else None)
+      is_text = mode is None or "b" not in ast.literal_eval(mode)
+    else:
+      is_text = bool({"text", "universal_newlines"} & keywords.keys())  # subprocess
+    if is_text and "encoding" not in keywords:
+      yield call
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_text_is_utf_8_whatever_the_locale(path):
+  assert not [call.lineno for call in without_encoding(ast.parse(path.read_text("utf-8")))]
+
+
+@pytest.mark.parametrize(
+  ("code", "is_found"),
+  [
+    ("path.read_text()", True),
+    ("pathlib.Path(name).write_text(text)", True),
+    ("path.read_text(encoding='utf-8')", False),
+    ("open(name)", True),
+    ("open(name, 'w')", True),
+    ("open(name, 'rb')", False),
+    ("open(name, mode='a')", True),
+    ("path.open()", True),
+    ("path.open('a')", True),
+    ("path.open('ab')", False),
+    ("path.open('a', encoding='utf-8')", False),
+    ("Image.open(name)", False),
+    ("subprocess.run(command, text=True)", True),
+    ("subprocess.run(command, encoding='utf-8')", False),
+  ],
+)
+def test_the_search_for_text_of_the_locale_finds_it(code, is_found):
+  assert bool(list(without_encoding(ast.parse(code)))) == is_found
 
 
 def test_arrays_with_objects_are_refused_and_not_unpickled(tmp_path):

@@ -61,7 +61,7 @@ def run_undisturbed(campaign: Campaign) -> dict[str, float]:
   if unlike:
     raise RuntimeError(f"Two undisturbed runs differ in {unlike}; nothing can be said of others.")
   manifests = {p: campaign.undisturbed / p / "manifest.json" for p in evidence.PHASES}
-  seconds = {p: json.loads(m.read_text())["seconds"] for p, m in manifests.items()}
+  seconds = {p: json.loads(m.read_text(encoding="utf-8"))["seconds"] for p, m in manifests.items()}
   last = manifests[evidence.PHASES[-1]].stat().st_mtime
   return {evidence.STARTUP: begun - start} | seconds | {evidence.REPORT: end - last}
 
@@ -79,7 +79,7 @@ def main() -> None:
   start = time.monotonic()
   with contextlib.ExitStack() as stack:
     base = arguments.workdir or stack.enter_context(tempfile.TemporaryDirectory())
-    base = pathlib.Path(base).absolute()
+    base = pathlib.Path(base).expanduser().absolute()
     base.mkdir(parents=True, exist_ok=True)
     campaign = Campaign(base, arguments.seed)
     seconds = run_undisturbed(campaign)
@@ -108,7 +108,9 @@ def main() -> None:
       "rows": [dataclasses.asdict(row) for row in rows],
       "every_kill": every_kill,
     }
-    arguments.json.write_text(json.dumps(result | timing.environment(), indent=2) + "\n")
+    arguments.json.write_text(
+      json.dumps(result | timing.environment(), indent=2) + "\n", encoding="utf-8"
+    )
   sys.exit(not all(row.good for row in rows))
 
 

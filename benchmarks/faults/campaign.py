@@ -111,7 +111,7 @@ class Campaign:
       )
 
   def said(self) -> str:
-    return self._log.read_text(errors="replace")
+    return self._log.read_text(encoding="utf-8", errors="replace")
 
   def wait(self, process: subprocess.Popen) -> Ended:
     try:

@@ -28,7 +28,7 @@ def differences(undisturbed: pathlib.Path, workdir: pathlib.Path) -> list[str]:
   reports = []
   for folder in (undisturbed, workdir):
     path = folder / "report.json"
-    reports.append(json.loads(path.read_text()) if path.exists() else {})
+    reports.append(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
   found = [f"report.json: {part}" for part in EXACT if reports[0][part] != reports[1].get(part)]
   for pattern, same in (("metrics.jsonl", _same_text), ("*.npz", _same_arrays)):
     ours, theirs = (
@@ -41,7 +41,7 @@ def differences(undisturbed: pathlib.Path, workdir: pathlib.Path) -> list[str]:
 
 
 def _same_text(a: pathlib.Path, b: pathlib.Path) -> bool:
-  return a.read_text() == b.read_text()
+  return a.read_text(encoding="utf-8") == b.read_text(encoding="utf-8")
 
 
 def _same_arrays(a: pathlib.Path, b: pathlib.Path) -> bool:
@@ -61,8 +61,8 @@ def finished_phases(workdir: pathlib.Path) -> dict[str, tuple[int, str]]:
   for phase in PHASES:
     path = workdir / phase / "manifest.json"
     with contextlib.suppress(OSError, ValueError):
-      if json.loads(path.read_text())["finished"]:
-        found[phase] = path.stat().st_mtime_ns, path.read_text()
+      if json.loads(path.read_text(encoding="utf-8"))["finished"]:
+        found[phase] = path.stat().st_mtime_ns, path.read_text(encoding="utf-8")
   return found
 
 

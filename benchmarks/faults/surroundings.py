@@ -68,7 +68,7 @@ def no_right(campaign: Campaign, partial: dict[str, pathlib.Path]) -> None:
   row = campaign.row("workdir below a file")
   row.times += 1
   file = campaign.base / "file"
-  file.write_text("")
+  file.write_bytes(b"")
   campaign.go_on(row, file / "run")
   file.unlink()
   campaign.go_on(row, campaign.folder("below_file", campaign.undisturbed))
@@ -98,12 +98,12 @@ def no_turn(campaign: Campaign, partial: dict[str, pathlib.Path]) -> None:
   row.times += 1
   log = campaign.base / "first_log"
   first = campaign.start(workdir, log=log)
-  while first.poll() is None and "joint]" not in log.read_text():
+  while first.poll() is None and "joint]" not in log.read_text(encoding="utf-8"):
     time.sleep(POLL)
   campaign.go_on(row, workdir)
   code = first.wait(LIMIT)
   if code != 0:
-    campaign.failed(row, Ended(code, log.read_text()))
+    campaign.failed(row, Ended(code, log.read_text(encoding="utf-8")))
   campaign.go_on(row, workdir)
   for number in (signal.SIGINT, signal.SIGTERM):
     row = campaign.row(f"asked to stop ({number.name})")

@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from memdiff.baselines.unet1d import GROUPS, UNet1D
-from memdiff.config import above, at_least, between, each, one_of
+from memdiff.config import at_least, between, each, one_of
 from memdiff.diffusion import sampler, training
 from memdiff.diffusion.objectives import PLAIN
 from memdiff.diffusion.sampler import SAMPLERS
@@ -62,7 +62,7 @@ class LDMLRConfig:
   optimizer: OptimizerConfig
   sampler: str = one_of(SAMPLERS)
   sample_steps: int = at_least(2)
-  x0_limit: float | None = above(0)
+  x0_limit: float = at_least(0)
 
   def __post_init__(self):
     if self.width % GROUPS:

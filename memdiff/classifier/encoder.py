@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from input_pipeline.dataset import LongTailDataset
 from memdiff.classifier import backbones, losses, pretrained
 from memdiff.classifier.backbones import BackboneConfig
-from memdiff.config import each_if_any, one_of
+from memdiff.config import each_if_any, one_of, path_text
 from memdiff.errors import ConfigError, DataError
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.train_state import TrainState
@@ -42,7 +42,7 @@ class InputConfig:
 class EncoderConfig:
   backbone: BackboneConfig
   input: InputConfig
-  init_from: str
+  init_from: str = path_text()
   init_head: bool
 
   @property

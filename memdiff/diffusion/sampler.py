@@ -99,7 +99,7 @@ def sample(
   method: str,
   num_steps: int,
   prediction: str = "eps",
-  x0_limit: float | None = None,
+  x0_limit: float = 0.0,
   origin: jax.Array | None = None,
   start: float | jax.Array = 1.0,
 ) -> jax.Array:
@@ -116,7 +116,7 @@ def sample(
     prediction: what that output is, one of objectives.PREDICTIONS.
     x0_limit: clips every predicted x0 to [-x0_limit, x0_limit]. At the first steps of a schedule
       that ends in pure noise, x0 is the difference of two large numbers; data of known range need
-      not suffer from it. None leaves x0 alone.
+      not suffer from it. 0 leaves x0 alone.
     origin: [B, ...] samples to begin from, not noise alone (SDEdit, Meng et al. 2022): as long
       as t is `start` T or more, x0 is taken to be `origin`, so that x_t is a draw from
       q(x_t | origin), whatever the method.
@@ -136,7 +136,7 @@ def sample(
     x, previous_x0 = carry
     t = model_time(row["t"], schedule)[None]
     x0 = row["from_x"] * x + row["from_output"] * predict(x, t)
-    if x0_limit is not None:
+    if x0_limit:
       x0 = jnp.clip(x0, -x0_limit, x0_limit)
     if origin is not None:
       x0 = jnp.where(row["t"] >= start * schedule.num_steps, origin, x0)

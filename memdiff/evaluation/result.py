@@ -116,7 +116,7 @@ def save(e: Experiment, result: Mapping[str, Any], figures: Mapping[str, "Figure
 def write_report(e: Experiment, manifests: Mapping[str, dict]) -> dict:
   """report.json and report.html from the evaluation's result and all phases' manifests."""
   folder = e.workdir.folder("evaluation")
-  result = json.loads((folder / "result.json").read_text())
+  result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
   keys = ("seconds", "compile_seconds")
   phases = {name: {key: manifest[key] for key in keys} for name, manifest in manifests.items()}
   result["timing"] = {"phases": phases, "stages": meter.read_all(e.workdir.path)} | {
@@ -124,5 +124,6 @@ def write_report(e: Experiment, manifests: Mapping[str, dict]) -> dict:
   }
   pictures = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}
   write_json(e.workdir.path / "report.json", result)
-  write_atomically(e.workdir.path / "report.html", report.render_html(result, pictures).encode())
+  page = report.render_html(result, pictures).encode(errors="backslashreplace")
+  write_atomically(e.workdir.path / "report.html", page)
   return result

@@ -4,6 +4,7 @@ It is imported when a checkpoint is first looked for: the import takes half a se
 """
 
 import errno
+import glob
 import inspect
 import logging
 import os
@@ -11,16 +12,28 @@ import pathlib
 import shutil
 import sys
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from memdiff.errors import WorkdirError
 from memdiff.runtime import distributed
 
 _UNREADABLE = ".unreadable"  # behind the name of a checkpoint's folder
+
+
+class _Folder(type(epath.Path("."))):
+  """A path under which Orbax finds its files, whatever brackets and stars the path has.
+
+  Orbax looks for files by `folder.glob(pattern)`; etils' version reads the folder as a pattern too.
+  """
+
+  def glob(self, pattern: str) -> Iterator["_Folder"]:
+    return map(type(self), glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
 
 
 class Checkpointer:
@@ -35,7 +48,7 @@ class Checkpointer:
     self._directory = directory
     self._unreadable = _set_aside(directory)
     self._manager = ocp.CheckpointManager(
-      directory.absolute(),
+      _Folder(directory.absolute()),
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True
       ),

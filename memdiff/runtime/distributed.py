@@ -18,6 +18,7 @@ from jax._src.distributed import global_state  # the key-value store has no publ
 from jax.experimental import multihost_utils
 
 from memdiff.errors import ConfigError, LostProcessError, MemdiffError
+from memdiff.runtime import devices
 
 _BEAT = 2.0  # seconds between signs of life
 _SILENCE = 60.0  # seconds without one, after which a process counts as gone
@@ -77,7 +78,8 @@ def join(cluster: Cluster) -> None:
   """Joins the run; must be the first use of JAX in the process.
 
   Raises:
-    ConfigError: where no cluster is known, or not all processes joined in time.
+    ConfigError: where no cluster is known, not all processes joined in time, or JAX cannot use the
+      devices that it was told to use.
   """
   # SIGTERM is ours to note (memdiff.runtime.preemption): JAX's service numbers steps once for all,
   # while the stages of a run count anew.
@@ -111,6 +113,7 @@ def join(cluster: Cluster) -> None:
     ) from error
   finally:
     waiting.cancel()
+  devices.find()
   expected = cluster.num_processes or global_state.num_processes
   if jax.process_count() != expected:
     raise ConfigError(

@@ -125,5 +125,6 @@ def read_all(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
   """stage -> its speed, of all stages below a workdir."""
   paths = sorted(workdir.rglob("speed.json"))
   return {
-    path.parent.relative_to(workdir).as_posix(): json.loads(path.read_text()) for path in paths
+    path.parent.relative_to(workdir).as_posix(): json.loads(path.read_text(encoding="utf-8"))
+    for path in paths
   }

@@ -7,22 +7,26 @@ config, under names that begin with `data/`.
 """
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from memdiff import paths
 from memdiff.errors import WorkdirError
 from memdiff.runtime import distributed
 
 DATA = "data/"  # begins the names of digests of data
 _PARTS = {"train": "training", "holdout": "held-out", "left_out": "left-out"}
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock says of another's lock
 
 
 @contextlib.contextmanager
@@ -55,7 +59,7 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-  write_atomically(path, text.encode())
+  write_atomically(path, text.encode(errors="backslashreplace"))  # of names that are no UTF-8
 
 
 def write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -81,7 +85,7 @@ class Workdir:
   """One run's folder, which all its processes see; the main one holds its lock until `close`."""
 
   def __init__(self, path: str):
-    self.path = pathlib.Path(path).absolute()
+    self.path = paths.workdir(path)
     self._lock = _lock(self.path) if distributed.is_main() else None
     distributed.barrier("workdir")
     if not self.path.is_dir():
@@ -103,7 +107,7 @@ class Workdir:
     if not path.exists():
       return None
     try:
-      manifest = json.loads(path.read_text())
+      manifest = json.loads(path.read_text(encoding="utf-8"))
       dict(manifest["config"]), manifest["finished"]  # both are there
       return manifest
     except (ValueError, KeyError, TypeError):
@@ -176,14 +180,22 @@ def _lock(path: pathlib.Path):
   """Makes the folder and locks it; the lock ends with the process, however that ends."""
   try:
     path.mkdir(parents=True, exist_ok=True)
-    lock = (path / ".lock").open("w")
+    lock = (path / ".lock").open("wb")
   except OSError as error:
     raise WorkdirError(
       f"Cannot use the workdir {path} ({error.strerror}); choose another --workdir."
     ) from error
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError:
+  except OSError as error:
+    if error.errno not in _HELD:  # Lustre and NFS may have no locks
+      print(
+        f"note: there are no locks in {path} ({error.strerror}), so that a second run there would"
+        " not be noticed; start only one.",
+        file=sys.stderr,
+        flush=True,
+      )
+      return lock
     lock.close()
     raise WorkdirError(
       f"Another run is working in {path}; wait for it, or choose another --workdir."

@@ -52,7 +52,7 @@ class History:
     if not distributed.is_main():
       return
     values = {name: np.asarray(value, float).tolist() for name, value in metrics.items()}
-    with writing(self._path), self._path.open("a") as file:
+    with writing(self._path), self._path.open("a", encoding="utf-8") as file:
       file.write(json.dumps({"step": step, "kind": kind, "metrics": values}) + "\n")
 
 
@@ -61,7 +61,7 @@ def read_history(path: pathlib.Path) -> list[dict]:
   if not path.exists():
     return []
   records = []
-  for line in path.read_text().splitlines():
+  for line in path.read_text(encoding="utf-8").splitlines():
     try:
       records.append(json.loads(line))
     except json.JSONDecodeError:

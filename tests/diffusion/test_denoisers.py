@@ -318,7 +318,7 @@ def test_changing_the_bank_changes_the_samples(made, mesh):
   [("class_and_memory", True, True), ("memory", False, True), ("class", True, False)],
 )
 def test_samples_depend_on_what_the_condition_names(made, mesh, condition, sees_label, sees_bank):
-  config = dataclasses.replace(SAMPLING, condition=condition, x0_limit=None)
+  config = dataclasses.replace(SAMPLING, condition=condition, x0_limit=0.0)
   row = normal(2, 1, SLOTS, DIM)
   same = MemoryBank(  # classes 0 and 1 hold the same memory
     prototype=jnp.zeros((4, DIM)), slots=jnp.tile(row, (4, 1, 1)), seen=jnp.full((4,), 4)

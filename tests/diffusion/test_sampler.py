@@ -38,7 +38,7 @@ def exact_denoiser(schedule):
 
 
 @functools.partial(jax.jit, static_argnames=("schedule", "shape", "method", "num_steps", "limit"))
-def draw(key, schedule, shape, method, num_steps, limit=None):
+def draw(key, schedule, shape, method, num_steps, limit=0.0):
   predict = exact_denoiser(schedule)
   return sampler.sample(
     predict, schedule, shape, key, method=method, num_steps=num_steps, x0_limit=limit

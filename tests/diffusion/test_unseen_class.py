@@ -38,7 +38,7 @@ SAMPLING = SamplerConfig(
   condition="memory",
   guidance=(1.0,),
   start=(1.0,),
-  x0_limit=None,
+  x0_limit=0.0,
   chunk_size=1000,
 )
 

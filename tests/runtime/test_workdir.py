@@ -56,6 +56,48 @@ def test_the_lock_of_a_killed_process_is_gone(tmp_path):
   Workdir(str(tmp_path / "run")).close()
 
 
+def refuse_locks(monkeypatch, number):
+  def flock(*_):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(workdirs.fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "ENOTSUP", "EOPNOTSUPP", "EIO", "EINVAL"])
+def test_a_file_system_without_locks_is_said_once_and_used(name, tmp_path, monkeypatch, capsys):
+  refuse_locks(monkeypatch, getattr(errno, name))
+  workdir = Workdir(str(tmp_path / "run"))
+  assert not workdir.begin("encoder", {})
+  workdir.finish("encoder", {})
+  workdir.close()
+  (line,) = capsys.readouterr().err.splitlines()
+  assert f"there are no locks in {tmp_path / 'run'} (" in line and "second run" in line
+
+
+@pytest.mark.parametrize("name", ["EWOULDBLOCK", "EAGAIN", "EACCES"])
+def test_a_lock_that_another_holds_is_another_run(name, tmp_path, monkeypatch, capsys):
+  refuse_locks(monkeypatch, getattr(errno, name))
+  assert "Another run is working in" in message_of(Workdir, str(tmp_path / "run"))
+  assert capsys.readouterr().err == ""
+
+
+def test_home_is_written_out_in_a_workdir(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  monkeypatch.chdir(tmp_path)
+  workdir = Workdir("~/run")
+  workdir.close()
+  assert workdir.path == tmp_path / "home" / "run" and workdir.path.is_dir()
+  assert [p.name for p in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "file:///tmp/x", ""])
+def test_an_address_is_no_workdir_and_makes_no_folder(path, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ConfigError, match="--workdir is"):
+    Workdir(path)
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_workdir_that_cannot_be_made_is_one_sentence(tmp_path):
   (tmp_path / "file").write_text("")
   message = message_of(Workdir, str(tmp_path / "file"))
@@ -78,6 +120,12 @@ def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
     write_json(path, value)
     assert json.loads(path.read_text()) == value
   assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_names_that_are_no_utf_8_come_back_from_json(tmp_path):
+  value = {"class": os.fsdecode(b"b\xeata"), "other": "bêta"}
+  write_json(tmp_path / "a.json", value)
+  assert json.loads((tmp_path / "a.json").read_text("utf-8")) == value
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
