@@ -19,6 +19,8 @@ def dataset() -> ConfigDict:
   config.holdout = 0.0  # share of each class's training images kept for selection; 0: none
   config.image_size = 0  # side in pixels of large sets and folders; 0: as stored
   config.skip_unreadable = False  # folder: leave out images that cannot be read, and say so
+  config.test_share = 0.0  # folder: share of each class split off as the test set; 0: it has one
+  config.test_seed = 0  # folder: which images are split off
   return config
 
 

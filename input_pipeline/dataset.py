@@ -28,7 +28,13 @@ def _digits(config: "DatasetConfig") -> Source:
 
 
 def _folder(config: "DatasetConfig") -> Source:
-  return folder.load(config.data_dir, config.image_size, config.skip_unreadable)
+  return folder.load(
+    config.data_dir,
+    config.image_size,
+    config.skip_unreadable,
+    config.test_share,
+    config.test_seed,
+  )
 
 
 def _tfds(name: str, config: "DatasetConfig") -> Source:
@@ -53,6 +59,14 @@ class DatasetConfig:
   holdout: float = between(0, 0.5)
   image_size: int = at_least(0)
   skip_unreadable: bool
+  test_share: float = between(0, 0.5)
+  test_seed: int = between(0, 2**32 - 1)
+
+  def __post_init__(self):
+    if self.test_share and self.name != "folder":
+      raise ValueError(
+        f"test_share is {self.test_share:g}, but {self.name} comes with a test set; set it to 0."
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +89,8 @@ def check(source: Source, name: str) -> None:
   num_classes = len(source.class_names)
   if num_classes < 2:
     raise DataError(f"Data set {name} has {num_classes} class; a classifier needs at least two.")
-  for split in ("train", "test"):
+  splits = ("train", "test") if source.holdout_labels is None else ("train", "test", "holdout")
+  for split in splits:
     images = getattr(source, f"{split}_images")
     labels = getattr(source, f"{split}_labels")
     where = f"The {split} set of {name}"
@@ -98,16 +113,16 @@ def check(source: Source, name: str) -> None:
         f" {num_classes - 1}."
       )
     empty = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
-    if len(empty):
+    if len(empty) and (split == "train" or (split == "test" and source.every_class_tested)):
       raise DataError(
         f"{where} has no image of class {source.class_names[empty[0]]!r}; every class needs at"
         " least one."
       )
-  if source.train_images.shape[1:] != source.test_images.shape[1:]:
-    raise DataError(
-      f"The train and test images of {name} differ in shape: {source.train_images.shape[1:]} and"
-      f" {source.test_images.shape[1:]}."
-    )
+    if images.shape[1:] != source.train_images.shape[1:]:
+      raise DataError(
+        f"The train and {split} images of {name} differ in shape: {source.train_images.shape[1:]}"
+        f" and {images.shape[1:]}."
+      )
 
 
 def split(config: DatasetConfig, source: Source) -> tuple[np.ndarray, np.ndarray, float]:
@@ -127,6 +142,20 @@ def split(config: DatasetConfig, source: Source) -> tuple[np.ndarray, np.ndarray
   return kept, left_out, float(counts.max() / counts.min())
 
 
+def hold_out(config: DatasetConfig, source: Source, kept: np.ndarray):
+  """(indices that train, held-out images, their labels): the source's own, or a share of train."""
+  labels = source.train_labels.astype(np.int32)
+  if source.holdout_labels is None:
+    train, held = long_tail.hold_out(kept, labels[kept], config.holdout, config.split_seed)
+    return train, subset(source.train_images, held), labels[held]
+  if config.holdout:
+    raise ConfigError(
+      f"config.dataset.holdout is {config.holdout:g}, but this {config.name} has held-out images of"
+      " its own (val); set it to 0."
+    )
+  return kept, source.holdout_images, source.holdout_labels.astype(np.int32)
+
+
 def load(config: DatasetConfig) -> LongTailDataset:
   """Loads a data set by name and cuts its long tail.
 
@@ -137,7 +166,7 @@ def load(config: DatasetConfig) -> LongTailDataset:
   check(source, config.name)
   kept, left_out, imbalance = split(config, source)
   labels = source.train_labels.astype(np.int32)
-  train, held_out = long_tail.hold_out(kept, labels[kept], config.holdout, config.split_seed)
+  train, holdout_images, holdout_labels = hold_out(config, source, kept)
   return LongTailDataset(
     name=config.name,
     class_names=source.class_names,
@@ -145,8 +174,8 @@ def load(config: DatasetConfig) -> LongTailDataset:
     imbalance=imbalance,
     train_images=subset(source.train_images, train),
     train_labels=labels[train],
-    holdout_images=subset(source.train_images, held_out),
-    holdout_labels=labels[held_out],
+    holdout_images=holdout_images,
+    holdout_labels=holdout_labels,
     left_out_images=subset(source.train_images, left_out),
     left_out_labels=labels[left_out],
     test_images=source.test_images,

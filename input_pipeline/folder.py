@@ -1,38 +1,55 @@
-"""A folder of images per class: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg (or DIR/val)."""
+"""A folder of images per class: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg.
 
-import contextlib
+  train and test         train and are tested
+  train, test and val    val is the held-out part as well (also: valid, validation)
+  train and val          val is the test set
+  train, or classes      the test set is split off (test_share)
+
+Names of these parts may have capitals. A class may lack test images; it trains, and is not scored.
+"""
+
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from input_pipeline import identity
-from input_pipeline.lazy_images import LazyImages, resize_and_crop
+from input_pipeline import class_folders, identity, image_files, long_tail
+from input_pipeline.class_folders import LeftOut
+from input_pipeline.image_files import UnreadableError
+from input_pipeline.lazy_images import LazyImages, resize_and_crop, subset
 from input_pipeline.source import Source
-from memdiff.errors import DataError
+from memdiff.errors import ConfigError, DataError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-_IN_MEMORY = 2 * 2**30  # bytes of images, train and test, up to which they are kept
+_PARTS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+_IN_MEMORY = 2 * 2**30  # bytes of images, of all parts, up to which they are kept
 _THREADS = 8  # decoding releases Python's lock
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's errors
+# Photographs are decoded at a fraction of their size that keeps so many times the final one: the
+# smallest random crop then still has as many pixels.
+_DECODED = 5
 
 
 class FolderImages:
-  """Whole images by number, RGB."""
+  """Images by number, RGB; whole, or large photographs with both sides at least `least` pixels."""
 
-  def __init__(self, paths: Sequence[pathlib.Path]):
+  def __init__(self, paths: Sequence[pathlib.Path], least: int = 0):
     self._paths = list(paths)
+    self._least = least
+
+  @property
+  def paths(self) -> list[pathlib.Path]:
+    """Files, in the order of the images."""
+    return self._paths
 
   def __len__(self) -> int:
     return len(self._paths)
 
   def __getitem__(self, index: int) -> Image.Image:
     try:
-      return _decode(self._paths[index])
-    except _UNREADABLE as error:
+      return image_files.decode(self._paths[index], self._least)
+    except UnreadableError as error:
       raise DataError(f"Cannot read the image {self._paths[index]} ({error}).") from error
 
   def fingerprint(self, indices: np.ndarray) -> str:
@@ -40,114 +57,164 @@ class FolderImages:
     return identity.of_files([self._paths[i] for i in indices])
 
 
-def load(data_dir: str, image_size: int, skip_unreadable: bool) -> Source:
-  """Reads a folder.
+Part = tuple[np.ndarray | LazyImages, np.ndarray]  # images [N, H, W, 3] uint8 and labels [N] int32
+
+
+def load(
+  data_dir: str,
+  image_size: int,
+  skip_unreadable: bool,
+  test_share: float = 0.0,
+  test_seed: int = 0,
+) -> Source:
+  """Reads a folder, and says on stderr what was taken and what was left out.
 
   Args:
-    data_dir: holds train/CLASS and test/CLASS, or val/CLASS where there is no test.
+    data_dir: as above.
     image_size: side of the square that is cut out of each image after its shorter side was made
       as long; 0 takes the images as they are, which must then all have one size.
-    skip_unreadable: leave out images that cannot be read, and say how many on stderr.
+    skip_unreadable: leave out images that cannot be read.
+    test_share: of each class that is split off as the test set, if there is none; at least one
+      image of classes that have two.
+    test_seed: decides which images these are.
 
   Returns:
-    Classes in alphabetical order, their images too. Images in memory, or LazyImages where all
+    Classes in alphabetical order, their images too. Images in memory, or LazyImages if all
     squares together would take more than 2 GiB.
 
   Raises:
-    DataError: naming the folder, class or image.
+    ConfigError, DataError: naming the folder, class or image.
   """
   root = pathlib.Path(data_dir).expanduser()
-  train, test = root / "train", root / "test"
-  if not test.is_dir() and (root / "val").is_dir():
-    test = root / "val"
-  for folder, what in ((train, "train"), (test, "test (or val)")):
-    if not folder.is_dir():
-      raise DataError(
-        f"config.dataset.data_dir is {data_dir or repr('')}, which has no folder {what}; it needs"
-        " train/CLASS/ and test/CLASS/ with images."
-      )
-  class_names = tuple(sorted(path.name for path in train.iterdir() if path.is_dir()))
-  if not class_names:
-    raise DataError(f"{train} has no folders; it needs one per class, with images.")
-  unknown = sorted({p.name for p in test.iterdir() if p.is_dir()} - set(class_names))
-  if unknown:
-    raise DataError(f"{test} has a folder {unknown[0]!r} for a class that {train} does not have.")
-  readers, labels = [], []
-  for folder in (train, test):
-    paths, classes = _find(folder, class_names)
-    readable = _readable(paths, skip_unreadable)
-    if not readable.any():
-      raise DataError(f"None of the {len(paths)} images in {folder} can be read.")
-    readers.append(FolderImages([path for path, ok in zip(paths, readable, strict=True) if ok]))
-    labels.append(classes[readable])
-  lazy = sum(map(len, readers)) * image_size**2 * 3 > _IN_MEMORY
-  train_images, test_images = (
-    LazyImages(reader, image_size) if lazy else _images(reader, image_size) for reader in readers
+  folders = _layout(root, data_dir, test_share)
+  names, found, left_out = _find(folders)
+  lazy = sum(len(paths) for paths, _ in found.values()) * image_size**2 * 3 > _IN_MEMORY
+  parts: dict[str, Part] = {}
+  for part, (paths, labels) in found.items():
+    images, kept, unreadable = _read(paths, image_size, lazy, skip_unreadable)
+    parts[part] = images, labels[kept]
+    left_out += unreadable
+  if "test" not in parts:
+    parts["train"], parts["test"] = _split_off(root, *parts["train"], test_share, test_seed)
+  print(f"memdiff: {_summary(root, folders, names, parts, left_out)}.", file=sys.stderr)
+  holdout_images, holdout_labels = parts.get("holdout", (None, None))
+  return Source(
+    names,
+    *parts["train"],
+    *parts["test"],
+    holdout_images=holdout_images,
+    holdout_labels=holdout_labels,
+    every_class_tested=False,
   )
-  return Source(class_names, train_images, labels[0], test_images, labels[1])
 
 
-def _find(folder: pathlib.Path, class_names: Sequence[str]):
-  """Paths of the images of all classes, and their labels [N]."""
-  paths, labels = [], []
-  for label, name in enumerate(class_names):
-    own = folder / name
-    found = sorted(p for p in own.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not found:
-      raise DataError(
-        f"The class {name!r} has no image in {own}; every class needs at least one"
-        f" ({', '.join(SUFFIXES)})."
-      )
-    paths += found
-    labels += [label] * len(found)
-  return paths, np.array(labels, np.int32)
+# --- finding images --------------------------------------------------------------------------
 
 
-def _readable(paths: Sequence[pathlib.Path], skip: bool) -> np.ndarray:
-  """[N] bool. Raises DataError for images that cannot be read, or says that they are skipped."""
-  with ThreadPoolExecutor(_THREADS) as pool:
-    ok = np.array(list(pool.map(_opens, paths)))
-  broken = [str(path) for path, good in zip(paths, ok, strict=True) if not good]
-  if broken and not skip:
-    more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+def _layout(root: pathlib.Path, data_dir: str, test_share: float) -> dict[str, pathlib.Path]:
+  """Folders of train, test and holdout; without test if it is to be split off."""
+  if not data_dir:
+    raise DataError("config.dataset.data_dir is empty; give the folder of images.")
+  if not root.is_dir():
+    raise DataError(f"config.dataset.data_dir is {data_dir}, but there is no such folder.")
+  there = {}
+  for entry in class_folders.visible(root):
+    part = _PARTS.get(entry.name.lower())
+    if part and class_folders.kind_of(entry) == "folder":
+      if part in there:
+        raise DataError(f"{root} has both {there[part].name} and {entry.name}; keep one of them.")
+      there[part] = root / entry.name
+  train, test = there.get("train"), there.get("test", there.get("val"))
+  if test is None and test_share:
+    return {"train": train or root}
+  if train is None or test is None:
     raise DataError(
-      f"Cannot read the image {broken[0]}{more}; repair or remove it, or leave such images out with"
-      " --config.dataset.skip_unreadable=True."
+      f"config.dataset.data_dir is {data_dir}, which has no folder"
+      f" {'train' if train is None else 'test (or val)'}; it needs train/CLASS/ and test/CLASS/"
+      " with images, or CLASS/ alone and a test set that is split off, for example with"
+      " --config.dataset.test_share=0.2."
     )
-  if broken:
-    print(f"memdiff: left out {len(broken)} unreadable images: {', '.join(broken[:5])}"
-          + (", ..." if len(broken) > 5 else ""), file=sys.stderr)  # fmt: skip
-  return ok
+  if test_share:
+    raise ConfigError(
+      f"config.dataset.test_share is {test_share:g}, but {root} has a test set, {test.name}; set"
+      " it to 0, or move that folder elsewhere."
+    )
+  return {"train": train, "test": test} | ({"holdout": there["val"]} if len(there) == 3 else {})
 
 
-def _opens(path: pathlib.Path) -> bool:
-  try:
-    _decode(path)
-  except _UNREADABLE:
-    return False
-  return True
+def _find(folders: Mapping[str, pathlib.Path]):
+  """(class names, paths and labels [N] of each part, files left out); holdout only if not empty."""
+  found, left_out, names = {}, [], ()
+  for part, folder in folders.items():
+    classes, beside = class_folders.find_classes(folder)
+    left_out += beside
+    names = names or tuple(classes)  # of train, which comes first
+    if not classes and part != "holdout":
+      raise DataError(f"{folder} has no folders; it needs one per class, with images.")
+    unknown = [name for name in classes if name not in names]
+    if unknown:
+      raise DataError(
+        f"{folder} has a folder {unknown[0]!r} for a class that {folders['train']} does not have."
+      )
+    paths, labels = [], []
+    for name, own in classes.items():
+      images, others = class_folders.find_images(own)
+      if not images and part == "train":
+        raise DataError(
+          f"The class {name!r} has no image in {own}"
+          + (f" ({class_folders.describe(others, own)})" if others else "")
+          + "; every class needs at least one, in a format that Pillow reads, such as .jpg."
+        )
+      paths += images
+      labels += [names.index(name)] * len(images)
+      left_out += others
+    if not paths and part == "test":
+      raise DataError(f"{folder} has no image of any class; it needs {folder.name}/CLASS/*.jpg.")
+    if paths:
+      found[part] = paths, np.array(labels, np.int32)
+  return names, found, left_out
 
 
-def _decode(path: pathlib.Path) -> Image.Image:
-  """RGB, upright; of 16-bit grey the upper 8 bits, without transparency."""
-  with Image.open(path) as image:
-    image.load()  # what is torn fails here
-    # Cameras write which side is up beside the pixels. Pillow raises many types where that is
-    # damaged; the pixels are then used as they lie.
-    with contextlib.suppress(Exception):
-      ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # Pillow itself would clip at 255
-      image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif "transparency" in image.info:  # of palettes; Pillow warns without this step
-      image = image.convert("RGBA")
-    return image.convert("RGB")
+# --- reading ---------------------------------------------------------------------------------
 
 
-def _images(reader: FolderImages, image_size: int) -> np.ndarray:
-  """[N, H, W, 3] uint8."""
-  if image_size:  # one at a time: whole photographs may take a thousand times more
-    return np.stack([resize_and_crop(reader[i], image_size) for i in range(len(reader))])
-  images = [np.asarray(reader[i]) for i in range(len(reader))]
+def _read(paths: Sequence[pathlib.Path], image_size: int, lazy: bool, skip_unreadable: bool):
+  """(images, indices [N] of what can be read, LeftOut of the others); decodes each file once."""
+  least = _DECODED * image_size
+
+  def view(path: pathlib.Path) -> np.ndarray | UnreadableError | None:
+    try:
+      if lazy:  # only to see whether it can be read
+        image_files.decode(path, least=1)
+        return None
+      image = image_files.decode(path, least)
+      return resize_and_crop(image, image_size) if image_size else np.asarray(image)
+    except UnreadableError as error:
+      return error
+
+  with ThreadPoolExecutor(_THREADS) as pool:
+    views = list(pool.map(view, paths))
+  broken = {i: view for i, view in enumerate(views) if isinstance(view, UnreadableError)}
+  unreadable = [LeftOut(paths[i], "unreadable", str(error)) for i, error in broken.items()]
+  kept = np.array([i for i in range(len(paths)) if i not in broken], int)
+  if unreadable and not skip_unreadable:
+    more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+    raise DataError(
+      f"Cannot read the image {unreadable[0].path} ({unreadable[0].detail}){more}; repair or remove"
+      " it, or leave such images out with --config.dataset.skip_unreadable=True."
+    )
+  if not len(kept):
+    raise DataError(
+      f"None of the {len(paths)} images beside {paths[0]} can be read ({unreadable[0].detail})."
+    )
+  if lazy:
+    reader = FolderImages([paths[i] for i in kept], least)
+    return LazyImages(reader, image_size), kept, unreadable
+  return _stack([views[i] for i in kept]), kept, unreadable
+
+
+def _stack(images: Sequence[np.ndarray]) -> np.ndarray:
+  """[N, H, W, 3]."""
   shapes = {image.shape for image in images}
   if len(shapes) > 1:
     some = ", ".join(f"{w} x {h}" for h, w, _ in sorted(shapes)[:3])
@@ -156,3 +223,28 @@ def _images(reader: FolderImages, image_size: int) -> np.ndarray:
       " one with --config.dataset.image_size."
     )
   return np.stack(images)
+
+
+def _split_off(root: pathlib.Path, images, labels: np.ndarray, share: float, seed: int):
+  """(train, test), each images and labels; a class of one image trains."""
+  train, test = long_tail.hold_out(np.arange(len(labels)), labels, share, seed, least=1)
+  if not len(test):
+    raise DataError(f"No class in {root} has two images, so that no test set can be split off.")
+  return (subset(images, train), labels[train]), (subset(images, test), labels[test])
+
+
+def _summary(root, folders, names: Sequence[str], parts: Mapping[str, Part], left_out) -> str:
+  """What was taken and what was not: the words of a sentence."""
+  counts = {part: len(labels) for part, (_, labels) in parts.items()}
+  test = folders["test"].name if "test" in folders else "split off"
+  words = [f"{counts['train']} train", f"{counts['test']} test" + f" ({test})" * (test != "test")]
+  if "holdout" in counts:
+    words.append(f"{counts['holdout']} held out ({folders['holdout'].name})")
+  tested = set(parts["test"][1].tolist())
+  untested = [repr(name) for label, name in enumerate(names) if label not in tested]
+  some = ", ".join(untested[:3]) + (", ..." if len(untested) > 3 else "")
+  return (
+    f"{sum(counts.values())} images of {len(names)} classes taken from {root}: {', '.join(words)};"
+    f" {class_folders.describe(left_out, root)}"
+    + (f"; not scored, for lack of test images: {len(untested)} classes ({some})" * bool(untested))
+  )

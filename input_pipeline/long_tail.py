@@ -23,8 +23,8 @@ class LongTailLabels:
   """What every long-tailed set has, of images or of embeddings: classes, labels, the split.
 
   The left-out examples are real, unseen members of the tail. Nothing trains on them but the oracle;
-  they judge the hallucinations. The held-out examples are taken from the training set for
-  selection. Both may be empty.
+  they judge the hallucinations. The held-out examples are for selection, a part of the training set
+  or a set of their own. Both may be empty.
   """
 
   name: str

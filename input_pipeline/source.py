@@ -17,3 +17,6 @@ class Source:
   test_images: np.ndarray | LazyImages
   test_labels: np.ndarray
   train_names: np.ndarray | None = None  # [N] file names, where official lists speak of them
+  holdout_images: np.ndarray | LazyImages | None = None  # given apart from train, for selection
+  holdout_labels: np.ndarray | None = None
+  every_class_tested: bool = True  # False: classes without a test image are allowed

@@ -132,7 +132,7 @@ def head_rows(e: Experiment, arrays: dict[str, np.ndarray], part: str):
 
   Args:
     arrays: of `extract_features`, for the first loss.
-    part: "" for the test set, "holdout_" for the held-out part of train.
+    part: "" for the test set, "holdout_" for the held-out images.
 
   Returns:
     name -> function of nothing that gives [S, T, C]; `tau_norm` takes tau.
@@ -172,7 +172,7 @@ def choose_tau(e: Experiment, rows) -> tuple[float, str]:
     return float((mesh_lib.fetch(rows["tau_norm"](tau)).argmax(-1) == labels).mean())
 
   tau = posthoc.select_tau(posthoc.TAUS, accuracy)
-  return tau, "the best on the held-out part of train"
+  return tau, "the best on the held-out images"
 
 
 def predict(e: Experiment) -> dict[str, dict[str, Any]]:

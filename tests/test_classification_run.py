@@ -172,7 +172,7 @@ def test_tau_is_chosen_on_held_out_images_and_the_report_says_so(undisturbed, da
   }
   best = min(tau for tau in scores if scores[tau] == max(scores.values()))
   description = row_of(report, "cross_entropy+tau_norm")["description"]
-  assert description.endswith(f"tau = {best:g} (the best on the held-out part of train)")
+  assert description.endswith(f"tau = {best:g} (the best on the held-out images)")
   assert row_of(report, "cross_entropy+tau_norm")["holdout_top1"]["mean"] == pytest.approx(
     max(scores.values())
   )
@@ -194,7 +194,7 @@ def test_the_page_and_the_pictures_are_written(undisturbed):
   page = (workdir / "report.html").read_text()
   for row in report["classification"]:
     assert row["method"] in page and row["method"] in result.stdout
-  assert "the best on the held-out part of train" in page
+  assert "the best on the held-out images" in page
   pictures = {path.stem for path in (workdir / "evaluation").glob("*.png")}
   assert pictures == {"long_tail_profile", "per_class_accuracy", "training_curves"}
   assert page.count("data:image/png") == 3

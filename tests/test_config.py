@@ -240,6 +240,7 @@ OUT_OF_RANGE = {
     "seeds": [(), (-1,)], "dataset.name": ["mnist"], "dataset.profile": ["flat"],
     "dataset.imbalance": [0.5], "dataset.split_seed": [-1],
     "dataset.holdout": [-0.1, 0.6], "dataset.image_size": [-1],
+    "dataset.test_share": [-0.1, 0.6], "dataset.test_seed": [-1],
     "encoder.backbone.name": ["resnet31"], "encoder.backbone.head": ["arc"],
     "encoder.backbone.scale": [0.0], "encoder.backbone.dtype": ["float16"],
     "encoder.backbone.taps": [("2",), ("0:1",), ("2:0",), ("2:2", "2-2"), ("2:100",), ("10:1",)],

@@ -77,7 +77,8 @@ def source_or_skip(name):
 def config(name, imbalance):
   return DatasetConfig(
     name=name, data_dir=FOLDER, profile="exponential", imbalance=float(imbalance), split_seed=0,
-    list_path="", holdout=0.0, image_size=0, skip_unreadable=False,
+    list_path="", holdout=0.0, image_size=0, skip_unreadable=False, test_share=0.0,
+    test_seed=0,
   )  # fmt: skip
 
 

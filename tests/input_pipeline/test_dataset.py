@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from input_pipeline import dataset, digits, long_tail
 from input_pipeline.dataset import DatasetConfig
 from input_pipeline.source import Source
+from memdiff.config import build
 from memdiff.errors import ConfigError, DataError, MemdiffError
 
 # --- the long tail ---------------------------------------------------------------------------
@@ -127,7 +128,8 @@ def test_the_fingerprint_is_sha256_of_little_endian_int64():
 
 DIGITS = DatasetConfig(
   name="digits", data_dir="", profile="exponential", imbalance=50.0, split_seed=0, list_path="",
-  holdout=0.0, image_size=0, skip_unreadable=False,
+  holdout=0.0, image_size=0, skip_unreadable=False, test_share=0.0,
+  test_seed=0,
 )  # fmt: skip
 DIGITS_SHA256 = "9fe34e9e60d4c7781329599719eeed6bc8735d5689ce3579750262c2b7ac786b"
 
@@ -222,6 +224,23 @@ def test_one_class_is_no_classification():
   images, labels = np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, int)
   with pytest.raises(DataError, match="pets has 1 class; a classifier needs at least two"):
     dataset.check(Source(("cat",), images, labels, images, labels), "pets")
+
+
+def test_sets_that_come_with_a_test_set_have_none_split_off():
+  values = dataclasses.asdict(DIGITS) | {"test_share": 0.2}
+  with pytest.raises(ConfigError, match=r"test_share is 0\.2, but digits comes with a test set"):
+    build(DatasetConfig, values)
+
+
+def test_a_source_may_allow_classes_without_test_images_and_hold_out_its_own():
+  labels, images = np.zeros(4, int), np.zeros((4, 4, 4, 1), np.uint8)
+  allowed = make_source(test_labels=labels, every_class_tested=False)
+  dataset.check(allowed, "pets")
+  dataset.check(make_source(holdout_images=images, holdout_labels=labels), "pets")
+  with pytest.raises(DataError, match="The train set of pets has no image of class 'dog'"):
+    dataset.check(dataclasses.replace(allowed, train_labels=np.zeros(6, int)), "pets")
+  with pytest.raises(DataError, match="The holdout set of pets has label 2 at index 0"):
+    dataset.check(make_source(holdout_images=images, holdout_labels=labels + 2), "pets")
 
 
 def test_train_and_test_images_of_different_shape_are_refused():

@@ -1,5 +1,9 @@
-"""Folders of images that the tests make: what is read, in which order, and what is refused."""
+"""Folders of images that the tests make: what is read, in which order, and what is refused.
 
+test_class_folders.py has which files are taken, test_image_files.py how each becomes pixels.
+"""
+
+import re
 import shutil
 
 import numpy as np
@@ -7,11 +11,11 @@ import pytest
 from PIL import Image
 
 from configs import folder as folder_config
-from input_pipeline import dataset, folder
+from input_pipeline import dataset, folder, image_files
 from input_pipeline.dataset import DatasetConfig
 from input_pipeline.lazy_images import LazyImages, resize_and_crop
 from memdiff.config import build
-from memdiff.errors import DataError
+from memdiff.errors import ConfigError, DataError
 
 SHAPE = (6, 6)
 
@@ -36,8 +40,15 @@ def root(tmp_path):
   return tmp_path
 
 
-def load(root, image_size=0, skip=False):
-  return folder.load(str(root), image_size, skip)
+def load(root, image_size=0, skip=False, **split):
+  return folder.load(str(root), image_size, skip, **split)
+
+
+def said(capsys):
+  """The one line on stderr."""
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("memdiff: ") and line.endswith(".")
+  return line
 
 
 # --- what is read ----------------------------------------------------------------------------
@@ -52,16 +63,6 @@ def test_classes_and_images_come_in_alphabetical_order(root):
   assert source.test_labels.tolist() == [0, 1]
   assert source.train_images.dtype == np.uint8 and source.train_names is None
   dataset.check(source, "folder")
-
-
-def test_val_takes_the_place_of_a_missing_test(root):
-  (root / "test").rename(root / "val")
-  np.testing.assert_array_equal(load(root).test_images, [noise(5), noise(6)])
-
-
-def test_test_comes_before_val(root):
-  save(root / "val/cat/z.png", noise(9))
-  np.testing.assert_array_equal(load(root).test_images, [noise(5), noise(6)])
 
 
 def test_images_may_lie_deeper_and_other_files_beside_them(root):
@@ -79,92 +80,6 @@ def test_images_may_lie_deeper_and_other_files_beside_them(root):
 def test_the_home_folder_may_be_abbreviated(root, monkeypatch):
   monkeypatch.setenv("HOME", str(root.parent))
   assert len(load(f"~/{root.name}").train_images) == 5
-
-
-@pytest.mark.parametrize(("suffix", "options", "tolerance"), [
-  ("bmp", {}, 0), ("webp", {"lossless": True}, 0), ("jpg", {"quality": 95}, 30),
-  ("jpeg", {"quality": 95}, 30),
-])  # fmt: skip
-def test_other_formats_are_read(root, suffix, options, tolerance):
-  smooth = np.linspace(0, 255, 6 * 6 * 3).reshape(6, 6, 3).astype(np.uint8)
-  save(root / f"train/cat/0.{suffix}", smooth, **options)
-  image = load(root).train_images[0].astype(int)
-  assert np.abs(image - smooth).max() <= tolerance
-
-
-@pytest.mark.parametrize(("pixels", "expected"), [
-  (noise(20, channels=1), np.repeat(noise(20, channels=1)[..., None], 3, axis=-1)),
-  (noise(21, channels=4), noise(21, channels=4)[..., :3]),
-  (noise(22, channels=2), np.repeat(noise(22, channels=2)[..., :1], 3, axis=-1)),
-  (noise(23, channels=1) > 99, np.repeat(255 * (noise(23, channels=1) > 99)[..., None], 3, -1)),
-  (np.arange(36, dtype=np.uint16).reshape(6, 6) * 1800,
-   np.repeat(np.arange(36).reshape(6, 6, 1) * 1800 // 256, 3, axis=-1)),
-], ids=["grey", "RGBA", "grey and alpha", "black and white", "16 bits"])  # fmt: skip
-def test_every_image_becomes_rgb(root, pixels, expected):
-  save(root / "train/cat/0.png", pixels)
-  np.testing.assert_array_equal(load(root).train_images[0], expected)
-
-
-@pytest.mark.parametrize("options", [{}, {"transparency": 0}, {"transparency": bytes([0, 128])}])
-def test_palettes_become_their_colours(root, options):
-  palette = Image.new("P", SHAPE)
-  palette.putpalette([10, 20, 30, 40, 50, 60])
-  palette.putpixel((1, 0), 1)
-  palette.save(root / "train/cat/0.png", **options)
-  image = load(root).train_images[0]
-  assert image[0, 0].tolist() == [10, 20, 30] and image[0, 1].tolist() == [40, 50, 60]
-
-
-# How pixels that a camera stored with each orientation become upright (EXIF 2.3, tag 0x0112).
-UPRIGHT = {
-  1: lambda x: x,
-  2: lambda x: x[:, ::-1],
-  3: lambda x: x[::-1, ::-1],
-  4: lambda x: x[::-1],
-  5: lambda x: x.transpose(1, 0, 2),
-  6: lambda x: np.rot90(x, -1),
-  7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
-  8: lambda x: np.rot90(x),
-}
-
-
-def exif_of(orientation):
-  exif = Image.Exif()
-  exif[0x0112] = orientation
-  return exif
-
-
-@pytest.mark.parametrize("orientation", [*UPRIGHT, 0, 9])
-@pytest.mark.parametrize("mode", ["RGB", "P", "L", "I;16"])
-def test_photographs_are_turned_upright(tmp_path, orientation, mode):
-  pixels = noise(40, (4, 7), channels=3 if mode == "RGB" else 1)
-  if mode == "I;16":
-    picture = Image.fromarray(pixels.astype(np.uint16) * 256)
-  else:
-    picture = Image.fromarray(pixels)
-    picture = picture.convert(mode) if mode == "P" else picture
-  picture.save(tmp_path / "a.png", exif=exif_of(orientation))
-  stored = pixels if mode == "RGB" else np.repeat(pixels[..., None], 3, axis=-1)
-  shown = folder.FolderImages([tmp_path / "a.png"])[0]
-  np.testing.assert_array_equal(shown, UPRIGHT.get(orientation, UPRIGHT[1])(stored))
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "webp"])
-def test_other_formats_are_turned_too(tmp_path, suffix):
-  pixels = np.zeros((8, 16, 3), np.uint8)
-  pixels[:, :8] = 255
-  save(tmp_path / f"a.{suffix}", pixels, exif=exif_of(6), quality=95)
-  image = np.asarray(folder.FolderImages([tmp_path / f"a.{suffix}"])[0])
-  assert image.shape == (16, 8, 3) and image[:6].min() > 230 and image[10:].max() < 25
-
-
-@pytest.mark.filterwarnings("ignore:.*EXIF")
-@pytest.mark.parametrize("exif", [
-  b"Exif\0\0nonsense", b"Exif\0\0MM\0*", b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01", b"?" * 40,
-])  # fmt: skip
-def test_damaged_exif_does_not_spoil_the_pixels(root, exif):
-  save(root / "train/cat/0.png", noise(41), exif=exif)
-  np.testing.assert_array_equal(load(root).train_images[0], noise(41))
 
 
 # --- sizes -----------------------------------------------------------------------------------
@@ -193,23 +108,61 @@ def test_a_size_makes_squares_of_all(root):
   )
 
 
-def test_whole_photographs_are_not_held_all_at_once(root, monkeypatch):
-  """Each is shrunk before the next is read."""
+def test_each_file_is_decoded_once_and_shrunk_before_the_next(root, monkeypatch):
+  """Whole photographs take a thousand times what is kept: only so many at a time as threads."""
   order = []
-  read, shrink = folder.FolderImages.__getitem__, folder.resize_and_crop
+  decode, shrink = image_files.decode, folder.resize_and_crop
 
-  def reading(self, index):
-    order.append("read")
-    return read(self, index)
+  def decoding(path, least):
+    order.append(path.relative_to(root).as_posix())
+    return decode(path, least)
 
   def shrinking(image, size):
     order.append("shrink")
     return shrink(image, size)
 
-  monkeypatch.setattr(folder.FolderImages, "__getitem__", reading)
+  monkeypatch.setattr(folder, "_THREADS", 1)
+  monkeypatch.setattr(image_files, "decode", decoding)
   monkeypatch.setattr(folder, "resize_and_crop", shrinking)
   load(root, image_size=4)
-  assert order == ["read", "shrink"] * 7
+  assert order[1::2] == ["shrink"] * 7
+  assert order[::2] == [
+    *(f"train/{name}.png" for name in ("cat/1", "cat/2", "cat/3", "dog/a", "dog/b")),
+    "test/cat/x.png",
+    "test/dog/y.png",
+  ]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_photographs_are_decoded_near_the_size_that_is_needed(root, monkeypatch, lazy):
+  """In memory, to see whether they can be read, and for every crop."""
+  sizes, decode = [], image_files.decode
+
+  def decoding(path, least):
+    image = decode(path, least)
+    if path.suffix == ".jpg":
+      sizes.append(image.size)
+    return image
+
+  Image.new("RGB", (800, 640), (9, 99, 199)).save(root / "train/cat/0.jpg")
+  monkeypatch.setattr(image_files, "decode", decoding)
+  if lazy:
+    monkeypatch.setattr(folder, "_IN_MEMORY", 0)
+  images = load(root, image_size=16).train_images
+  first = images[0]
+  assert sizes == ([(100, 80), (100, 80)] if lazy else [(100, 80)])
+  assert first.shape == (16, 16, 3) and np.abs(first.astype(int) - (9, 99, 199)).max() <= 2
+  if lazy:
+    assert images.read(0).size == (100, 80)
+
+
+@pytest.mark.parametrize("size", [16, 32, 100])
+def test_the_smallest_random_crop_of_a_reduced_photograph_has_enough_pixels(tmp_path, size):
+  """Crops have at least 8 % of the area and a ratio of at least 3/4."""
+  Image.new("RGB", (2000, 1500)).save(tmp_path / "a.jpg")
+  width, height = folder.FolderImages([tmp_path / "a.jpg"], folder._DECODED * size)[0].size
+  smallest = min((0.08 * width * height * ratio) ** 0.5 for ratio in (3 / 4, 1.0))
+  assert smallest >= size
 
 
 # --- on disk ---------------------------------------------------------------------------------
@@ -259,6 +212,12 @@ def too_large(path):
   path.write_bytes(data)
 
 
+REASON = {
+  "text": "it holds no image in a format that is read",
+  "empty": "it holds no image in a format that is read",
+  "cut short": "image file is truncated",
+  "too large": "it has more than 178 million pixels, Pillow's limit .*; scale it down",
+}
 SPOIL = {
   "text": lambda path: path.write_text("no image"),
   "empty": lambda path: path.write_bytes(b""),
@@ -268,62 +227,211 @@ SPOIL = {
 
 
 @pytest.mark.parametrize("how", SPOIL)
-def test_an_image_that_cannot_be_read_is_named(root, how):
+@pytest.mark.parametrize("limit", [0, 2**31], ids=["on disk", "in memory"])
+def test_an_image_that_cannot_be_read_is_named_with_the_reason(root, how, limit, monkeypatch):
+  monkeypatch.setattr(folder, "_IN_MEMORY", limit)
   save(root / "train/cat/0.bmp", noise(8))
   SPOIL[how](root / "train/cat/0.bmp")
-  with pytest.raises(
-    DataError, match=r"Cannot read the image .*train/cat/0\.bmp; repair.*skip_unreadable=True"
-  ):
-    load(root)
+  words = rf"Cannot read the image .*train/cat/0\.bmp \({REASON[how]}.*\); repair"
+  with pytest.raises(DataError, match=rf"{words}.*skip_unreadable=True"):
+    load(root, image_size=4)
 
 
 def test_several_are_counted(root):
   for name in ("cat/1", "cat/3", "dog/b"):
     SPOIL["cut short"](root / f"train/{name}.png")
-  with pytest.raises(DataError, match=r"Cannot read the image .*train/cat/1\.png and 2 more;"):
+  with pytest.raises(DataError, match=r"Cannot read the image .*cat/1\.png \(.*\) and 2 more; rep"):
     load(root)
 
 
 @pytest.mark.parametrize("how", SPOIL)
-def test_unreadable_images_are_left_out_when_asked(root, how, capsys):
+@pytest.mark.parametrize("limit", [0, 2**31], ids=["on disk", "in memory"])
+def test_unreadable_images_are_left_out_when_asked(root, how, limit, monkeypatch, capsys):
+  monkeypatch.setattr(folder, "_IN_MEMORY", limit)
   for name in ("train/cat/0.bmp", "test/dog/z.bmp"):
     save(root / name, noise(8))
     SPOIL[how](root / name)
-  source = load(root, skip=True)
-  np.testing.assert_array_equal(source.train_images, [noise(seed) for seed in (3, 4, 2, 0, 1)])
+  source = load(root, image_size=6, skip=True)
+  images = [source.train_images.read(i) for i in range(5)] if limit == 0 else source.train_images
+  np.testing.assert_array_equal(images, [noise(seed) for seed in (3, 4, 2, 0, 1)])
   assert source.train_labels.tolist() == [0, 0, 0, 1, 1]
   assert source.test_labels.tolist() == [0, 1]
-  lines = capsys.readouterr().err.splitlines()
-  assert lines == [f"memdiff: left out 1 unreadable images: {root}/{name}"
-                   for name in ("train/cat/0.bmp", "test/dog/z.bmp")]  # fmt: skip
+  line = said(capsys)
+  assert "7 images of 2 classes" in line and "5 train, 2 test;" in line
+  words = r"2 files left out: 2 unreadable \(train/cat/0\.bmp: "
+  assert re.search(words + REASON[how], line)
 
 
-def test_only_the_first_five_of_many_are_listed(root, capsys):
-  for i in range(7):
-    (root / f"train/cat/9{i}.png").write_text("no image")
-  load(root, skip=True)
-  message = capsys.readouterr().err
-  assert "left out 7 unreadable" in message and message.endswith("94.png, ...\n")
-  assert "95.png" not in message
-
-
-def test_nothing_is_said_where_all_can_be_read(root, capsys):
-  load(root, skip=True)
-  assert capsys.readouterr() == ("", "")
-
-
-def test_a_class_whose_images_are_all_left_out_is_named(root):
-  SPOIL["text"](root / "test/dog/y.png")
+def test_a_class_whose_training_images_are_all_left_out_is_named(root):
+  for name in "ab":
+    SPOIL["text"](root / f"train/dog/{name}.png")
   config = make_config(root, skip_unreadable=True)
-  with pytest.raises(DataError, match="The test set of folder has no image of class 'dog'"):
+  with pytest.raises(DataError, match="The train set of folder has no image of class 'dog'"):
     dataset.load(config)
 
 
 def test_a_folder_without_one_readable_image_is_named(root):
   for name in ("cat/x", "dog/y"):
     SPOIL["text"](root / f"test/{name}.png")
-  with pytest.raises(DataError, match=r"None of the 2 images in .*test can be read"):
+  with pytest.raises(DataError, match=r"None of the 2 images beside .*test/cat/x\.png can be read"):
     load(root, skip=True)
+
+
+# --- what is said ----------------------------------------------------------------------------
+
+
+def test_one_line_says_what_was_taken_and_what_was_not(root, capsys):
+  load(root)
+  assert said(capsys) == (
+    f"memdiff: 7 images of 2 classes taken from {root}: 5 train, 2 test; 0 files left out."
+  )
+  for name in ("train/cat/a.txt", "train/dog/b.TXT", "test/dog/readme", "train/labels.csv"):
+    (root / name).write_text("words")
+  (root / "test/dog/w.png").symlink_to(root / "nowhere.png")
+  (root / "train/dog/.hidden.png").write_text("nothing")
+  SPOIL["text"](root / "train/cat/1.png")
+  load(root, skip=True)
+  line = said(capsys)
+  assert (
+    "6 images of 2 classes taken" in line and "4 train, 2 test; 6 files left out: 2 .txt" in line
+  )
+  for part in ("2 .txt (train/cat/a.txt)", "1 without a suffix (test/dog/readme)",
+               "1 outside the folders of classes (train/labels.csv)",
+               "1 broken link (test/dog/w.png)", "1 unreadable (train/cat/1.png: "):  # fmt: skip
+    assert part in line
+  assert "hidden" not in line
+
+
+def test_nothing_is_said_of_a_folder_that_is_refused(root, capsys):
+  (root / "train/cow").mkdir()
+  with pytest.raises(DataError):
+    load(root)
+  assert capsys.readouterr() == ("", "")
+
+
+def test_classes_without_test_images_are_allowed_and_said(root, capsys):
+  shutil.rmtree(root / "test/dog")
+  (root / "test/dog").mkdir()
+  for name in ("ant", "bee", "cow", "elk"):
+    save(root / f"train/{name}/1.png", noise(50))
+  data = dataset.load(make_config(root))
+  assert data.class_names == ("ant", "bee", "cat", "cow", "dog", "elk")
+  assert data.test_labels.tolist() == [2]
+  assert "for lack of test images: 5 classes ('ant', 'bee', 'cow', ...)." in said(capsys)
+
+
+# --- held-out images, and tests that are split off -------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "VAL"])
+def test_val_beside_test_is_the_held_out_part(root, name, capsys):
+  save(root / f"{name}/dog/z.png", noise(9))
+  save(root / f"{name}/cat/z.png", noise(10))
+  data = dataset.load(make_config(root, image_size=0))
+  np.testing.assert_array_equal(data.train_images, [noise(seed) for seed in (3, 4, 2, 0, 1)])
+  np.testing.assert_array_equal(data.test_images, [noise(5), noise(6)])
+  np.testing.assert_array_equal(data.holdout_images, [noise(10), noise(9)])
+  assert data.holdout_labels.tolist() == [0, 1] and data.holdout_labels.dtype == np.int32
+  assert f"5 train, 2 test, 2 held out ({name});" in said(capsys)
+  with pytest.raises(ConfigError, match=r"holdout is 0\.4, but this folder has held-out images"):
+    dataset.load(make_config(root, image_size=0, holdout=0.4))
+
+
+def test_val_may_lack_classes_and_be_empty_but_has_no_others(root):
+  (root / "val/dog").mkdir(parents=True)
+  assert len(dataset.load(make_config(root)).holdout_labels) == 0
+  save(root / "val/dog/z.png", noise(9))
+  assert dataset.load(make_config(root)).holdout_labels.tolist() == [1]
+  save(root / "val/wolf/z.png", noise(9))
+  with pytest.raises(DataError, match=r"val has a folder 'wolf' for a class that .*train does not"):
+    dataset.load(make_config(root))
+
+
+def test_held_out_images_of_another_size_are_refused(root):
+  save(root / "val/dog/z.png", noise(9, (5, 5)))
+  with pytest.raises(DataError, match=r"train and holdout images of folder differ in shape"):
+    dataset.load(make_config(root, image_size=0))
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
+def test_val_takes_the_place_of_a_missing_test(root, name, capsys):
+  (root / "test").rename(root / name)
+  data = dataset.load(make_config(root, image_size=0))
+  np.testing.assert_array_equal(data.test_images, [noise(5), noise(6)])
+  assert len(data.holdout_labels) == 0
+  assert f"5 train, 2 test ({name});" in said(capsys)
+
+
+def test_names_of_parts_may_have_capitals_but_not_two_spellings(root):
+  (root / "train").rename(root / "Train")
+  (root / "test").rename(root / "TEST")
+  assert len(load(root).train_labels) == 5
+  (root / "val").mkdir()
+  (root / "valid").mkdir()
+  with pytest.raises(DataError, match="has both val and valid; keep one of them"):
+    load(root)
+
+
+def make_classes(folder, counts):
+  """One even colour per image: its class and its number."""
+  for label, (name, count) in enumerate(counts.items()):
+    for i in range(count):
+      save(folder / name / f"{i:02}.png", np.full((4, 4, 3), (label, i, 7), np.uint8))
+  return folder
+
+
+COUNTS = {"ant": 20, "bee": 5, "cow": 2, "dog": 1}
+
+
+@pytest.mark.parametrize("below", [".", "train"], ids=["classes alone", "train alone"])
+@pytest.mark.parametrize("limit", [0, 2**31], ids=["on disk", "in memory"])
+def test_a_test_set_is_split_off(tmp_path, below, limit, monkeypatch, capsys):
+  monkeypatch.setattr(folder, "_IN_MEMORY", limit)
+  make_classes(tmp_path / below, COUNTS)
+  config = make_config(tmp_path, image_size=4, test_share=0.3)
+  data = dataset.load(config)
+  assert data.class_names == tuple(COUNTS)
+  assert np.bincount(data.test_labels, minlength=4).tolist() == [6, 1, 1, 0]
+  assert data.train_counts.tolist() == [14, 4, 1, 1]
+  line = said(capsys)
+  assert "28 images of 4 classes" in line and "20 train, 8 test (split off); 0 files" in line
+  assert "for lack of test images: 1 classes ('dog')." in line
+  parts = [(data.train_images[:], data.train_labels), (data.test_images[:], data.test_labels)]
+  seen = [{tuple(image[0, 0]) for image in images} for images, _ in parts]
+  assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 28
+  for images, labels in parts:
+    np.testing.assert_array_equal(images[:, 0, 0, 0], labels)
+  again = dataset.load(config)
+  np.testing.assert_array_equal(again.test_images[:], data.test_images[:])
+  other = dataset.load(make_config(tmp_path, image_size=4, test_share=0.3, test_seed=1))
+  assert {tuple(image[0, 0]) for image in other.test_images[:]} != seen[1]
+  np.testing.assert_array_equal(other.train_counts, data.train_counts)
+
+
+def test_unreadable_images_do_not_count_in_the_split(tmp_path):
+  make_classes(tmp_path, {"ant": 3, "bee": 3})
+  SPOIL["text"](tmp_path / "bee/00.png")
+  source = load(tmp_path, skip=True, test_share=0.4)
+  assert source.train_labels.tolist() == [0, 0, 1] and source.test_labels.tolist() == [0, 1]
+
+
+def test_a_split_needs_a_class_of_two(tmp_path):
+  make_classes(tmp_path, {"ant": 1, "bee": 1})
+  with pytest.raises(DataError, match=r"No class in .* has two images, so that no test set"):
+    load(tmp_path, test_share=0.5)
+
+
+@pytest.mark.parametrize("name", ["test", "val", "valid"])
+def test_a_split_and_a_test_set_exclude_each_other(root, name):
+  (root / "test").rename(root / name)
+  with pytest.raises(ConfigError, match=rf"test_share is 0\.2, but .* has a test set, {name}; set"):
+    load(root, test_share=0.2)
+
+
+def test_a_folder_of_classes_alone_needs_a_share(tmp_path):
+  make_classes(tmp_path, COUNTS)
+  with pytest.raises(DataError, match=r"has no folder train; it needs .*CLASS/ alone .*test_share"):
+    load(tmp_path)
 
 
 # --- folders that do not fit -----------------------------------------------------------------
@@ -335,14 +443,18 @@ def test_a_folder_without_one_readable_image_is_named(root):
   (lambda root: [shutil.rmtree(root / "train" / name) for name in ("cat", "dog")],
    "train has no folders; it needs one per class"),
   (lambda root: (root / "train/cow").mkdir(),
-   r"The class 'cow' has no image in .*train/cow; every class needs at least one \(.png, .jpg"),
-  (lambda root: shutil.rmtree(root / "test/dog"), "The class 'dog' has no image in .*test/dog"),
-  (lambda root: (root / "test/dog/y.png").rename(root / "test/dog/y.tiff"),
-   "The class 'dog' has no image in .*test/dog"),
+   r"The class 'cow' has no image in .*train/cow; every class needs at least one, in a format"),
+  (lambda root: (save(root / "train/cow/x.png", noise(0)),
+                 (root / "train/cow/x.png").rename(root / "train/cow/x.heic")),
+   r"'cow' has no image in .*train/cow \(1 file left out: 1 \.heic \(x\.heic\)\); every class"),
+  (lambda root: [shutil.rmtree(root / "test" / name) for name in ("cat", "dog")],
+   "test has no folders; it needs one per class"),
+  (lambda root: [path.unlink() for path in root.glob("test/*/*.png")],
+   r"test has no image of any class; it needs test/CLASS/\*\.jpg"),
   (lambda root: save(root / "test/wolf/w.png", noise(0)),
    "test has a folder 'wolf' for a class that .*train does not have"),
-], ids=["no train", "no test", "no class", "empty class", "class not in test", "other suffix",
-        "unknown class"])  # fmt: skip
+], ids=["no train", "no test", "no class", "empty class", "other suffix", "no test class",
+        "no test image", "unknown class"])  # fmt: skip
 def test_folders_that_do_not_fit_are_one_sentence(root, spoil, words):
   spoil(root)
   with pytest.raises(DataError, match=words):
@@ -351,9 +463,9 @@ def test_folders_that_do_not_fit_are_one_sentence(root, spoil, words):
 
 def test_no_folder_at_all_is_a_sentence(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(DataError, match="data_dir is '', which has no folder train"):
-    load("")
-  with pytest.raises(DataError, match="data_dir is nowhere, which has no folder train"):
+  with pytest.raises(DataError, match=r"data_dir is empty; give the folder"):
+    load("", test_share=0.2)
+  with pytest.raises(DataError, match="data_dir is nowhere, but there is no such folder"):
     load("nowhere")
 
 

@@ -213,7 +213,8 @@ def test_text_lists_that_cannot_be_read_are_one_sentence(tmp_path):
 
 CONFIG = DatasetConfig(
   name="digits", data_dir="", profile="list", imbalance=1.0, split_seed=0, list_path="",
-  holdout=0.0, image_size=0, skip_unreadable=False,
+  holdout=0.0, image_size=0, skip_unreadable=False, test_share=0.0,
+  test_seed=0,
 )  # fmt: skip
 
 
