@@ -7,7 +7,6 @@ To add one that needs no training: a row in baselines.generators.GENERATORS.
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -158,24 +157,32 @@ def _named(made: Stage, folder: pathlib.Path) -> Stage:
 
 # --- sampling --------------------------------------------------------------------------------
 
-# (keys [R], strengths [K], runs, what it has learned) -> features [R, K, M, D] and trust [R, M],
-# which multiplies the confidence.
+# (keys [R], strength [], runs, what it has learned) -> features [R, M, D] and trust [R, M], which
+# multiplies the confidence.
 Sampler = Callable[[jax.Array, jax.Array, FeatureRuns, Any], tuple[jax.Array, jax.Array]]
 
 
 def _plain_sampler(name: str, labels: jax.Array) -> Sampler:
-  """Of a generator without training; a run and a strength at a time, which bounds the memory."""
-  sample = GENERATORS[name].sample
+  """Of a generator without training; a run at a time, which bounds the memory."""
 
-  def of_runs(keys, strengths, runs, _):
+  def of_runs(keys, strength, runs, fitted):
     def of_run(arguments):
-      key, exemplars = arguments
-      return jax.lax.map(lambda strength: sample(key, exemplars, labels, strength), strengths)
+      key, exemplars, fitted = arguments
+      return GENERATORS[name].sample(key, exemplars, fitted, labels, strength)
 
-    features = jax.lax.map(of_run, (keys, runs.exemplars))
+    features = jax.lax.map(of_run, (keys, runs.exemplars, fitted))
     return features, jnp.ones((keys.shape[0], labels.shape[0]))
 
   return of_runs
+
+
+def _fit_plain(name: str, runs: FeatureRuns) -> Any:
+  """What a generator without training takes from the exemplars of each run; once if alike."""
+  exemplars, num_runs = runs.exemplars, runs.exemplars.labels.shape[0]
+  if runs.alike:
+    exemplars = jax.tree.map(lambda x: x[:1], exemplars)
+  fitted = jax.jit(lambda exemplars: jax.lax.map(GENERATORS[name].fit, exemplars))(exemplars)
+  return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_runs, *x.shape[1:])), fitted)
 
 
 def _fasa_parts(runs: FeatureRuns) -> tuple[Exemplars, Exemplars, np.ndarray]:
@@ -203,7 +210,7 @@ def _fasa_sampler(config: FASAConfig, labels: jax.Array) -> Sampler:
       key, (train, held_out, groups) = arguments
       adapted = fasa.adapt(stream(key, "adapt"), train, held_out, groups, config)
       made = fasa.sample(stream(key, "sample"), adapted, labels)
-      return made[None], fasa.class_weights(adapted)[labels]
+      return made, fasa.class_weights(adapted)[labels]
 
     return jax.lax.map(of_run, (keys, parts))
 
@@ -216,7 +223,7 @@ def _ldmlr_sampler(config: ldmlr.LDMLRConfig, labels: jax.Array, num_classes: in
       return ldmlr.sample(key, config, params, standardizer, labels, num_classes)
 
     made = jax.vmap(of_run)(keys, params, runs.standardizer)
-    return made[:, None], jnp.ones((keys.shape[0], labels.shape[0]))
+    return made, jnp.ones((keys.shape[0], labels.shape[0]))
 
   return of_runs
 
@@ -234,8 +241,11 @@ def diffusion_sampler(
   denoiser = feature_diffusion.make_denoiser(config, shop.num_classes, feature_dim)
   schedule = NoiseSchedule(config.schedule)
 
-  def of_runs(keys, chosen, runs, params):
-    def of_run(strength, key, params, bank, exemplars):
+  def of_runs(keys, strength, runs, params):
+    if len(sampler.strengths) == 1:
+      strength = sampler.strengths[0]
+
+    def of_run(key, params, bank, exemplars):
       origins = None
       if min(sampler.start) < 1:
         origins = exemplars_lib.draw(stream(key, "origin"), exemplars, labels)
@@ -244,12 +254,7 @@ def diffusion_sampler(
         origins=origins, **sampler.at(strength),
       )  # fmt: skip
 
-    own = keys, params, runs.bank, runs.exemplars
-    if len(sampler.strengths) == 1:
-      made = jax.vmap(functools.partial(of_run, sampler.strengths[0]))(*own)[:, None]
-    else:
-      of_strength = jax.vmap(of_run, in_axes=(None, 0, 0, 0, 0))
-      made = jax.lax.map(lambda strength: of_strength(strength, *own), chosen).swapaxes(0, 1)
+    made = jax.vmap(of_run)(keys, params, runs.bank, runs.exemplars)
     return made, jnp.ones((keys.shape[0], labels.shape[0]))
 
   return of_runs
@@ -258,7 +263,7 @@ def diffusion_sampler(
 def _make_sampler(name, shop, runs, run, folder, labels) -> tuple[Sampler, Any]:
   """The sampler, and what it has learned beforehand."""
   if name in GENERATORS:
-    return _plain_sampler(name, labels), ()
+    return _plain_sampler(name, labels), _fit_plain(name, runs)
   if name == "fasa":
     return _fasa_sampler(shop.config.fasa, labels), _fasa_parts(runs)
   trained = _named(stage(name, shop, runs, run.mesh), folder)
@@ -292,13 +297,18 @@ def sampling_program(
     return features, trust * confidence
 
   def everything(keys, strengths, runs, learned):
-    samples, trust = sampler(keys, strengths, runs, learned)
+    def at_strength(number, made):
+      samples, trust = sampler(keys, strengths[number], runs, learned)
+      parts = samples, trust, runs.exemplars, runs.standardizer, runs.head
+      judged = jax.lax.map(lambda part: judge(*part), parts)
+      return jax.tree.map(
+        lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, number, axis=1), made, judged
+      )
 
-    def of_run(arguments):
-      samples, *rest = arguments
-      return jax.lax.map(lambda x: judge(x, *rest), samples)
-
-    return jax.lax.map(of_run, (samples, trust, runs.exemplars, runs.standardizer, runs.head))
+    # One array of all strengths, written in place: a map would hold it twice.
+    shape = (*runs.exemplars.labels.shape[:1], *strengths.shape, *labels.shape)
+    nothing = jnp.zeros((*shape, runs.exemplars.features.shape[-1])), jnp.zeros(shape)
+    return jax.lax.fori_loop(0, len(strengths), at_strength, nothing)
 
   return jax.jit(everything, out_shardings=mesh_lib.replicated(mesh))
 
