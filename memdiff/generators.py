@@ -157,21 +157,22 @@ def _named(made: Stage, folder: pathlib.Path) -> Stage:
 
 # --- sampling --------------------------------------------------------------------------------
 
-# (keys [R], strength [], runs, what it has learned) -> features [R, M, D] and trust [R, M], which
-# multiplies the confidence.
-Sampler = Callable[[jax.Array, jax.Array, FeatureRuns, Any], tuple[jax.Array, jax.Array]]
+# (keys [R], strength [], runs, what it has learned) -> (number of a run -> its features [M, D] and
+# trust [M], which multiplies the confidence).
+Made = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+Sampler = Callable[[jax.Array, jax.Array, FeatureRuns, Any], Made]
 
 
 def _plain_sampler(name: str, labels: jax.Array) -> Sampler:
   """Of a generator without training; a run at a time, which bounds the memory."""
 
   def of_runs(keys, strength, runs, fitted):
-    def of_run(arguments):
-      key, exemplars, fitted = arguments
-      return GENERATORS[name].sample(key, exemplars, fitted, labels, strength)
+    def of_run(run):
+      key, exemplars, own = jax.tree.map(lambda x: x[run], (keys, runs.exemplars, fitted))
+      made = GENERATORS[name].sample(key, exemplars, own, labels, strength)
+      return made, jnp.ones(labels.shape)
 
-    features = jax.lax.map(of_run, (keys, runs.exemplars, fitted))
-    return features, jnp.ones((keys.shape[0], labels.shape[0]))
+    return of_run
 
   return of_runs
 
@@ -206,13 +207,13 @@ def _fasa_sampler(config: FASAConfig, labels: jax.Array) -> Sampler:
   def of_runs(keys, _, runs, parts):
     del runs
 
-    def of_run(arguments):
-      key, (train, held_out, groups) = arguments
+    def of_run(run):
+      key, (train, held_out, groups) = jax.tree.map(lambda x: x[run], (keys, parts))
       adapted = fasa.adapt(stream(key, "adapt"), train, held_out, groups, config)
       made = fasa.sample(stream(key, "sample"), adapted, labels)
       return made, fasa.class_weights(adapted)[labels]
 
-    return jax.lax.map(of_run, (keys, parts))
+    return of_run
 
   return of_runs
 
@@ -223,7 +224,7 @@ def _ldmlr_sampler(config: ldmlr.LDMLRConfig, labels: jax.Array, num_classes: in
       return ldmlr.sample(key, config, params, standardizer, labels, num_classes)
 
     made = jax.vmap(of_run)(keys, params, runs.standardizer)
-    return made, jnp.ones((keys.shape[0], labels.shape[0]))
+    return lambda run: (made[run], jnp.ones(labels.shape))
 
   return of_runs
 
@@ -255,7 +256,7 @@ def diffusion_sampler(
       )  # fmt: skip
 
     made = jax.vmap(of_run)(keys, params, runs.bank, runs.exemplars)
-    return made, jnp.ones((keys.shape[0], labels.shape[0]))
+    return lambda run: (made[run], jnp.ones(labels.shape))
 
   return of_runs
 
@@ -272,6 +273,12 @@ def _make_sampler(name, shop, runs, run, folder, labels) -> tuple[Sampler, Any]:
     return _ldmlr_sampler(_ldmlr(name, shop), labels, shop.num_classes), params
   dim = runs.exemplars.features.shape[-1]
   return diffusion_sampler(name, shop, dim, labels, run.mesh), params
+
+
+def _put(array: jax.Array, own: jax.Array, run: jax.Array, number: jax.Array) -> jax.Array:
+  """`array` [R, K, ...] with `own` [...] at (run, number)."""
+  start = (run, number, *(0,) * own.ndim)
+  return jax.lax.dynamic_update_slice(array, own[None, None], start)
 
 
 def sampling_program(
@@ -296,21 +303,25 @@ def sampling_program(
     confidence = synthetic.confidence(features, labels, exemplars, head, config)
     return features, trust * confidence
 
-  def everything(keys, strengths, runs, learned):
-    def at_strength(number, made):
-      samples, trust = sampler(keys, strengths[number], runs, learned)
-      parts = samples, trust, runs.exemplars, runs.standardizer, runs.head
-      judged = jax.lax.map(lambda part: judge(*part), parts)
-      return jax.tree.map(
-        lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, number, axis=1), made, judged
-      )
+  def make_all(keys, strengths, runs, learned):
+    num_runs, num_strengths = keys.shape[0], strengths.shape[0]
+    shape = (num_runs, num_strengths, labels.shape[0])
+    everything = jnp.zeros((*shape, runs.exemplars.features.shape[-1])), jnp.zeros(shape)
 
-    # One array of all strengths, written in place: a map would hold it twice.
-    shape = (*runs.exemplars.labels.shape[:1], *strengths.shape, *labels.shape)
-    nothing = jnp.zeros((*shape, runs.exemplars.features.shape[-1])), jnp.zeros(shape)
-    return jax.lax.fori_loop(0, len(strengths), at_strength, nothing)
+    def add_strength(number, everything):
+      of_run = sampler(keys, strengths[number], runs, learned)
 
-  return jax.jit(everything, out_shardings=mesh_lib.replicated(mesh))
+      def add_run(run, everything):
+        parts = runs.exemplars, runs.standardizer, runs.head
+        made = judge(*of_run(run), *jax.tree.map(lambda x: x[run], parts))
+        return jax.tree.map(lambda x, own: _put(x, own, run, number), everything, made)
+
+      return jax.lax.fori_loop(0, num_runs, add_run, everything)
+
+    # Written in place: the output of a map would lie beside it.
+    return jax.lax.fori_loop(0, num_strengths, add_strength, everything)
+
+  return jax.jit(make_all, out_shardings=mesh_lib.replicated(mesh))
 
 
 def make(
