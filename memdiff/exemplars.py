@@ -70,4 +70,6 @@ def within_covariance(exemplars: Exemplars) -> jax.Array:
   """Pooled covariance within classes, divided by N - C (of classes with members). [D, D]."""
   counts, residuals = exemplars.by_class.counts, deviations(exemplars)
   freedom = counts.sum() - (counts > 0).sum()
-  return residuals.T @ residuals / jnp.maximum(freedom, 1)
+  # Less than float32 would make what is singular indefinite.
+  squares = jnp.matmul(residuals.T, residuals, precision=jax.lax.Precision.HIGHEST)
+  return squares / jnp.maximum(freedom, 1)

@@ -233,8 +233,14 @@ def read_memory_bank(e: Experiment) -> dict:
 
 def _fill_memory_bank(e: Experiment, arrays: dict[str, np.ndarray]) -> dict:
   folder = e.workdir.folder("memory_bank")
+  dim, constant = arrays["train"].shape[-1], feature_space.constant_columns(arrays["train"][0])
+  if len(constant):
+    e.run.progress.say(
+      f"{len(constant)} of {dim} columns are constant in the training data and tell nothing apart;"
+      f" the first is column {constant[0]}, counted from 0"
+    )
   bank = feature_space.fill_bank(
-    _for_seeds(e, arrays["train"]),
+    arrays["train"],
     np.broadcast_to(e.dataset.train_labels, (len(e.seeds), len(e.dataset.train_labels))),
     e.dataset.num_classes,
     e.run.keys("memory_bank"),
@@ -246,7 +252,7 @@ def _fill_memory_bank(e: Experiment, arrays: dict[str, np.ndarray]) -> dict:
   checkpointer.close()
   write_arrays(folder / "features.npz", arrays)
   stored = np.minimum(mesh_lib.fetch(bank.seen), bank.slots.shape[2]).sum()
-  return {"stored_features": int(stored), "feature_dim": arrays["train"].shape[-1]}
+  return {"stored_features": int(stored), "feature_dim": dim}
 
 
 def _for_seeds(e: Experiment, array: np.ndarray) -> np.ndarray:
@@ -291,25 +297,24 @@ class Space:
 
 
 def load_space(e: Experiment) -> Space:
-  arrays = {name: _for_seeds(e, array) for name, array in load_features(e).items()}
-  labels = np.broadcast_to(e.dataset.train_labels, arrays["train"].shape[:2])
-  head = {n: arrays[n] for n in ("kernel", "bias")} if "kernel" in arrays else None
+  arrays, labels = load_features(e), e.dataset.train_labels
+  head = None
+  if "kernel" in arrays:
+    head = {name: _for_seeds(e, arrays[name]) for name in ("kernel", "bias")}
   runs = feature_space.make_runs(
     arrays["train"],
-    labels,
+    np.broadcast_to(labels, (len(e.seeds), len(labels))),
     load_bank(e, arrays["train"].shape[-1]),
     head,
     e.dataset.num_classes,
     e.mesh,
   )
-  forward = jax.jit(jax.vmap(lambda s, x: s.forward(x)))
-  others = mesh_lib.replicate(e.mesh, {n: arrays[n] for n in ("left_out", "test")})
   return Space(
     runs=runs,
-    left_out=forward(runs.standardizer, others["left_out"]),
-    test=forward(runs.standardizer, others["test"]),
+    left_out=feature_space.standardize(runs.standardizer, arrays["left_out"], e.mesh),
+    test=feature_space.standardize(runs.standardizer, arrays["test"], e.mesh),
     own_logits={
-      name.removeprefix("logits_"): value
+      name.removeprefix("logits_"): _for_seeds(e, value)
       for name, value in arrays.items()
       if name.startswith("logits_")
     },
@@ -361,32 +366,33 @@ def make_folds(e: Experiment) -> Folds:
   if config.encoder == "retrained":
     features, head = _encode_folds(e, run, train)
   else:
-    arrays = load_features(e)
-    features = np.broadcast_to(arrays["train"][:1], (config.num_runs, *arrays["train"].shape[1:]))
-    head = None
+    arrays, head = load_features(e), None
+    features = arrays["train"][:1]
     if "kernel" in arrays:
       head = {n: np.repeat(arrays[n][:1], config.num_runs, axis=0) for n in ("kernel", "bias")}
+  features = np.broadcast_to(features, (config.num_runs, *features.shape[1:]))
 
   def take(rows):
-    """[R, n, D] of rows [R, n]; whatever where a row is -1."""
-    return np.take_along_axis(features, np.maximum(rows, 0)[:, :, None], axis=1)
+    """[R, n, D] of rows [R, n]; zeros if a row is -1."""
+    taken = np.take_along_axis(features, np.maximum(rows, 0)[:, :, None], axis=1)
+    taken[rows < 0] = 0.0
+    return taken
 
   run_labels = np.where(train >= 0, labels[np.maximum(train, 0)], num_classes)
-  run_features = np.where((train >= 0)[:, :, None], take(train), 0.0)
+  run_features, held_features = take(train), take(held_out)
   bank = feature_space.fill_bank(
     run_features, run_labels, num_classes, run.keys("memory_bank"), e.config.memory_bank, e.mesh
   )
   runs = feature_space.make_runs(run_features, run_labels, bank, head, num_classes, e.mesh)
-  forward = jax.jit(jax.vmap(lambda s, x: s.forward(x)))
   own_logits = None
   if config.encoder == "retrained" and head is not None:
-    own_logits = take(held_out) @ head["kernel"] + head["bias"][:, None]
+    own_logits = held_features @ head["kernel"] + head["bias"][:, None]
   return Folds(
     runs=runs,
     run=run,
     counts=mesh_lib.fetch(runs.exemplars.by_class.counts),
     held_out=held_out,
-    features=forward(runs.standardizer, mesh_lib.replicate(e.mesh, take(held_out))),
+    features=feature_space.standardize(runs.standardizer, held_features, e.mesh),
     judged=selection.judged_examples(held_out, labels, config.criterion, num_classes),
     own_logits=own_logits,
   )
@@ -625,21 +631,15 @@ def hallucinate(e: Experiment) -> dict:
 
 def _provenance(runs: FeatureRuns, features: synthetic.SyntheticFeatures) -> dict[str, np.ndarray]:
   """Features in the encoder's units, and the nearest exemplar of each."""
-  labels = jnp.asarray(features.labels)
-
-  def of_run(arguments):
-    samples, standardizer, exemplars = arguments
-
-    def of_strength(x):
-      nearest = synthetic.nearest_of_class(x, labels, exemplars.features, exemplars.labels)
-      return standardizer.backward(x), *nearest
-
-    return jax.lax.map(of_strength, samples)
-
-  raw, index, distance = jax.jit(lambda *a: jax.lax.map(of_run, a))(
-    features.features, runs.standardizer, runs.exemplars
-  )
-  return mesh_lib.fetch({"features": raw, "nearest_index": index, "nearest_distance": distance})
+  backward = jax.jit(jax.vmap(lambda s, x: jax.lax.map(s.backward, x)))
+  samples, raw = mesh_lib.fetch((features.features, backward(runs.standardizer, features.features)))
+  exemplars, exemplar_labels = mesh_lib.fetch((runs.exemplars.features, runs.exemplars.labels))
+  index, distance = np.zeros(samples.shape[:3], np.int32), np.zeros(samples.shape[:3], np.float32)
+  for run, strength in np.ndindex(samples.shape[:2]):
+    index[run, strength], distance[run, strength] = synthetic.nearest_of_class(
+      samples[run, strength], features.labels, exemplars[run], exemplar_labels[run]
+    )
+  return {"features": raw, "nearest_index": index, "nearest_distance": distance}
 
 
 def load_synthetic(e: Experiment, name: str) -> dict[str, np.ndarray]:

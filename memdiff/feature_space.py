@@ -6,6 +6,7 @@ training statistics; the bank, the saved features and the exported hallucination
 encoder's own units.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -21,7 +22,8 @@ from memdiff.memory_bank import BankConfig, MemoryBank
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import stream
 
-_CHUNK = 512  # rows per encoder call and per bank update
+_CHUNK = 512  # rows at a time: per encoder call, per bank update
+_LEAST_DEVIATION = 1e-30  # a column that varies less is constant
 
 
 @flax.struct.dataclass
@@ -41,19 +43,60 @@ class Standardizer:
     return jnp.maximum(features * self.scale[None] + self.mean[None], self.lowest[None])
 
 
-def fit_standardizer(features: jax.Array, valid: jax.Array) -> Standardizer:
-  """Statistics of training features [N, D], those rows where `valid` [N] is True."""
-  inside, number = valid[:, None], valid.sum()
-  mean = jnp.where(inside, features, 0.0).sum(axis=0) / number
-  squares = jnp.where(inside, jnp.square(features - mean[None]), 0.0)
-  scale = jnp.sqrt(squares.sum(axis=0) / number)
-  largest = jnp.where(inside, jnp.abs(features), 0.0).max()
-  negative = (inside & (features < 0)).any(axis=0)
+def fit_standardizer(features: np.ndarray, valid: np.ndarray) -> Standardizer:
+  """Statistics of training features [N, D], those rows where `valid` [N] is True; on the host.
+
+  In float64, so that neither the squares of very large or small numbers nor a large offset harm
+  them. Every column is judged by itself alone.
+  """
+  moments = _moments(np.asarray(features), np.asarray(valid))
+  scale = np.where(moments.is_constant(), 1.0, moments.deviation)
   return Standardizer(
-    mean=mean,
-    scale=jnp.where(scale < 1e-6 * jnp.maximum(largest, 1e-30), 1.0, scale),
-    lowest=jnp.where(negative, -jnp.inf, 0.0),
+    mean=moments.mean.astype(np.float32),
+    scale=scale.astype(np.float32),
+    lowest=np.where(moments.smallest < 0, -np.inf, 0.0).astype(np.float32),
   )
+
+
+def constant_columns(features: np.ndarray) -> np.ndarray:
+  """Numbers of the columns of [N, D] that tell nothing apart, in ascending order."""
+  return np.flatnonzero(_moments(features, np.ones(len(features), bool)).is_constant())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moments:
+  """Of the columns, float64 [D]."""
+
+  mean: np.ndarray
+  deviation: np.ndarray
+  smallest: np.ndarray
+  largest: np.ndarray
+
+  def is_constant(self) -> np.ndarray:
+    """Columns whose deviation is rounding, or too small to divide a head's kernel by. [D] bool.
+
+    Between two neighbouring float32 numbers a deviation is at most half of their distance.
+    """
+    magnitude = np.maximum(-self.smallest, self.largest).astype(np.float32)
+    return self.deviation <= np.maximum(0.5 * np.spacing(magnitude), _LEAST_DEVIATION)
+
+
+def _moments(features: np.ndarray, valid: np.ndarray) -> _Moments:
+  """Of the valid rows, in two passes; a chunk at a time is float64."""
+  dim = features.shape[1]
+  total, squares = np.zeros(dim), np.zeros(dim)
+  smallest, largest = np.full(dim, np.inf), np.full(dim, -np.inf)
+  starts = range(0, len(features), _CHUNK)
+  for start in starts:
+    rows = features[start : start + _CHUNK][valid[start : start + _CHUNK]]
+    total += rows.sum(axis=0, dtype=np.float64)
+    smallest = np.minimum(smallest, rows.min(axis=0, initial=np.inf))
+    largest = np.maximum(largest, rows.max(axis=0, initial=-np.inf))
+  mean = total / valid.sum()
+  for start in starts:
+    rows = features[start : start + _CHUNK][valid[start : start + _CHUNK]]
+    squares += np.square(rows - mean).sum(axis=0)
+  return _Moments(mean, np.sqrt(squares / valid.sum()), smallest, largest)
 
 
 @flax.struct.dataclass
@@ -64,6 +107,7 @@ class FeatureRuns:
   bank: MemoryBank  # in the same units
   standardizer: Standardizer
   head: Any  # {"kernel" [R, D, C], "bias" [R, C]} on standardised features: the encoder's own
+  alike: bool = flax.struct.field(pytree_node=False, default=False)  # the exemplars of all runs
 
 
 def make_runs(
@@ -77,14 +121,14 @@ def make_runs(
   """Standardises the features of R runs and places them on the devices.
 
   Args:
-    features: [R, N, D] in the encoder's units.
-    labels: [R, N] int; C in rows that pad a run.
+    features: [R, N, D] in the encoder's units, or [1, N, D] that all runs share.
+    labels: [R, N] int; C in rows that do not belong to a run.
     bank: of the same features and units, leading with R.
     head: {"kernel" [R, D, C], "bias" [R, C]} on such features; None where there is none.
     num_classes: C.
     mesh: the device mesh.
   """
-  num_runs, _, dim = features.shape
+  num_runs, dim = len(labels), features.shape[-1]
   by_class = [group_by_class(row, num_classes) for row in labels]
   by_class = jax.tree.map(lambda *leaves: np.stack(leaves), *by_class)
   if head is None:
@@ -92,34 +136,69 @@ def make_runs(
       "kernel": np.zeros((num_runs, dim, num_classes), np.float32),
       "bias": np.zeros((num_runs, num_classes), np.float32),
     }
-  features, labels, by_class, head = mesh_lib.replicate(
-    mesh, (features, np.asarray(labels, np.int32), by_class, head)
-  )
   inside = labels < num_classes
-  standardizer = jax.jit(jax.vmap(fit_standardizer))(features, inside)
-  moved = jax.jit(jax.vmap(lambda s, x, i: jnp.where(i[:, None], s.forward(x), 0.0)))
+  alike = len(features) == 1 and bool((labels == labels[:1]).all())
+  fitted = [
+    fit_standardizer(features[run % len(features)], inside[run])
+    for run in range(1 if alike else num_runs)
+  ]
+  fitted = jax.tree.map(lambda *leaves: np.stack(leaves), *fitted * (num_runs if alike else 1))
+  labels, by_class, head, standardizer = mesh_lib.replicate(
+    mesh, (np.asarray(labels, np.int32), by_class, head, fitted)
+  )
+  moved = standardize(standardizer, features, mesh, inside)
   return FeatureRuns(
-    exemplars=Exemplars(moved(standardizer, features, inside), labels, by_class),
+    exemplars=Exemplars(moved, labels, by_class),
     bank=jax.jit(jax.vmap(lambda b, s: memory_bank.standardize(b, s.mean, s.scale)))(
       bank, standardizer
     ),
     standardizer=standardizer,
     head=jax.jit(jax.vmap(standardized_head))(head, standardizer),
+    alike=alike,
   )
+
+
+def standardize(
+  standardizer: Standardizer, features: np.ndarray, mesh: Mesh, inside: np.ndarray | None = None
+) -> jax.Array:
+  """Features of R runs on the devices, each by its own standardizer. [R, n, D].
+
+  Args:
+    standardizer: leads with R.
+    features: [R, n, D], or [1, n, D] that all runs share, which are placed once.
+    mesh: the device mesh.
+    inside: [R, n] bool; rows that are False become zeros. None: all rows are inside.
+  """
+  shared = len(features) == 1
+  features, inside = mesh_lib.replicate(mesh, (features, inside))
+
+  def of_run(standardizer, features, inside):
+    moved = standardizer.forward(features)
+    return moved if inside is None else jnp.where(inside[:, None], moved, 0.0)
+
+  program = jax.vmap(of_run, in_axes=(0, None if shared else 0, 0))
+  # The one array takes the place of the other.
+  program = jax.jit(program, donate_argnums=() if shared else 1)
+  return program(standardizer, features[0] if shared else features, inside)
 
 
 def standardized_head(head: dict[str, jax.Array], standardizer: Standardizer):
   """The same linear map for standardised features: kernel [D, C], bias [C]."""
   return {
     "kernel": head["kernel"] * standardizer.scale[:, None],
-    "bias": head["bias"] + standardizer.mean @ head["kernel"],
+    "bias": head["bias"] + _exact_product(standardizer.mean, head["kernel"]),
   }
 
 
 def raw_head(head: dict[str, jax.Array], standardizer: Standardizer):
   """The same linear map for features in the encoder's units."""
   kernel = head["kernel"] / standardizer.scale[:, None]
-  return {"kernel": kernel, "bias": head["bias"] - standardizer.mean @ kernel}
+  return {"kernel": kernel, "bias": head["bias"] - _exact_product(standardizer.mean, kernel)}
+
+
+def _exact_product(mean: jax.Array, kernel: jax.Array) -> jax.Array:
+  """In float32 on every device: means may be large."""
+  return jnp.matmul(mean, kernel, precision=jax.lax.Precision.HIGHEST)
 
 
 def logits_of(head: dict[str, jax.Array], features: jax.Array) -> jax.Array:
@@ -157,7 +236,7 @@ def fill_bank(
   """A bank per run, filled with its features in a random order; leading axis of runs.
 
   Args:
-    features: [R, N, D].
+    features: [R, N, D], or [1, N, D] that all runs share.
     labels: [R, N] int; rows with C or more never enter.
     num_classes: C.
     keys: [R], randomness.
@@ -186,8 +265,10 @@ def fill_bank(
     bank, _ = jax.lax.scan(step, empty, (jnp.arange(num_chunks), index, valid))
     return bank
 
-  return jax.jit(jax.vmap(fill), out_shardings=bank_sharding(num_classes, mesh))(
-    keys, features, np.asarray(labels, np.int32)
+  shared = len(features) == 1
+  program = jax.vmap(fill, in_axes=(0, None if shared else 0, 0))
+  return jax.jit(program, out_shardings=bank_sharding(num_classes, mesh))(
+    keys, features[0] if shared else features, np.asarray(labels, np.int32)
   )
 
 

@@ -162,24 +162,33 @@ def _named(made: Stage, folder: pathlib.Path) -> Stage:
 
 # --- sampling --------------------------------------------------------------------------------
 
-# (keys [R], strengths [K], runs, what it has learned) -> features [R, K, M, D] and trust [R, M],
-# which multiplies the confidence.
-Sampler = Callable[[jax.Array, jax.Array, FeatureRuns, Any], tuple[jax.Array, jax.Array]]
+# (keys [R], strength [], runs, what it has learned) -> (number of a run -> its features [M, D] and
+# trust [M], which multiplies the confidence).
+Made = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+Sampler = Callable[[jax.Array, jax.Array, FeatureRuns, Any], Made]
 
 
 def _plain_sampler(name: str, labels: jax.Array) -> Sampler:
-  """Of a generator without training; a run and a strength at a time, which bounds the memory."""
-  sample = GENERATORS[name].sample
+  """Of a generator without training; a run at a time, which bounds the memory."""
 
-  def of_runs(keys, strengths, runs, _):
-    def of_run(arguments):
-      key, exemplars = arguments
-      return jax.lax.map(lambda strength: sample(key, exemplars, labels, strength), strengths)
+  def of_runs(keys, strength, runs, fitted):
+    def of_run(run):
+      key, exemplars, own = jax.tree.map(lambda x: x[run], (keys, runs.exemplars, fitted))
+      made = GENERATORS[name].sample(key, exemplars, own, labels, strength)
+      return made, jnp.ones(labels.shape)
 
-    features = jax.lax.map(of_run, (keys, runs.exemplars))
-    return features, jnp.ones((keys.shape[0], labels.shape[0]))
+    return of_run
 
   return of_runs
+
+
+def _fit_plain(name: str, runs: FeatureRuns) -> Any:
+  """What a generator without training takes from the exemplars of each run; once if alike."""
+  exemplars, num_runs = runs.exemplars, runs.exemplars.labels.shape[0]
+  if runs.alike:
+    exemplars = jax.tree.map(lambda x: x[:1], exemplars)
+  fitted = jax.jit(lambda exemplars: jax.lax.map(GENERATORS[name].fit, exemplars))(exemplars)
+  return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_runs, *x.shape[1:])), fitted)
 
 
 def _fasa_parts(runs: FeatureRuns) -> tuple[Exemplars, Exemplars, np.ndarray]:
@@ -203,13 +212,13 @@ def _fasa_sampler(config: FASAConfig, labels: jax.Array) -> Sampler:
   def of_runs(keys, _, runs, parts):
     del runs
 
-    def of_run(arguments):
-      key, (train, held_out, groups) = arguments
+    def of_run(run):
+      key, (train, held_out, groups) = jax.tree.map(lambda x: x[run], (keys, parts))
       adapted = fasa.adapt(stream(key, "adapt"), train, held_out, groups, config)
       made = fasa.sample(stream(key, "sample"), adapted, labels)
-      return made[None], fasa.class_weights(adapted)[labels]
+      return made, fasa.class_weights(adapted)[labels]
 
-    return jax.lax.map(of_run, (keys, parts))
+    return of_run
 
   return of_runs
 
@@ -220,7 +229,7 @@ def _ldmlr_sampler(config: ldmlr.LDMLRConfig, labels: jax.Array, num_classes: in
       return ldmlr.sample(key, config, params, standardizer, labels, num_classes)
 
     made = jax.vmap(of_run)(keys, params, runs.standardizer)
-    return made[:, None], jnp.ones((keys.shape[0], labels.shape[0]))
+    return lambda run: (made[run], jnp.ones(labels.shape))
 
   return of_runs
 
@@ -238,8 +247,11 @@ def diffusion_sampler(
   denoiser = feature_diffusion.make_denoiser(config, shop.num_classes, feature_dim)
   schedule = NoiseSchedule(config.schedule)
 
-  def of_runs(keys, chosen, runs, params):
-    def of_run(strength, key, params, bank, exemplars):
+  def of_runs(keys, strength, runs, params):
+    if len(sampler.strengths) == 1:
+      strength = sampler.strengths[0]
+
+    def of_run(key, params, bank, exemplars):
       origins = None
       if min(sampler.start) < 1:
         origins = exemplars_lib.draw(stream(key, "origin"), exemplars, labels)
@@ -248,13 +260,8 @@ def diffusion_sampler(
         origins=origins, **sampler.at(strength),
       )  # fmt: skip
 
-    own = keys, params, runs.bank, runs.exemplars
-    if len(sampler.strengths) == 1:
-      made = jax.vmap(functools.partial(of_run, sampler.strengths[0]))(*own)[:, None]
-    else:
-      of_strength = jax.vmap(of_run, in_axes=(None, 0, 0, 0, 0))
-      made = jax.lax.map(lambda strength: of_strength(strength, *own), chosen).swapaxes(0, 1)
-    return made, jnp.ones((keys.shape[0], labels.shape[0]))
+    made = jax.vmap(of_run)(keys, params, runs.bank, runs.exemplars)
+    return lambda run: (made[run], jnp.ones(labels.shape))
 
   return of_runs
 
@@ -262,7 +269,7 @@ def diffusion_sampler(
 def _learned(name: str, shop: Workshop, runs: FeatureRuns, run: loop.Run, folder: pathlib.Path):
   """What the generator's sampler takes beside the exemplars, of all runs."""
   if name in GENERATORS:
-    return ()
+    return _fit_plain(name, runs)
   if name == "fasa":
     return _fasa_parts(runs)
   trained = _named(stage(name, shop, runs, run.mesh), folder)
@@ -277,6 +284,12 @@ def _sampler(name: str, shop: Workshop, dim: int, labels: jax.Array, mesh: Mesh)
   if name in LDMLR:
     return _ldmlr_sampler(_ldmlr(name, shop), labels, shop.num_classes)
   return diffusion_sampler(name, shop, dim, labels, mesh)
+
+
+def _put(array: jax.Array, own: jax.Array, run: jax.Array, number: jax.Array) -> jax.Array:
+  """`array` [R, K, ...] with `own` [...] at (run, number)."""
+  start = (run, number, *(0,) * own.ndim)
+  return jax.lax.dynamic_update_slice(array, own[None, None], start)
 
 
 @functools.lru_cache(maxsize=16)
@@ -305,16 +318,25 @@ def sampling_program(
     confidence = synthetic.confidence(features, labels, exemplars, head, shop.config.confidence)
     return features, trust * confidence
 
-  def everything(keys, strengths, runs, learned):
-    samples, trust = sampler(keys, strengths, runs, learned)
+  def make_all(keys, strengths, runs, learned):
+    num_runs, num_strengths = keys.shape[0], strengths.shape[0]
+    shape = (num_runs, num_strengths, labels.shape[0])
+    everything = jnp.zeros((*shape, runs.exemplars.features.shape[-1])), jnp.zeros(shape)
 
-    def of_run(arguments):
-      samples, *rest = arguments
-      return jax.lax.map(lambda x: judge(x, *rest), samples)
+    def add_strength(number, everything):
+      of_run = sampler(keys, strengths[number], runs, learned)
 
-    return jax.lax.map(of_run, (samples, trust, runs.exemplars, runs.standardizer, runs.head))
+      def add_run(run, everything):
+        parts = runs.exemplars, runs.standardizer, runs.head
+        made = judge(*of_run(run), *jax.tree.map(lambda x: x[run], parts))
+        return jax.tree.map(lambda x, own: _put(x, own, run, number), everything, made)
 
-  return jax.jit(everything, out_shardings=mesh_lib.replicated(mesh))
+      return jax.lax.fori_loop(0, num_runs, add_run, everything)
+
+    # Written in place: the output of a map would lie beside it.
+    return jax.lax.fori_loop(0, num_strengths, add_strength, everything)
+
+  return jax.jit(make_all, out_shardings=mesh_lib.replicated(mesh))
 
 
 def make(

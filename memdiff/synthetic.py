@@ -15,6 +15,7 @@ from memdiff.feature_space import logits_of
 
 _EPSILON = 1e-8
 _TINY = 1e-30  # far below any confidence, but not zero
+_PAIRS = 2**24  # of features and references, whose distances are in memory at a time
 
 
 @flax.struct.dataclass
@@ -157,14 +158,31 @@ def confidence(
 # --- provenance ------------------------------------------------------------------------------
 
 
-def nearest_of_class(features, labels, references, reference_labels):
-  """For each row, the nearest reference of its own class: (index [M], Euclidean distance [M])."""
-  squares = jnp.square(references).sum(axis=1)
+def nearest_of_class(
+  features: np.ndarray, labels: np.ndarray, references: np.ndarray, reference_labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """For each row, the nearest reference of its own class; on the host, class by class.
 
-  def one(row):
-    feature, label = row
-    squared = squares - 2 * references @ feature  # up to the feature's own square
-    index = jnp.argmin(jnp.where(reference_labels == label, squared, jnp.inf))
-    return index.astype(jnp.int32), jnp.linalg.norm(references[index] - feature)
+  Args:
+    features: [M, D].
+    labels: [M] classes with at least one reference.
+    references: [N, D].
+    reference_labels: [N].
 
-  return jax.lax.map(one, (features, labels), batch_size=256)
+  Returns:
+    (index [M] int32 into the references, Euclidean distance [M] float32).
+  """
+  index = np.zeros(len(features), np.int32)
+  for label in np.unique(labels):
+    members = np.flatnonzero(reference_labels == label)
+    own = references[members]
+    centre = own.mean(axis=0)  # around which squares cancel least
+    own = own - centre
+    squares = np.square(own).sum(axis=1)
+    rows = np.flatnonzero(labels == label)
+    at_once = max(_PAIRS // len(members), 1)
+    for start in range(0, len(rows), at_once):
+      part = rows[start : start + at_once]
+      squared = squares - 2 * (features[part] - centre) @ own.T  # up to the feature's own square
+      index[part] = members[squared.argmin(axis=1)]
+  return index, np.linalg.norm(references[index] - features, axis=1)

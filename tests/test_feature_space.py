@@ -77,6 +77,83 @@ def test_units_do_not_matter_for_what_counts_as_constant():
     np.testing.assert_allclose(fitted.scale, expected, rtol=1e-4)
 
 
+def deviating(seed, rows=50, dim=4):
+  """Columns of mean 0 and deviation 1, float64."""
+  x = np.random.default_rng(seed).normal(size=(rows, dim))
+  return (x - x.mean(axis=0)) / x.std(axis=0)
+
+
+def fit(features):
+  return fit_standardizer(features, np.ones(len(features), bool))
+
+
+UNITS = st.floats(-25, 25).map(lambda exponent: 10.0**exponent)
+
+
+@given(st.integers(0, 2**20), st.lists(UNITS, min_size=4, max_size=4), st.floats(-1e3, 1e3))
+def test_units_and_offsets_of_a_column_change_nothing_in_any(seed, units, offset):
+  """Each column has a unit of its own, and an offset of so many deviations."""
+  plain = deviating(seed)
+  features = (np.array(units) * (plain + offset)).astype(np.float32)
+  standardizer = fit(features)
+  scaled = np.asarray(standardizer.forward(jnp.asarray(features)))
+  # float32 features of an offset of 1000 deviations are rounded to 6e-5 of them
+  np.testing.assert_allclose(scaled, plain, atol=2e-7 * (abs(offset) + 10))
+  back = np.asarray(standardizer.backward(jnp.asarray(scaled)))
+  np.testing.assert_allclose(back, features, rtol=1e-5, atol=0) if abs(offset) > 10 else (
+    np.testing.assert_allclose(back / units, features / units, atol=1e-5)
+  )
+  lowest = np.where((features < 0).any(axis=0), -np.inf, 0)
+  np.testing.assert_array_equal(standardizer.lowest, lowest)
+
+
+@pytest.mark.parametrize(("offset", "tolerance"), [(1e5, 1e-2), (-1e6, 0.1), (1e7, 0.2)])
+def test_deviations_beside_a_large_offset_are_those_of_what_float32_holds(offset, tolerance):
+  features = (deviating(0, 400) + offset).astype(np.float32)
+  exact = features.astype(float)
+  standardizer = fit(features)
+  np.testing.assert_allclose(standardizer.scale, exact.std(axis=0), rtol=1e-6)
+  np.testing.assert_allclose(standardizer.mean, exact.mean(axis=0), rtol=1e-7)
+  np.testing.assert_allclose(standardizer.scale, 1, atol=tolerance)
+
+
+@given(st.floats(1e-20, 1e20), st.booleans())
+def test_rounding_around_one_number_is_no_deviation(size, negative):
+  """A column that holds two neighbouring float32 numbers, beside one that hardly varies more."""
+  constant = np.float32(-size if negative else size)
+  features = np.full((40, 4), constant)
+  features[::2, 1] = np.nextafter(constant, np.float32(0))
+  features[:, 2] = constant * (1 + 1e-6 * np.arange(40))
+  features[:, 3] = np.arange(40)
+  standardizer = fit(features)
+  np.testing.assert_array_equal(standardizer.scale[:2], 1)
+  deviation = features.astype(float).std(axis=0)
+  np.testing.assert_allclose(standardizer.scale[2:], deviation[2:], rtol=1e-6)
+  np.testing.assert_array_equal(feature_space.constant_columns(features), [0, 1])
+
+
+def test_columns_of_zeros_and_of_less_than_a_head_can_be_divided_by_are_constant():
+  features = np.c_[np.zeros(20), 1e-33 * np.arange(20), 1e-28 * np.arange(20)].astype(np.float32)
+  np.testing.assert_array_equal(feature_space.constant_columns(features), [0, 1])
+  np.testing.assert_array_equal(fit(features).scale[:2], 1)
+
+
+@given(st.lists(UNITS, min_size=DIM, max_size=DIM), st.sampled_from([0.0, 1.0, -300.0]))
+def test_heads_stay_finite_and_the_same_in_any_units(units, offset):
+  head, units = make_head(), np.array(units)
+  features = (units * (deviating(1, 60, DIM) + offset)).astype(np.float32)
+  standardizer = fit(features)
+  raw = feature_space.raw_head(head, standardizer)
+  assert all(np.isfinite(leaf).all() for leaf in raw.values())
+  scaled = standardizer.forward(jnp.asarray(features))
+  expected = np.asarray(logits_of(head, scaled))
+  exact = features.astype(float) @ np.asarray(raw["kernel"], float) + np.asarray(raw["bias"])
+  np.testing.assert_allclose(exact, expected, atol=1e-5 * (abs(offset) + 1))
+  again = feature_space.standardized_head(raw, standardizer)
+  np.testing.assert_allclose(again["kernel"], head["kernel"], rtol=1e-5)
+  np.testing.assert_allclose(again["bias"], head["bias"], atol=1e-5 * (abs(offset) + 1))
+
+
 def test_heads_of_either_units_give_identical_logits():
   features = jnp.asarray(make_features(50))
   standardizer = fit_standardizer(features, jnp.ones(50, bool))
@@ -222,6 +299,27 @@ def test_features_without_a_head_get_one_that_says_nothing(mesh):
   _, _, runs = make_runs((9, 7), 9, mesh, None)
   assert runs.head["kernel"].shape == (2, DIM, CLASSES) and runs.head["bias"].shape == (2, CLASSES)
   assert not any(np.asarray(leaf).any() for leaf in runs.head.values())
+
+
+def test_runs_of_shared_features_are_those_of_copies(mesh):
+  """Also where a row belongs to some of the runs only, as in folds."""
+  rows, masked = make_features(20), np.arange(20) % CLASSES
+  masked[:4] = CLASSES
+  for of_runs, alike in (
+    ([np.arange(20) % CLASSES] * 2, True),
+    ([np.arange(20) % CLASSES, masked], False),
+  ):
+    labels = np.stack(of_runs)
+    banks = [
+      feature_space.fill_bank(x, labels, CLASSES, (3, 4), BANK, mesh)
+      for x in (rows[None], np.stack([rows] * 2))
+    ]
+    shared = feature_space.make_runs(rows[None], labels, banks[0], None, CLASSES, mesh)
+    copied = feature_space.make_runs(np.stack([rows] * 2), labels, banks[1], None, CLASSES, mesh)
+    assert shared.alike == alike and not copied.alike
+    for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(copied), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    assert (shared.standardizer.mean[0] != shared.standardizer.mean[1]).any() == (not alike)
 
 
 # --- encoding --------------------------------------------------------------------------------

@@ -286,22 +286,22 @@ def test_confidence_is_a_constant_for_the_gradient(name):
 
 
 def test_nearest_of_class_skips_nearer_features_of_other_classes():
-  references = jnp.array([[0.0], [1.0], [5.0], [9.0]])
+  references = np.array([[0.0], [1.0], [5.0], [9.0]], np.float32)
   index, distance = synthetic.nearest_of_class(
-    jnp.array([[1.1], [8.0]]), jnp.array([0, 1]), references, jnp.array([0, 1, 1, 0])
+    np.array([[1.1], [8.0]], np.float32), np.array([0, 1]), references, np.array([0, 1, 1, 0])
   )
-  assert index.tolist() == [0, 2] and index.dtype == jnp.int32
+  assert index.tolist() == [0, 2] and index.dtype == np.int32 and distance.dtype == np.float32
   np.testing.assert_allclose(distance, [1.1, 3.0], rtol=1e-6)
 
 
-def test_the_nearest_of_the_class_is_that_of_brute_force():
-  """In more rows than are looked up at a time, and with padding right where they are."""
-  features, labels, exemplars, _ = make_case(num=300)
-  references = jnp.concatenate([exemplars.features, features[:20]])
-  reference_labels = jnp.concatenate([exemplars.labels, jnp.full(20, CLASSES)])
-  index, distance = jax.jit(synthetic.nearest_of_class)(
-    features, labels, references, reference_labels
-  )
+@pytest.mark.parametrize("pairs", [1, 40, 2**24])
+def test_the_nearest_of_the_class_is_that_of_brute_force(pairs, monkeypatch):
+  """However many pairs are in memory at a time, and with padding right where they are."""
+  monkeypatch.setattr(synthetic, "_PAIRS", pairs)
+  features, labels, exemplars, _ = jax.tree.map(np.asarray, make_case(num=300))
+  references = np.concatenate([exemplars.features, features[:20]])
+  reference_labels = np.concatenate([exemplars.labels, np.full(20, CLASSES)])
+  index, distance = synthetic.nearest_of_class(features, labels, references, reference_labels)
   rows, others = np.asarray(features, float), np.asarray(exemplars.features, float)
   apart = np.linalg.norm(rows[:, None] - others[None], axis=2)
   apart = np.where(np.asarray(labels)[:, None] == np.asarray(exemplars.labels), apart, np.inf)
@@ -311,7 +311,7 @@ def test_the_nearest_of_the_class_is_that_of_brute_force():
 
 def test_a_copy_is_at_no_distance_from_its_original():
   """Also where coordinates are large, and squares of them would cancel."""
-  _, _, exemplars, _ = make_case()
+  _, _, exemplars, _ = jax.tree.map(np.asarray, make_case())
   references = exemplars.features * 100 + 1000
   index, distance = synthetic.nearest_of_class(
     references, exemplars.labels, references, exemplars.labels

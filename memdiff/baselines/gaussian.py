@@ -1,7 +1,8 @@
 """Generators that draw each class from a normal distribution fitted to its exemplars.
 
-All of them are `(key, exemplars, labels [M], strength) -> [M, D]`, pure, usable in jit and vmap.
-No covariance of a class is ever formed: with r_i the deviations of its n members from their mean
+All of them are `(key, exemplars, fitted, labels [M], strength) -> [M, D]`, pure, usable in jit and
+vmap; `fitted` is what they need of the exemplars whatever labels and strength are. No covariance
+of a class is ever formed: with r_i the deviations of its n members from their mean
 and g_i standard normal, sum_i g_i r_i / sqrt(n - 1) has exactly the unbiased covariance of the
 class, whatever its rank, in the memory of one vector.
 """
@@ -13,6 +14,7 @@ from memdiff import exemplars as exemplars_lib
 from memdiff.exemplars import Exemplars
 
 NEIGHBOURS = 2  # head classes a tail class borrows from, as published
+_RIDGE = 1e-4  # added to a variance of 1
 
 
 def _scatter_noise(key: jax.Array, exemplars: Exemplars, labels: jax.Array) -> jax.Array:
@@ -28,13 +30,31 @@ def _scatter_noise(key: jax.Array, exemplars: Exemplars, labels: jax.Array) -> j
   return jax.lax.fori_loop(0, jnp.max(counts, initial=0), add_member, nothing)
 
 
-def within_noise(key: jax.Array, exemplars: Exemplars, num_samples: int) -> jax.Array:
-  """Draws from N(0, S), S the pooled covariance within classes, which may be singular. [M, D]."""
-  values, vectors = jnp.linalg.eigh(exemplars_lib.within_covariance(exemplars))
-  values = jnp.where(values > 1e-6 * values[-1], values, 0.0)  # the rest is rounding
-  # The symmetric root: eigenvectors may flip their signs where the last digit changes.
-  root = (vectors * jnp.sqrt(values)[None]) @ vectors.T
-  return jax.random.normal(key, (num_samples, values.shape[0])) @ root
+def within_factor(exemplars: Exemplars) -> jax.Array:
+  """L with L L' = S, the pooled covariance within classes, which may be singular. [D, D].
+
+  The Cholesky factor of the correlations, with a ridge on their diagonal: noise of a hundredth of
+  a column's deviation, and more only if rounding asks for it. A constant column stays constant.
+  """
+  covariance = exemplars_lib.within_covariance(exemplars)
+  deviation = jnp.sqrt(jnp.diagonal(covariance))
+  unit = jnp.where(deviation > 0, deviation, 1.0)
+  correlation = covariance / unit[:, None] / unit[None]
+
+  def factor(ridge):
+    return ridge, jnp.linalg.cholesky(correlation + ridge * jnp.eye(len(unit)))
+
+  def failed(state):
+    ridge, lower = state
+    return ~jnp.isfinite(lower).all() & (ridge < 1)
+
+  _, lower = jax.lax.while_loop(failed, lambda state: factor(10 * state[0]), factor(_RIDGE))
+  return deviation[:, None] * lower
+
+
+def within_noise(key: jax.Array, factor: jax.Array, num_samples: int) -> jax.Array:
+  """Draws from N(0, L L'). [M, D]."""
+  return jax.random.normal(key, (num_samples, len(factor))) @ factor.T
 
 
 def _class_variances(exemplars: Exemplars) -> jax.Array:
@@ -48,12 +68,13 @@ def _class_variances(exemplars: Exemplars) -> jax.Array:
   return jnp.where((counts > 1)[:, None], own, pooled[None])
 
 
-def gaussian_diagonal(key, exemplars: Exemplars, labels: jax.Array, strength) -> jax.Array:
+def gaussian_diagonal(key, exemplars: Exemplars, _, labels: jax.Array, strength) -> jax.Array:
   """N(mu_c, diag sigma_c^2) with the class's own variances, pooled ones where it has one exemplar.
 
   Args:
     key: randomness.
     exemplars: to learn from.
+    _: nothing is fitted beforehand.
     labels: [M] int32, classes with exemplars.
     strength: times the deviation from the mean; 1 is the fitted distribution.
 
@@ -65,16 +86,17 @@ def gaussian_diagonal(key, exemplars: Exemplars, labels: jax.Array, strength) ->
   return exemplars_lib.class_means(exemplars)[labels] + strength * deviation * z
 
 
-def gaussian_shared(key, exemplars: Exemplars, labels: jax.Array, strength) -> jax.Array:
+def gaussian_shared(key, exemplars: Exemplars, factor, labels: jax.Array, strength) -> jax.Array:
   """N(mu_c, S) with S the pooled covariance within classes, as in linear discriminant analysis.
 
-  `strength` times the deviation; otherwise as `gaussian_diagonal`.
+  `factor` is that of `within_factor`, here and below. `strength` times the deviation; otherwise as
+  `gaussian_diagonal`.
   """
-  noise = within_noise(key, exemplars, labels.shape[0])
+  noise = within_noise(key, factor, labels.shape[0])
   return exemplars_lib.class_means(exemplars)[labels] + strength * noise
 
 
-def gaussian_shrunk(key, exemplars: Exemplars, labels: jax.Array, strength) -> jax.Array:
+def gaussian_shrunk(key, exemplars: Exemplars, factor, labels: jax.Array, strength) -> jax.Array:
   """N(mu_c, ((n_c - 1) S_c + kappa S) / (n_c - 1 + kappa)), kappa = strength > 0.
 
   The class's covariance shrunk towards the pooled one (Friedman, "Regularized discriminant
@@ -83,13 +105,15 @@ def gaussian_shrunk(key, exemplars: Exemplars, labels: jax.Array, strength) -> j
   """
   own_key, shared_key = jax.random.split(key)
   own = _scatter_noise(own_key, exemplars, labels)
-  shared = within_noise(shared_key, exemplars, labels.shape[0])
+  shared = within_noise(shared_key, factor, labels.shape[0])
   freedom = (exemplars.by_class.counts[labels] - 1)[:, None]
   noise = (own + jnp.sqrt(strength) * shared) / jnp.sqrt(freedom + strength)
   return exemplars_lib.class_means(exemplars)[labels] + noise
 
 
-def gaussian_shrunk_means(key, exemplars: Exemplars, labels: jax.Array, strength) -> jax.Array:
+def gaussian_shrunk_means(
+  key, exemplars: Exemplars, factor, labels: jax.Array, strength
+) -> jax.Array:
   """N(g + n_c / (n_c + kappa) (mu_c - g), S), kappa = strength: small classes move to the middle.
 
   g is the mean of the class means and S the pooled covariance within classes. A mean of few
@@ -99,7 +123,7 @@ def gaussian_shrunk_means(key, exemplars: Exemplars, labels: jax.Array, strength
   counts, means = exemplars.by_class.counts, exemplars_lib.class_means(exemplars)
   centre = means.sum(axis=0) / jnp.maximum((counts > 0).sum(), 1)  # empty classes have mean 0
   trust = (counts / jnp.maximum(counts + strength, 1e-6))[labels][:, None]
-  noise = within_noise(key, exemplars, labels.shape[0])
+  noise = within_noise(key, factor, labels.shape[0])
   return centre[None] + trust * (means[labels] - centre[None]) + noise
 
 
@@ -110,7 +134,9 @@ def head_classes(counts: jax.Array) -> jax.Array:
   return (rank < max(-(-num_classes // 3), NEIGHBOURS)) & (counts > 0)
 
 
-def distribution_calibration(key, exemplars: Exemplars, labels: jax.Array, strength) -> jax.Array:
+def distribution_calibration(
+  key, exemplars: Exemplars, _, labels: jax.Array, strength
+) -> jax.Array:
   """Borrows mean and covariance from the nearest head classes.
 
   Yang, Liu, Xu, "Free lunch for few-shot learning: distribution calibration", ICLR 2021: around an

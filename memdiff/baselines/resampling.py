@@ -1,6 +1,7 @@
 """Generators that reuse exemplars: copies, copies with noise, mixtures.
 
-All of them are `(key, exemplars, labels [M], strength) -> [M, D]`, pure, usable in jit and vmap.
+All of them are `(key, exemplars, fitted, labels [M], strength) -> [M, D]`, pure, usable in jit and
+vmap.
 """
 
 import jax
@@ -10,23 +11,24 @@ from memdiff.baselines.gaussian import within_noise
 from memdiff.exemplars import Exemplars
 
 
-def duplicate(key, exemplars: Exemplars, labels: jax.Array, strength) -> jax.Array:
+def duplicate(key, exemplars: Exemplars, _, labels: jax.Array, strength) -> jax.Array:
   """Random exemplars of the class, with replacement; nothing for `strength` to change. [M, D]."""
   del strength
   return exemplars_lib.draw(key, exemplars, labels)
 
 
-def kernel_jitter(key, exemplars: Exemplars, labels: jax.Array, strength) -> jax.Array:
+def kernel_jitter(key, exemplars: Exemplars, factor, labels: jax.Array, strength) -> jax.Array:
   """x + h z, x an exemplar of the class, z ~ N(0, S) with the pooled covariance within classes.
 
-  Draws from a kernel density estimate; h = strength is its bandwidth, in deviations. [M, D].
+  Draws from a kernel density estimate; h = strength is its bandwidth, in deviations. `factor` is
+  that of `gaussian.within_factor`. [M, D].
   """
   pick, spread = jax.random.split(key)
-  noise = within_noise(spread, exemplars, labels.shape[0])
+  noise = within_noise(spread, factor, labels.shape[0])
   return exemplars_lib.draw(pick, exemplars, labels) + strength * noise
 
 
-def feature_mixup(key, exemplars: Exemplars, labels: jax.Array, strength) -> jax.Array:
+def feature_mixup(key, exemplars: Exemplars, _, labels: jax.Array, strength) -> jax.Array:
   """(1 - l) x + l x', x an exemplar of the class, x' any exemplar, l ~ U(0, strength).
 
   The label stays that of x, as in Chou et al., "Remix", 2020, where a tail class is mixed with a

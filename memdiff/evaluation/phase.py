@@ -262,22 +262,23 @@ def of_strength(synthetic: Mapping[str, np.ndarray], choice: Choice) -> dict[str
 
 def judge(e: Experiment, space: Space, made: Mapping[str, Mapping[str, np.ndarray]]) -> dict:
   """Quality of every generator's features against unseen real ones."""
-  data, forward = e.dataset, jax.jit(jax.vmap(lambda s, x: s.forward(x)))
-  judged = {}
-  for name, arrays in made.items():
-    e.run.progress.say(f"measuring the features of {name}")
-    measured = quality.measure(
-      mesh_lib.fetch(space.runs.exemplars.features),
-      data.train_labels,
-      mesh_lib.fetch(space.left_out),
-      data.left_out_labels,
-      mesh_lib.fetch(forward(space.runs.standardizer, arrays["features"])),
-      arrays["labels"],
-      data.num_classes,
-    )
-    if not len(data.left_out_labels):
+  data, exemplars = e.dataset, mesh_lib.fetch(space.runs.exemplars.features)
+  left_out, standardizer = mesh_lib.fetch((space.left_out, space.runs.standardizer))
+
+  def seeds():
+    for number in range(len(e.seeds)):
+      e.run.progress.say(f"measuring features, seed {number + 1} of {len(e.seeds)}")
+      own = jax.tree.map(lambda x, n=number: x[n], standardizer)
+      features = {name: own.forward(arrays["features"][number]) for name, arrays in made.items()}
+      yield quality.Seed(exemplars[number], left_out[number], features)
+
+  labels = {name: arrays["labels"] for name, arrays in made.items()}
+  judged = quality.measure(
+    seeds(), data.train_labels, data.left_out_labels, labels, data.num_classes
+  )
+  if not len(data.left_out_labels):
+    for measured in judged.values():
       del measured["truth_test"]
-    judged[name] = measured
   return judged
 
 

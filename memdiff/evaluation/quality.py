@@ -1,7 +1,13 @@
-"""Feature quality of one run: every metric over seeds and classes, with what it means in words."""
+"""Feature quality of one run: every metric over seeds and classes, with what it means in words.
+
+Metrics that compare all pairs take at most `features.MOST_ROWS` features of a class from each set.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 from memdiff.evaluation import features as metrics
 from memdiff.evaluation.classification import mean_std, plain
@@ -17,7 +23,8 @@ _WORDS = {
     "close to 0",
   ),
   "mmd": (
-    "Squared kernel distance (unbiased, median bandwidth) of hallucinated to training features.",
+    "Squared kernel distance (unbiased) of hallucinated to training features; the bandwidth is the"
+    " median distance of unseen real ones.",
     "close to 0",
   ),
   "separation": (
@@ -47,34 +54,85 @@ _WORDS = {
 }
 
 
-def _class_values(train, left_out, synthetic) -> tuple[dict, dict, float]:
-  """Metrics of one class and seed, the same for a reference, and the KL's shrinkage.
+@dataclasses.dataclass(frozen=True)
+class Seed:
+  """The standardised features of one seed.
 
-  The reference says what real data reach: of the training exemplars where there are two or more.
+  Attributes:
+    train: [N, D].
+    left_out: [L, D].
+    made: generator -> [M, D].
   """
-  kl, shrinkage = metrics.gaussian_kl(left_out, synthetic)
-  precision, recall = metrics.precision_recall(left_out, synthetic)
-  real_diversity = metrics.diversity(left_out)
-  values = {
-    "diversity": metrics.diversity(synthetic) / real_diversity,
-    "kl_gaussian": kl,
-    "mmd": metrics.mmd(train, synthetic),
-    "memorization_ratio": metrics.memorization_ratio(train, left_out, synthetic),
-    "truth_mmd": metrics.mmd(left_out, synthetic),
-    "truth_frechet": metrics.frechet(left_out, synthetic),
-    "truth_precision": precision,
-    "truth_recall": recall,
-  }
-  precision, recall = metrics.precision_recall(left_out, train)
-  reference = {
-    "diversity": metrics.diversity(train) / real_diversity,
-    "mmd": metrics.mmd(train, left_out),
-    "truth_mmd": metrics.mmd(left_out, train),
-    "truth_frechet": metrics.frechet(left_out, train),
-    "truth_precision": precision,
-    "truth_recall": recall,
-  }
-  return values, reference, shrinkage
+
+  train: np.ndarray
+  left_out: np.ndarray
+  made: Mapping[str, np.ndarray]
+
+
+class _Set:
+  """The features of one class out of one set, and what all metrics share of them."""
+
+  def __init__(self, features: np.ndarray):
+    self.all = features
+    self.some = metrics.at_most(features)
+
+  @functools.cached_property
+  def within(self) -> np.ndarray:
+    return metrics.squared_distances(self.some, self.some)
+
+  @functools.cached_property
+  def gaussian(self) -> metrics.Gaussian | None:
+    return metrics.fit_gaussian(self.all)
+
+
+class _Truth:
+  """The real features of one class and seed, which all generators are held against."""
+
+  def __init__(self, train: np.ndarray, left_out: np.ndarray):
+    self.train, self.left_out = _Set(train), _Set(left_out)
+    self.diversity = metrics.diversity(self.left_out.within)
+    # Of unseen features, whoever is judged; of the training ones where there are none.
+    widest = self.left_out if len(left_out) > 1 else self.train
+    self.bandwidth = metrics.median_bandwidth(widest.within)
+    self.unseen = self._to_train(left_out)
+
+  def _to_train(self, features: np.ndarray) -> np.ndarray:
+    """Distances to the nearest training feature; none where there is none."""
+    if not len(self.train.all):
+      return np.zeros(0)
+    return metrics.nearest_distances(features, self.train.all)
+
+  def compare(self, other: _Set) -> dict[str, float]:
+    """What can be said of training features as well as of synthetic ones, against left-out ones."""
+    between = metrics.squared_distances(self.left_out.some, other.some)
+    precision, recall = metrics.precision_recall(self.left_out.within, other.within, between)
+    diversity = metrics.diversity(other.within)
+    return {
+      "diversity": diversity / self.diversity if self.diversity != 0 else float("nan"),
+      "truth_mmd": metrics.mmd(self.left_out.within, other.within, between, self.bandwidth),
+      "truth_frechet": metrics.frechet(self.left_out.gaussian, other.gaussian),
+      "truth_precision": precision,
+      "truth_recall": recall,
+    }
+
+  def _mmd_to_train(self, other: _Set) -> float:
+    between = metrics.squared_distances(self.train.some, other.some)
+    return metrics.mmd(self.train.within, other.within, between, self.bandwidth)
+
+  def reference(self) -> dict[str, float]:
+    """What real data reach: training features in the place of synthetic ones."""
+    return self.compare(self.train) | {"mmd": self._mmd_to_train(self.left_out)}
+
+  def judge(self, features: np.ndarray) -> tuple[dict[str, float], float]:
+    """Metrics of synthetic features [M, D], and the KL's shrinkage."""
+    made = _Set(features)
+    kl, shrinkage = metrics.gaussian_kl(self.left_out.gaussian, made.gaussian)
+    values = self.compare(made) | {
+      "kl_gaussian": kl,
+      "mmd": self._mmd_to_train(made),
+      "memorization_ratio": metrics.memorization_ratio(self._to_train(features), self.unseen),
+    }
+    return values, shrinkage
 
 
 _REFERENCE_WORDS = {
@@ -83,67 +141,84 @@ _REFERENCE_WORDS = {
 }
 
 
+class _Values:
+  """A generator's metrics: rows of seeds, [C] each, NaN where there is nothing."""
+
+  def __init__(self, num_classes: int):
+    self._num_classes = num_classes
+    self.values: list[dict[str, np.ndarray]] = []
+    self.references: list[dict[str, np.ndarray]] = []
+    self.shrinkages: list[float] = []
+
+  def begin_seed(self) -> None:
+    for rows in (self.values, self.references):
+      rows.append({name: np.full(self._num_classes, np.nan) for name in _WORDS})
+
+  def report(self) -> dict:
+    report, truth = {}, {}
+    for name, (meaning, better) in _WORDS.items():
+      entry = _over_classes(np.stack([row[name] for row in self.values]))
+      entry |= {"meaning": meaning, "better": better}
+      reference = _over_classes(np.stack([row[name] for row in self.references]))
+      if reference["mean"] is not None:
+        label = _REFERENCE_WORDS.get(name, "training features in their place")
+        entry["reference"] = {"label": label, "mean": reference["mean"], "std": reference["std"]}
+      if name.startswith("truth_"):
+        truth[name.removeprefix("truth_")] = entry
+      else:
+        report[name] = entry
+    finite = [s for s in self.shrinkages if np.isfinite(s)]
+    report["kl_gaussian"]["shrinkage"] = max(finite) if finite else None
+    return report | {"truth_test": truth}
+
+
 def measure(
-  train: np.ndarray,
+  seeds: Iterable[Seed],
   train_labels: np.ndarray,
-  left_out: np.ndarray,
   left_out_labels: np.ndarray,
-  synthetic: np.ndarray,
-  synthetic_labels: np.ndarray,
+  made_labels: Mapping[str, np.ndarray],
   num_classes: int,
-) -> dict:
-  """All quality metrics of a run.
+) -> dict[str, dict]:
+  """All quality metrics of all generators of a run.
 
   Args:
-    train, left_out, synthetic: [S, n, D] standardised features.
-    train_labels, left_out_labels, synthetic_labels: [n].
+    seeds: one after the other.
+    train_labels, left_out_labels: [n].
+    made_labels: generator -> [M].
     num_classes: C.
 
   Returns:
-    {metric: {mean, std, per_class [C], meaning, better, reference}}, mean and std over seeds of
-    the mean over hallucinated classes; `truth_test` holds those against left-out features; a class
-    without enough features is None. `kl_gaussian` has `shrinkage`, the largest intensity used.
+    generator -> {metric: {mean, std, per_class [C], meaning, better, reference}}, mean and std over
+    seeds of the mean over hallucinated classes; `truth_test` holds those against left-out features;
+    a class without enough features is None. `kl_gaussian` has `shrinkage`, the largest intensity
+    used.
   """
-  num_seeds = len(train)
-  classes = np.unique(synthetic_labels)
-  names = [name for name in _WORDS if name != "separation"]
-  shape = (num_seeds, num_classes)
-  values = {name: np.full(shape, np.nan) for name in _WORDS}
-  references = {name: np.full(shape, np.nan) for name in _WORDS}
-  shrinkages = []
-  for seed in range(num_seeds):
-    for label in classes:
-      value, reference, shrinkage = _class_values(
-        train[seed][train_labels == label],
-        left_out[seed][left_out_labels == label],
-        synthetic[seed][synthetic_labels == label],
+  found = {name: _Values(num_classes) for name in made_labels}
+  classes = {name: np.unique(labels) for name, labels in made_labels.items()}
+  for seed in seeds:
+    for name in found:
+      found[name].begin_seed()
+    for label in np.unique(np.concatenate(list(classes.values()))):
+      truth = _Truth(seed.train[train_labels == label], seed.left_out[left_out_labels == label])
+      reference = truth.reference()
+      for name, own in found.items():
+        if label not in classes[name]:
+          continue
+        values, shrinkage = truth.judge(seed.made[name][made_labels[name] == label])
+        own.shrinkages.append(shrinkage)
+        for rows, of_class in ((own.values, values), (own.references, reference)):
+          for metric, value in of_class.items():
+            rows[-1][metric][label] = value
+    centre = seed.train.mean(axis=0)
+    for name, own in found.items():
+      own.values[-1]["separation"] = metrics.separation(
+        seed.made[name], made_labels[name], centre, num_classes
       )
-      shrinkages.append(shrinkage)
-      for name in names:
-        values[name][seed, label] = value[name]
-        references[name][seed, label] = reference.get(name, np.nan)
-    centre = train[seed].mean(axis=0)
-    values["separation"][seed] = metrics.separation(
-      synthetic[seed], synthetic_labels, centre, num_classes
-    )
-    among = np.isin(left_out_labels, classes)
-    references["separation"][seed] = metrics.separation(
-      left_out[seed][among], left_out_labels[among], centre, num_classes
-    )
-  report, truth = {}, {}
-  for name, (meaning, better) in _WORDS.items():
-    entry = _over_classes(values[name]) | {"meaning": meaning, "better": better}
-    reference = _over_classes(references[name])
-    if reference["mean"] is not None:
-      label = _REFERENCE_WORDS.get(name, "training features in their place")
-      entry["reference"] = {"label": label, "mean": reference["mean"], "std": reference["std"]}
-    if name.startswith("truth_"):
-      truth[name.removeprefix("truth_")] = entry
-    else:
-      report[name] = entry
-  finite = [s for s in shrinkages if np.isfinite(s)]
-  report["kl_gaussian"]["shrinkage"] = max(finite) if finite else None
-  return report | {"truth_test": truth}
+      among = np.isin(left_out_labels, classes[name])
+      own.references[-1]["separation"] = metrics.separation(
+        seed.left_out[among], left_out_labels[among], centre, num_classes
+      )
+  return {name: own.report() for name, own in found.items()}
 
 
 def _over_classes(values: np.ndarray) -> dict:
@@ -169,8 +244,7 @@ def nearness(
     unseen, own = left_out[left_out_labels == label], labels == label
     if len(unseen) < 2:
       continue
-    between = cdist(unseen, unseen) + np.diag(np.full(len(unseen), np.inf))
-    unit = np.median(between.min(axis=1))
+    unit = np.median(metrics.nearest_distances(unseen, unseen, itself=False))
     if unit > 0:
-      distances[own] = cdist(synthetic[own], unseen).min(axis=1) / unit
+      distances[own] = metrics.nearest_distances(synthetic[own], unseen) / unit
   return distances

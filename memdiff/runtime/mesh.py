@@ -113,9 +113,14 @@ def _place(sharding: NamedSharding, array: np.ndarray, shape: tuple[int, ...]) -
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-  """Places host arrays, which every process holds alike, on every device of the mesh."""
+  """Places host arrays, which every process holds alike, on every device of the mesh.
+
+  Arrays that are there already stay.
+  """
 
   def place(x):
+    if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(replicated(mesh), x.ndim):
+      return x
     x = np.asarray(x)
     return _place(replicated(mesh), x, x.shape)
 

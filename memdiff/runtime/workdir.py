@@ -41,7 +41,7 @@ def writing(path: pathlib.Path):
     ) from error
 
 
-def write_atomically(path: pathlib.Path, data: bytes) -> None:
+def write_atomically(path: pathlib.Path, data: bytes | memoryview) -> None:
   """Writes a file so that a kill leaves either the old content or the new, never a part.
 
   Of several processes the main one writes.
@@ -66,7 +66,7 @@ def write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
   """Writes a .npz file."""
   buffer = io.BytesIO()
   np.savez(buffer, **{name: np.asarray(value) for name, value in arrays.items()})
-  write_atomically(path, buffer.getvalue())
+  write_atomically(path, buffer.getbuffer())  # no copy: arrays may be large
 
 
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -41,9 +41,19 @@ def make_exemplars(features=FEATURES, labels=LABELS, padding=0):
   return jax.tree.map(jnp.asarray, exemplars_lib.make(features, labels, CLASSES))
 
 
+def fit_and_sample(name):
+  """(key, exemplars, labels, strength) -> samples."""
+  generator = GENERATORS[name]
+
+  def draw(key, exemplars, labels, strength):
+    return generator.sample(key, exemplars, generator.fit(exemplars), labels, strength)
+
+  return draw
+
+
 @functools.cache
 def sampler(name):
-  return jax.jit(GENERATORS[name].sample)
+  return jax.jit(fit_and_sample(name))
 
 
 def draw(name, labels, strength, exemplars=None, seed=0):
@@ -191,7 +201,7 @@ def test_padding_and_runs_change_nothing(name):
   """Two runs of different data and padding under vmap, against each alone and unpadded."""
   data = [FEATURES, make_features(3)]
   runs = [make_exemplars(features, padding=9) for features in data]
-  together = jax.jit(jax.vmap(GENERATORS[name].sample, in_axes=(0, 0, None, None)))(
+  together = jax.jit(jax.vmap(fit_and_sample(name), in_axes=(0, 0, None, None)))(
     jnp.stack([jax.random.key(0), jax.random.key(1)]),
     jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs),
     jnp.asarray(np.resize(FILLED, ROWS)),
@@ -225,9 +235,8 @@ def test_keys_decide_draws(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_there_may_be_nothing_to_make(name):
-  sample = GENERATORS[name].sample
   nothing = jnp.zeros((0,), jnp.int32)
-  made = jax.eval_shape(sample, jax.random.key(0), make_exemplars(), nothing, 1.0)
+  made = jax.eval_shape(fit_and_sample(name), jax.random.key(0), make_exemplars(), nothing, 1.0)
   assert made.shape == (0, DIM)
 
 
@@ -243,7 +252,7 @@ def test_no_generator_holds_a_covariance_per_class(name):
                           shape((runs, classes), jnp.int32)),
   )  # fmt: skip
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), runs))
-  sample = jax.jit(jax.vmap(GENERATORS[name].sample, in_axes=(0, 0, None, None)))
+  sample = jax.jit(jax.vmap(fit_and_sample(name), in_axes=(0, 0, None, None)))
   compiled = sample.lower(keys, exemplars, shape((number,), jnp.int32), 1.0).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 40e6
 
