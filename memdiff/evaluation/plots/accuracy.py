@@ -22,7 +22,7 @@ from memdiff.evaluation.plots.style import (
   new_figure,
   short,
   style,
-)  # fmt: skip
+)
 
 # (colour, marker, hollow); the same method looks the same in every figure and every run.
 _METHOD_STYLES = {

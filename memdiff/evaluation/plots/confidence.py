@@ -18,7 +18,7 @@ from memdiff.evaluation.plots.style import (
   new_figure,
   short,
   style,
-)  # fmt: skip
+)
 
 
 def confidence_histogram(

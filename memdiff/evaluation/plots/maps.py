@@ -18,7 +18,7 @@ from memdiff.evaluation.plots.style import (
   new_figure,
   short,
   style,
-)  # fmt: skip
+)
 
 _MAX_MAP_COLORS = len(CLASS_COLORS)
 _MAX_BACKGROUND_POINTS = 1500
