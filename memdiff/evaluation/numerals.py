@@ -54,13 +54,17 @@ def mean_std(stat: Mapping[str, Any] | None, num_seeds: int) -> str:
 
 
 def share(stat: Mapping[str, Any] | None) -> str:
-  """A mean share in whole percent with its interval: `24 (10 to 38)`."""
+  """A mean share in whole percent."""
   if not stat or not is_number(stat.get("mean")):
     return "–"
-  text = f"{round(100 * stat['mean'])}"
-  if is_interval(stat.get("interval")):
-    text += " ({} to {})".format(*(round(100 * end) for end in stat["interval"]))
-  return text.replace("-", "−")
+  return str(round(100 * stat["mean"])).replace("-", "−")
+
+
+def share_bounds(stat: Mapping[str, Any] | None) -> str:
+  """The ends of its interval, `10 to 38`; empty where it is unknown."""
+  if not stat or not is_interval(stat.get("interval")):
+    return ""
+  return " to ".join(str(round(100 * end)) for end in stat["interval"]).replace("-", "−")
 
 
 def number(value: float | None, decimals: int | None = None) -> str:

@@ -18,11 +18,10 @@ from memdiff.experiment import Experiment
 
 _RESULT, _METHODS = "1_result", "2_methods"
 
-# The columns of TensorBoard's table of runs: name -> field of the config.
-HYPER_PARAMETERS = {
+# Columns of TensorBoard's table of runs: name -> field of the config. The data set's name and
+# imbalance stand before them, as they were measured.
+FIELDS = {
   "experiment": "experiment",
-  "dataset": "dataset.name",
-  "imbalance": "dataset.imbalance",
   "seeds": "seeds",
   "backbone": "encoder.backbone.name",
   "classifier_loss": "classifier.loss",
@@ -55,13 +54,14 @@ def write(e: Experiment, result: Mapping[str, Any], figures: Mapping[str, Figure
     board.scalars(0, {f"{_METHODS}/{row['method']}/{key}": mean_of(row, key) for key in known})
   for name, figure in figures.items():
     board.pictures(0, {f"{_RESULT}/{name}": plots.to_rgb(figure, dpi=100)})
-  board.hparams(hyper_parameters(e.config), [f"{_RESULT}/{key}" for key in _SCORES])
+  board.hparams(hyper_parameters(result), [f"{_RESULT}/{key}" for key in _SCORES])
 
 
-def hyper_parameters(config: Any) -> dict[str, Any]:
-  """The values of `HYPER_PARAMETERS`, None for a field that this kind of experiment lacks."""
-  fields = config_lib.flatten(config_lib.as_dict(config))
-  return {name: fields.get(field) for name, field in HYPER_PARAMETERS.items()}
+def hyper_parameters(result: Mapping[str, Any]) -> dict[str, Any]:
+  """The columns of a run; None for a field that its kind of experiment lacks."""
+  fields = config_lib.flatten(result["config"])
+  measured = {"dataset": result["dataset"]["name"], "imbalance": result["dataset"]["imbalance"]}
+  return measured | {name: fields.get(field) for name, field in FIELDS.items()}
 
 
 def project(

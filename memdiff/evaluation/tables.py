@@ -15,6 +15,7 @@ from memdiff.evaluation.numerals import (
   points,
   seconds,
   share,
+  share_bounds,
   to,
 )
 
@@ -105,6 +106,7 @@ def _line_maker(report: Mapping[str, Any], found: Answer | None):
       "best": [not given_more and _percent_value(row, k) == best[k] >= 0 for k in keys],
       "strip": _strip(row.get(_criterion_column(report)) or {}, low, high),
       "gap": share(row.get("gap_closed")),
+      "gap_bounds": share_bounds(row.get("gap_closed")),
     }
 
   return line

@@ -18,6 +18,7 @@ from memdiff.evaluation.numerals import (
   place,
   points,
   share,
+  share_bounds,
   to,
 )
 
@@ -59,7 +60,8 @@ def _headroom_sentence(report: Mapping[str, Any]) -> str:
       " ones no room."
     )
   closed = compared.get("gap_closed") or {}
-  fills = f" {compared['method']} fills {share(closed)} % of it." if closed else ""
+  limits = f" (95 % interval {share_bounds(closed)})" if share_bounds(closed) else ""
+  fills = f" {compared['method']} fills {share(closed)} % of it{limits}." if closed else ""
   return f"{finding}: that is the room which synthetic features could fill.{fills}"
 
 

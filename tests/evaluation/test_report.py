@@ -209,9 +209,9 @@ class TestMethods:
   def test_the_gap_closed_stands_with_its_interval(self):
     full = self.tables(make_report())[1]
     row = full[full.index(">memdiff+csl") :].partition("</tr>")[0]
-    assert "29 (9 to 39)" in row
+    assert "29<small>9 to 39</small>" in row
     row = full[full.index(">own_head ") :].partition("</tr>")[0]
-    assert "−71 (−91 to −61)" in row
+    assert "−71<small>−91 to −61</small>" in row
 
   def test_without_a_gap_there_is_no_such_column(self):
     report = make_report()

@@ -36,7 +36,7 @@ class TestComparison:
   def test_the_reference_tells_the_room_and_the_share_that_is_filled(self):
     assert compared()[1] == (
       "oracle+csl is 7.0 points above real+csl (95 % interval +5.8 to +8.2): that is the room which"
-      " synthetic features could fill. memdiff+csl fills 29 (19 to 38) % of it."
+      " synthetic features could fill. memdiff+csl fills 29 % of it (95 % interval 19 to 38)."
     )
 
   @pytest.mark.parametrize("headroom", [gain(0.01, -0.01, 0.03), gain(-0.02, -0.03, -0.01)])
