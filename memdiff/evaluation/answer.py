@@ -103,7 +103,9 @@ def answer(report: Mapping[str, Any]) -> Answer | None:
     verdict=overall if judged else "unclear",
     method=method,
     effects=effects,
-    synthetic=tuple(_synthetic_sentences(synthetic, headline.get("room"))) if synthetic else (),
+    synthetic=tuple(_synthetic_sentences(synthetic, headline.get("room"), judged))
+    if synthetic
+    else (),
     synthetic_verdict=verdict(synthetic.get("overall")) if synthetic else "",
     terms=tuple(_terms(report, headline)),
   )
@@ -143,12 +145,14 @@ def _explanation(
   if not judged:
     looked_at = f"{method} ({described})" if described else method
     return (
-      f"No methods were compared by cross-validation (selection.folds). This run looked at"
-      f" {looked_at}."
+      "The methods were not compared by cross-validation; selection.folds asks for it. This run"
+      f" looked at {looked_at}."
     )
   if method == headline.get("plain"):
     return f"{_as_sentence(described)} This is plain training; nothing is clearly better.".strip()
-  return _as_sentence(described)
+  overall = (headline.get("over_plain") or {}).get("overall")
+  warning = f"On the test set it is worse than {_PLAIN}." if verdict(overall) == "worse" else ""
+  return f"{_as_sentence(described)} {warning}".strip()
 
 
 def _as_sentence(text: str) -> str:
@@ -199,26 +203,17 @@ def _change(difference: Mapping[str, Any], interval_of: str = "95 % interval") -
   return f"{text}, {interval_of} {to(difference['interval'])}"
 
 
-def _synthetic_sentences(synthetic: Mapping[str, Any], room: Mapping[str, Any] | None) -> list[str]:
+def _synthetic_sentences(
+  synthetic: Mapping[str, Any], room: Mapping[str, Any] | None, judged: bool
+) -> list[str]:
   difference = synthetic.get("overall") or {}
   if not is_number(difference.get("mean")):
     return []
-  method, control = synthetic["method"], synthetic["control"]
-  side = verdict(difference)
-  opening = {
-    (True, "better"): "Synthetic features are part of this gain",
-    (True, "unclear"): "Synthetic features were better in cross-validation, but make no clear"
-    " difference on the test set",
-    (True, "worse"): "Synthetic features were better in cross-validation, but are worse on the"
-    " test set",
-    (False, "better"): "Synthetic features do better on the test set, though cross-validation could"
-    " not tell beforehand",
-    (False, "unclear"): "Synthetic features bring no clear gain",
-    (False, "worse"): "Synthetic features do not help",
-  }[bool(synthetic.get("recommended")), side]
+  first = _finding(bool(synthetic.get("recommended")), verdict(difference), judged)
+  best = ("the best method with them, ", ", the best without") if judged else ("", "")
   sentences = [
-    f"{opening}: the best method with them, {method}, is {place(difference['mean'])} {control}, the"
-    f" best without{bounds(difference)}."
+    f"{first}: {best[0]}{synthetic['method']}{',' if judged else ''} is {place(difference['mean'])}"
+    f" {synthetic['control']}{best[1]}{bounds(difference)}."
   ]
   few, expected = synthetic.get("few"), synthetic.get("expected")
   if few and is_number(few.get("mean")):
@@ -227,6 +222,23 @@ def _synthetic_sentences(synthetic: Mapping[str, Any], room: Mapping[str, Any] |
     words = "interval over all methods at once"
     sentences.append(f"Cross-validation expected {_change(expected, words)}.")
   return [*sentences, *_room_sentences(room)]
+
+
+def _finding(recommended: bool, side: str, judged: bool) -> str:
+  """What the test set says of synthetic data, beside what cross-validation had said."""
+  if recommended:
+    return {
+      "better": "Synthetic features are part of this gain",
+      "unclear": "Synthetic features were better in cross-validation, but make no clear difference"
+      " on the test set",
+      "worse": "Synthetic features were better in cross-validation, but are worse on the test set",
+    }[side]
+  surprise = "do better on the test set, though cross-validation could not tell beforehand"
+  return "Synthetic features " + {
+    "better": surprise if judged else "do better on the test set",
+    "unclear": "bring no clear gain",
+    "worse": "do not help",
+  }[side]  # fmt: skip
 
 
 def _room_sentences(room: Mapping[str, Any] | None) -> list[str]:

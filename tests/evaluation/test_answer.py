@@ -50,6 +50,12 @@ def test_the_colour_is_that_of_the_recommended_method_over_plain_training(overal
     assert over_plain(overall=overall, few=few).verdict == expected
 
 
+def test_a_recommendation_that_the_test_set_contradicts_says_so():
+  words = "On the test set it is worse than plain training."
+  assert words in over_plain(overall=WORSE).explanation
+  assert words not in over_plain(overall=UNCLEAR).explanation
+
+
 @pytest.mark.parametrize("synthetic", [BETTER, UNCLEAR, WORSE])
 def test_what_synthetic_data_are_worth_does_not_colour_the_answer(synthetic):
   given = make_report()["headline"]["synthetic"]
@@ -118,6 +124,10 @@ def test_without_cross_validation_nothing_is_recommended():
   found = told(by="default")
   assert found.title == "No recommendation" and found.verdict == "unclear"
   assert "selection.folds" in found.explanation and "looked at memdiff+csl" in found.explanation
+  given = make_report()["headline"]["synthetic"] | {"recommended": False}
+  said = told(by="default", synthetic=given).synthetic[0]
+  assert said.startswith("Synthetic features do better on the test set: memdiff+csl is 2.0 points")
+  assert "best" not in said
   assert "+8.6 points" in found.effects[0].sentence
 
 
