@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from memdiff.evaluation.report import HEADLINE_COLUMNS
+from memdiff.evaluation.tables import HEADLINE_COLUMNS
 from memdiff.runtime.workdir import write_atomically, write_json
 
 _BAG_OF_TRICKS = "Zhang et al. 2021, Bag of tricks for long-tailed recognition, 200 epochs"

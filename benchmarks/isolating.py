@@ -158,7 +158,7 @@ def markdown(report: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     f"{data['name']}, {data['num_classes']} classes, {sum(counts):,} training examples"
     f" ({max(counts)} to {min(counts)} per class), {len(config['seeds'])} seeds, mean ± std;"
     f" split SHA-256 `{data['split_sha256'][:12]}`. Nothing was selected on test data.",
-    "\n".join(f"- {sentence}" for sentence in wording.headline(report)),
+    "\n".join(f"- {sentence}" for sentence in wording.comparison(report)),
     "## Every generator under every loss",
     accuracy_table(report),
     "## Every generator as cross-validation would use it",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memdiff import config as config_lib
-from memdiff.evaluation import classification, report
+from memdiff.evaluation import classification, report, summaries
 from memdiff.experiment import Experiment
 from memdiff.runtime import environment, meter
 from memdiff.runtime.workdir import write_atomically, write_json
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
 SCHEMA = 1
-_TABLE = ("top1", "many", "medium", "few", "macro_f1")
 
 
 def record(e: Experiment, rows: list[dict]) -> dict[str, Any]:
@@ -52,14 +51,15 @@ def record(e: Experiment, rows: list[dict]) -> dict[str, Any]:
 
 
 def training_curves(e: Experiment, stages: Sequence[str]) -> list[dict]:
-  """Loss and accuracy of `stages` from their metrics.jsonl, mean and deviation over seeds."""
+  """Loss and accuracy of `stages` by metrics.jsonl, mean and sample deviation over seeds."""
   curves = []
   for stage in stages:
     series: dict[str, list] = {}
     for record in read_history(e.workdir.path / stage / "metrics.jsonl"):
       for name, values in record["metrics"].items():
         kind = "test " if record["kind"] == "eval" else ""
-        series.setdefault(kind + name, []).append((record["step"], np.mean(values), np.std(values)))
+        spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+        series.setdefault(kind + name, []).append((record["step"], np.mean(values), spread))
     for metric, points in series.items():
       step, mean, std = zip(*points, strict=True)
       curves.append(
@@ -93,7 +93,7 @@ def accuracy_by_class(e: Experiment, rows: list[dict], methods: Sequence[str]) -
 
 
 def save(e: Experiment, result: Mapping[str, Any], figures: Mapping[str, "Figure"]) -> dict:
-  """Writes result.json, the figures, and TensorBoard's pictures and table.
+  """Writes result.json, the figures, and what TensorBoard shows first.
 
   Returns:
     The top-1 score of every method, for the manifest.
@@ -103,14 +103,9 @@ def save(e: Experiment, result: Mapping[str, Any], figures: Mapping[str, "Figure
   folder = e.workdir.folder("evaluation")
   for name, figure in figures.items():
     write_atomically(folder / f"{name}.png", plots.to_png(figure, dpi=150))
-    e.run.tensorboard.pictures(0, {f"report/{name}": plots.to_rgb(figure, dpi=100)})
-  rows = result["classification"]
-  for row in rows:
-    names = [n for n in _TABLE if row[n]["mean"] is not None]  # a group may have no class
-    e.run.tensorboard.scalars(0, {f"table/{row['method']}/{n}": row[n]["mean"] for n in names})
-  e.run.tensorboard.hparams(config_lib.flatten(config_lib.as_dict(e.config)))
+  summaries.write(e, result, figures)
   write_json(folder / "result.json", result)
-  return {row["method"]: row["top1"] for row in rows}
+  return {row["method"]: row["top1"] for row in result["classification"]}
 
 
 def write_report(e: Experiment, manifests: Mapping[str, dict]) -> dict:

@@ -10,13 +10,13 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from memdiff.errors import ConfigError
-from memdiff.runtime import distributed
+from memdiff.runtime import distributed, projector
 from memdiff.runtime.workdir import write_atomically, writing
 
 
@@ -90,6 +90,11 @@ class TensorBoard:
           " or run with --notensorboard."
         )
 
+  @property
+  def enabled(self) -> bool:
+    """Whether anything is written, so that what is costly to make need not be made."""
+    return self._enabled
+
   def _writer(self, stage: str):
     """Made when first written to: the import takes seconds."""
     if stage not in self._writers:
@@ -126,10 +131,38 @@ class TensorBoard:
     if self._enabled:
       self._writer("").write_images(step, {name: p[None] for name, p in pictures.items()})
 
-  def hparams(self, values: Mapping[str, object]) -> None:
+  def texts(self, step: int, texts: Mapping[str, str]) -> None:
+    """Writes Markdown."""
     if self._enabled:
-      plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values.items()}
-      self._writer("").write_hparams(plain)
+      self._writer("").write_texts(step, texts)
+
+  def hparams(self, values: Mapping[str, object], metrics: Sequence[str] = ()) -> None:
+    """Writes hyper-parameters, None for one that a run does not have.
+
+    Args:
+      values: the columns of the table of runs.
+      metrics: names of scalars that become its columns too; without any, all scalars do.
+    """
+    if not self._enabled:
+      return
+    writer = self._writer("")
+    plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values.items()}
+    writer.write_hparams({k: v for k, v in plain.items() if values[k] is not None})
+    if metrics:
+      from tensorboard.plugins.hparams import api
+      from tensorboard.util.tensor_util import make_ndarray
+
+      columns = api.hparams_config_pb(map(api.HParam, values), map(api.Metric, metrics))
+      for v in columns.value:
+        metadata = {v.tag: v.metadata.SerializeToString()}
+        writer.write_summaries(0, {v.tag: make_ndarray(v.tensor)}, metadata)
+
+  def projector(
+    self, name: str, features: np.ndarray, metadata: Mapping[str, Sequence[object]]
+  ) -> None:
+    """Shows features [N, D] with columns [N] of metadata; see `projector.write`."""
+    if self._enabled:
+      projector.write(self._directory, name, features, metadata)
 
   def close(self) -> None:
     for writer in self._writers.values():

@@ -216,45 +216,51 @@ class TestConfidenceHistogram:
 
 class TestGapClosed:
   ROWS = (
-    ("real+csl", 0.0, 0.0),
-    ("memdiff+balanced_softmax", 0.6, 0.1),
-    ("gaussian_shrunk+csl", -0.25, 0.05),
+    ("real+csl", 0.0, (0.0, 0.0)),
+    ("memdiff+balanced_softmax", 0.6, (0.45, 0.7)),
+    ("gaussian_shrunk+csl", -0.25, (-0.3, -0.1)),
   )
 
   def drawn(self, rows):
-    """(method, mean, ends of the error bar) from the top to the bottom."""
+    """(method, mean, ends of the interval, colour) from the top to the bottom."""
     axes = plots.gap_closed(rows).axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
-    lines = []
-    for container in axes.containers:
-      (x,), (y,) = container[0].get_data()
-      ((segment,),) = (bars.get_segments() for bars in container[2])
-      lines.append((y, x, tuple(segment[:, 0])))
-    lines.sort(reverse=True)
-    return [(names[int(y)], x, ends) for y, x, ends in lines]
+    bars, dots = (
+      {line.get_ydata()[0]: line for line in axes.get_lines() if line.get_marker() == marker}
+      for marker in ("|", "o")
+    )
+    return [
+      (names[y], dots[y].get_xdata()[0], tuple(bars[y].get_xdata()), dots[y].get_color())
+      for y in reversed(range(len(names)))
+    ]
 
   def test_methods_stand_in_percent_with_the_best_on_top(self):
     shown = self.drawn(self.ROWS)
-    assert [method for method, _, _ in shown] == [
+    assert [line[0] for line in shown] == [
       "memdiff+balanced_softmax", "real+csl", "gaussian_shrunk+csl"
     ]  # fmt: skip
-    np.testing.assert_allclose([mean for _, mean, _ in shown], [60, 0, -25], atol=1e-9)
-    np.testing.assert_allclose([e for _, _, e in shown], [[50, 70], [0, 0], [-30, -20]], atol=1e-9)
+    np.testing.assert_allclose([line[1] for line in shown], [60, 0, -25], atol=1e-9)
+
+  def test_intervals_are_drawn_as_they_are_and_need_not_be_symmetric(self):
+    ends = [line[2] for line in self.drawn(self.ROWS)]
+    np.testing.assert_allclose(ends, [[45, 70], [0, 0], [-30, -10]], atol=1e-9)
 
   def test_the_order_of_the_rows_does_not_matter(self):
     assert self.drawn(self.ROWS) == self.drawn(self.ROWS[::-1])
 
   def test_control_and_oracle_are_lines_and_memdiff_has_its_own_colour(self):
     axes = plots.gap_closed(self.ROWS).axes[0]
-    assert {line.get_xdata()[0] for line in axes.get_lines() if len(line.get_xdata()) == 2} == {
-      0, 100
-    }  # fmt: skip
-    colors = [container[0].get_color() for container in axes.containers]
-    assert colors == [plots.REAL, plots.REAL, plots.SYNTHETIC]
+    upright = [x for x in (line.get_xdata() for line in axes.get_lines()) if len(x) == 2]
+    assert [x[0] for x in upright if x[0] == x[1]] == [0, 0, 100]  # the first is an interval
+    colors = [line[3] for line in self.drawn(self.ROWS)]
+    assert colors == [plots.SYNTHETIC, plots.REAL, plots.REAL]
 
   @pytest.mark.parametrize("number", [0, 1, 60])
   def test_any_number_of_methods(self, number):
-    rows = [(f"a generator of a very long name indeed {i}+csl", i / 60, 0.1) for i in range(number)]
+    rows = [
+      (f"a generator of a very long name indeed {i}+csl", i / 60, (i / 60 - 0.1, i / 60 + 0.2))
+      for i in range(number)
+    ]
     figure = plots.gap_closed(rows)
     assert plots.to_png(figure, 40)
     assert len(figure.axes[0].get_yticklabels()) == number

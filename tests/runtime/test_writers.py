@@ -79,3 +79,24 @@ def test_switched_off_nothing_is_written(tmp_path):
   board.scalars(1, {"a": np.float32(1)}, "stage")
   board.close()
   assert not (tmp_path / "tb").exists()
+
+
+def test_hyper_parameters_have_the_columns_that_were_asked_for(tmp_path):
+  plugin_data = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
+  board = TensorBoard(tmp_path, enabled=True)
+  board.texts(0, {"1_result/answer": "Use *it*."})
+  board.hparams({"loss": "csl", "seeds": (0, 1), "folds": None}, ["1_result/few"])
+  board.close()
+  events = accumulator.EventAccumulator(str(tmp_path))
+  events.Reload()
+  stored = {
+    tag: plugin_data.HParamsPluginData.FromString(content)
+    for tag, content in events.PluginTagToContent("hparams").items()
+  }
+  columns = stored["_hparams_/experiment"].experiment
+  assert [h.name for h in columns.hparam_infos] == ["loss", "seeds", "folds"]
+  assert [m.name.tag for m in columns.metric_infos] == ["1_result/few"]
+  values = stored["_hparams_/session_start_info"].session_start_info.hparams
+  assert {k: v.string_value for k, v in values.items()} == {"loss": "csl", "seeds": "(0, 1)"}
+  (text,) = tensor_util.make_ndarray(events.Tensors("1_result/answer")[0].tensor_proto).reshape(-1)
+  assert text == b"Use *it*."
