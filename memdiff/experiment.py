@@ -64,6 +64,7 @@ class Phase:
   title: str  # for the user, when it starts
   work: Callable[[Experiment], dict]  # returns metrics for the manifest
   reads: tuple[str, ...]  # parts of the config that decide its result, beyond earlier phases'
+  wanted: Callable[[Any], bool] = lambda settings: True  # whether there is anything to do
 
 
 def classifier_stage(e: Experiment, loss: str, rows: np.ndarray | None = None) -> loop.Stage:

@@ -45,6 +45,7 @@ MEMDIFF = (
     "training encoders and heads together",
     feature_experiment.train_jointly,
     ("joint",),
+    lambda settings: bool(settings.joint.generators),
   ),
   _EVALUATION,
 )
@@ -69,13 +70,16 @@ class Kind:
     settings: its dataclass.
     load: its data, of `settings.dataset`.
     check: raises ConfigError where settings do not fit each other or the data.
-    phases: in order.
+    phases: in order; a run has those that its settings want.
   """
 
   settings: type
   load: Callable[[Any], LongTailLabels]
   check: Callable[[Any, Any], None]
   phases: tuple[Phase, ...]
+
+  def phases_of(self, settings: Any) -> tuple[Phase, ...]:
+    return tuple(phase for phase in self.phases if phase.wanted(settings))
 
 
 KINDS = {
@@ -147,7 +151,7 @@ def open_experiment(
       seeds=settings.seeds,
       mesh=mesh,
       config=settings.loop,
-      progress=Progress(len(kind.phases)),
+      progress=Progress(len(kind.phases_of(settings))),
       tensorboard=TensorBoard(folder.path / "tensorboard", tensorboard),
       preemption=Preemption(mesh),
       execution=settings.execution,
@@ -174,7 +178,7 @@ def run(config: Mapping[str, Any], workdir: str, *, tensorboard: bool, command: 
   kind, e = open_experiment(config, workdir, tensorboard=tensorboard, command=command)
   try:
     with e.run.preemption.listening(), distributed.noticing():
-      return _run_phases(e, kind.phases)
+      return _run_phases(e, kind.phases_of(e.config))
   finally:
     e.run.tensorboard.close()
     e.workdir.close()
