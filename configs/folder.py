@@ -2,7 +2,9 @@
 
   python main.py --config=configs/folder.py --workdir=runs/mine --config.dataset.data_dir=DIR
 
-The classes keep the images they have. Variants:
+DIR/val (or valid, validation) is the test set if there is no DIR/test, and held out for selection
+if there is. Of DIR/CLASS/*.jpg alone, dataset.test_share=0.2 splits a test set off. The classes
+keep the images they have. Variants:
   default  a ResNet-32 on 32 px images
   large    a ResNet-18 on 224 px images; start it from ImageNet weights where you have them:
            --config.encoder.init_from=resnet18.safetensors --config.encoder.init_head=False

@@ -144,14 +144,14 @@ def _layout(root: pathlib.Path, data_dir: str, test_share: float) -> dict[str, p
 
 def _find(folders: Mapping[str, pathlib.Path]):
   """(class names, paths and labels [N] of each part, files left out); holdout only if not empty."""
-  found, left_out, names = {}, [], ()
+  found, left_out, numbers = {}, [], {}
   for part, folder in folders.items():
     classes, beside = class_folders.find_classes(folder)
     left_out += beside
-    names = names or tuple(classes)  # of train, which comes first
+    numbers = numbers or {name: c for c, name in enumerate(classes)}  # of train, the first part
     if not classes and part != "holdout":
       raise DataError(f"{folder} has no folders; it needs one per class, with images.")
-    unknown = [name for name in classes if name not in names]
+    unknown = [name for name in classes if name not in numbers]
     if unknown:
       raise DataError(
         f"{folder} has a folder {unknown[0]!r} for a class that {folders['train']} does not have."
@@ -166,13 +166,13 @@ def _find(folders: Mapping[str, pathlib.Path]):
           + "; every class needs at least one, in a format that Pillow reads, such as .jpg."
         )
       paths += images
-      labels += [names.index(name)] * len(images)
+      labels += [numbers[name]] * len(images)
       left_out += others
     if not paths and part == "test":
       raise DataError(f"{folder} has no image of any class; it needs {folder.name}/CLASS/*.jpg.")
     if paths:
       found[part] = paths, np.array(labels, np.int32)
-  return names, found, left_out
+  return tuple(numbers), found, left_out
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -242,9 +242,9 @@ def _summary(root, folders, names: Sequence[str], parts: Mapping[str, Part], lef
     words.append(f"{counts['holdout']} held out ({folders['holdout'].name})")
   tested = set(parts["test"][1].tolist())
   untested = [repr(name) for label, name in enumerate(names) if label not in tested]
-  some = ", ".join(untested[:3]) + (", ..." if len(untested) > 3 else "")
+  more = f" and {len(untested) - 3} more" if len(untested) > 3 else ""
   return (
     f"{sum(counts.values())} images of {len(names)} classes taken from {root}: {', '.join(words)};"
     f" {class_folders.describe(left_out, root)}"
-    + (f"; not scored, for lack of test images: {len(untested)} classes ({some})" * bool(untested))
+    + (f"; not scored, for lack of test images: {', '.join(untested[:3])}{more}" * bool(untested))
   )

@@ -12,7 +12,7 @@ _THREADS = 8  # decoding releases Python's lock
 
 
 class Reader(Protocol):
-  """Whole images by number; picklable where worker processes are used.
+  """Images by number, whole or at least as large as crops need; picklable for worker processes.
 
   They stay Pillow's until they have their final size: an array in between costs two copies.
   """
@@ -45,7 +45,7 @@ def resize_and_crop(image: Image.Image, size: int, margin: float = 1.0) -> np.nd
 class LazyImages:
   """Looks like uint8 [N, size, size, 3] when it is sliced; holds no image.
 
-  Indexing gives evaluation views; `read` gives the whole image, for random crops.
+  Indexing gives evaluation views; `read` gives the reader's image, for random crops.
   """
 
   dtype = np.dtype(np.uint8)
@@ -73,7 +73,7 @@ class LazyImages:
     return LazyImages(self._reader, self._size, self._indices[indices])
 
   def read(self, index: int) -> Image.Image:
-    """The whole image, RGB."""
+    """The image as the reader gives it, RGB."""
     return self._reader[int(self._indices[index])]
 
   def fingerprint(self) -> str:

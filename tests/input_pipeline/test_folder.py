@@ -186,6 +186,13 @@ def test_above_the_limit_images_stay_on_disk(root, monkeypatch):
   dataset.check(source, "folder")
 
 
+def test_a_reader_tells_its_files_in_order(root):
+  paths = [root / "train/dog/b.png", root / "train/cat/1.png"]
+  reader = folder.FolderImages(paths)
+  assert reader.paths == paths and len(reader) == 2
+  np.testing.assert_array_equal(reader[0], noise(1))
+
+
 def test_an_image_that_is_spoilt_while_training_is_named(root, monkeypatch):
   monkeypatch.setattr(folder, "_IN_MEMORY", 0)
   images = load(root, image_size=4).train_images
@@ -317,7 +324,7 @@ def test_classes_without_test_images_are_allowed_and_said(root, capsys):
   data = dataset.load(make_config(root))
   assert data.class_names == ("ant", "bee", "cat", "cow", "dog", "elk")
   assert data.test_labels.tolist() == [2]
-  assert "for lack of test images: 5 classes ('ant', 'bee', 'cow', ...)." in said(capsys)
+  assert "not scored, for lack of test images: 'ant', 'bee', 'cow' and 2 more." in said(capsys)
 
 
 # --- held-out images, and tests that are split off -------------------------------------------
@@ -395,7 +402,7 @@ def test_a_test_set_is_split_off(tmp_path, below, limit, monkeypatch, capsys):
   assert data.train_counts.tolist() == [14, 4, 1, 1]
   line = said(capsys)
   assert "28 images of 4 classes" in line and "20 train, 8 test (split off); 0 files" in line
-  assert "for lack of test images: 1 classes ('dog')." in line
+  assert "; not scored, for lack of test images: 'dog'." in line
   parts = [(data.train_images[:], data.train_labels), (data.test_images[:], data.test_labels)]
   seen = [{tuple(image[0, 0]) for image in images} for images, _ in parts]
   assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 28
