@@ -61,7 +61,11 @@ def hyper_parameters(result: Mapping[str, Any]) -> dict[str, Any]:
   """The columns of a run; None for a field that its kind of experiment lacks."""
   fields = config_lib.flatten(result["config"])
   measured = {"dataset": result["dataset"]["name"], "imbalance": result["dataset"]["imbalance"]}
-  return measured | {name: fields.get(field) for name, field in FIELDS.items()}
+  chosen = {name: fields.get(field) for name, field in FIELDS.items()}
+  return measured | {
+    name: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+    for name, value in chosen.items()
+  }
 
 
 def project(

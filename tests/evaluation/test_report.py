@@ -61,6 +61,7 @@ class TestPage:
     assert tuple(shown.sections) == SECTIONS
     for method in METHODS:
       assert method.replace("+", "+ ") in shown.text  # a line may break behind the +
+      assert f'data-method="{method}"' in reports.render_html(make_report(), {})
       assert f"Description of {method}." in shown.text
 
   def test_explains_the_run_with_its_numbers(self):

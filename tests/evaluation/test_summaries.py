@@ -100,6 +100,7 @@ def test_kinds_of_experiment_have_the_same_columns():
   assert found[0].keys() == found[1].keys() == found[2].keys()
   assert [values["folds"] for values in found] == [None, 5, 3]
   assert [values["backbone"] for values in found] == ["resnet8", None, "resnet8"]
+  assert found[0]["seeds"] == "0, 1, 2, 3, 4"
   assert {(values["dataset"], values["imbalance"]) for values in found} == {("digits", 24.0)}
 
 

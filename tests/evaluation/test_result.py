@@ -1,0 +1,35 @@
+"""The curves of a report, read back from the metrics of stages."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from memdiff.evaluation import result
+
+
+def curves(folder, records):
+  (folder / "stage").mkdir()
+  lines = "".join(json.dumps(record) + "\n" for record in records)
+  (folder / "stage" / "metrics.jsonl").write_text(lines)
+  e = SimpleNamespace(workdir=SimpleNamespace(path=folder))
+  return {curve["metric"]: curve for curve in result.training_curves(e, ["stage", "missing"])}
+
+
+def test_mean_and_sample_deviation_over_seeds(tmp_path):
+  found = curves(tmp_path, [
+    {"step": 5, "kind": "train", "metrics": {"loss": [1.0, 3.0]}},
+    {"step": 5, "kind": "eval", "metrics": {"top1": [0.5, 0.9]}},
+    {"step": 9, "kind": "train", "metrics": {"loss": [2.0, 2.0]}},
+  ])  # fmt: skip
+  assert found.keys() == {"loss", "test top1"}
+  assert found["loss"]["step"] == (5, 9)
+  np.testing.assert_allclose(found["loss"]["mean"], [2, 2])
+  np.testing.assert_allclose(found["loss"]["std"], [2**0.5, 0])
+  assert found["test top1"]["std"][0] == pytest.approx(0.4 / 2**0.5)
+
+
+def test_one_seed_has_no_deviation(tmp_path):
+  found = curves(tmp_path, [{"step": 5, "kind": "train", "metrics": {"loss": [1.0]}}])
+  assert found["loss"]["std"].tolist() == [0]
