@@ -250,7 +250,8 @@ def _stage_program(stage: Any, run: Any, bank: Any = None) -> Program:
       batches = jax.tree.map(stacked, next(iterator))
       iterator.close()
     dispatch = stage_programs.make_dispatch(stage, run)
-    return dispatch.lower(state, alive, stage.shared, stage.own, batches, num_steps=steps)
+    count = mesh_lib.replicate(run.mesh, np.int32(steps))
+    return dispatch.lower(state, alive, stage.shared, stage.own, batches, count, at_most=steps)
 
   return Program(stage.name, lower, state.bank if bank is None else bank)
 

@@ -39,14 +39,15 @@ class Training:
     run = make_run(seeds, mesh, steps)
     self.state = programs.make_init(stage, run)()
     self._alive = mesh_lib.replicate(mesh, np.ones(len(seeds), bool))
+    self._count = mesh_lib.replicate(mesh, np.int32(steps))
     lowered = programs.make_dispatch(stage, run).lower(
-      self.state, self._alive, stage.shared, stage.own, None, num_steps=steps
+      self.state, self._alive, stage.shared, stage.own, None, self._count, at_most=steps
     )
     self._compiled = lowered.compile()
 
   def __call__(self) -> Any:
     self.state, self._alive, metrics = self._compiled(
-      self.state, self._alive, self.stage.shared, self.stage.own, None
+      self.state, self._alive, self.stage.shared, self.stage.own, None, self._count
     )
     self.done += self.steps
     return self.state, metrics

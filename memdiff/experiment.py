@@ -13,7 +13,7 @@ from input_pipeline.long_tail import LongTailLabels
 from memdiff import feature_space
 from memdiff.classifier import encoder, losses, training
 from memdiff.config import each
-from memdiff.runtime import loop
+from memdiff.runtime import loop, programs
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.workdir import Workdir
 from memdiff.runtime.writers import read_history
@@ -103,7 +103,7 @@ def forward_images(
   """
   input_config = e.config.encoder.input
   model = encoder.make_model(e.config.encoder, loss, e.dataset.num_classes)
-  axis = None if statistics is None else 0
+  statistics_of_runs = statistics is not None
   if statistics is None:
     statistics = encoder.pixel_statistics(input_config, e.dataset.train_images)
   statistics = mesh_lib.replicate(e.mesh, statistics)
@@ -112,10 +112,12 @@ def forward_images(
   def forward(images, state, statistics):
     images = mesh_lib.shard_batch(images, e.mesh)
 
-    def of_run(state, statistics):
+    def of_run(own, shared):
+      state, statistics = own if statistics_of_runs else (own, shared)
       return encoder.apply_eval(model, state, encoder.normalize(input_config, images, statistics))
 
-    return jax.vmap(of_run, in_axes=(0, axis))(state, statistics)
+    own = (state, statistics) if statistics_of_runs else state
+    return programs.over_seeds(of_run, training.one_by_one())(own, statistics)
 
   return feature_space.encode(lambda chunk: forward(chunk, state, statistics), images, e.mesh)
 

@@ -101,6 +101,11 @@ def host_batches(
   return make
 
 
+def one_by_one() -> bool:
+  """Whether encoders run seed by seed: on CPUs a batch of kernels is no faster than one at a time."""
+  return jax.default_backend() == "cpu"
+
+
 def fold_data(
   encoder_config: EncoderConfig, dataset: LongTailDataset, rows: np.ndarray
 ) -> dict[str, Any]:
@@ -279,4 +284,5 @@ def make_stage(
     own=() if rows is None else mesh_lib.replicate(mesh, fold_data(encoder_config, dataset, rows)),
     batch_size=config.batch_size,
     batches=host_batches(dataset, config, name),
+    one_by_one=one_by_one(),
   )

@@ -31,17 +31,22 @@ __all__ = ["ExecutionConfig", "LoopConfig", "Run", "Stage", "load_final", "train
 class _Feed:
   """The batches of the next dispatches, on the devices: every seed's, several steps stacked."""
 
-  def __init__(self, stage: Stage, run: Run, first_step: int):
-    self._mesh = run.mesh
+  def __init__(self, stage: Stage, run: Run, first_step: int, at_most: int):
+    """Every dispatch has room for `at_most` steps."""
+    self._mesh, self._at_most = run.mesh, at_most
     self._iterators = stage.batches and [stage.batches(seed, first_step) for seed in run.seeds]
 
   def take(self, num_steps: int) -> Any:
-    """Arrays [S, num_steps, B, ...], B split over the devices; None where the stage has none."""
+    """Arrays [S, at_most, B, ...], B split over the devices; None where the stage has none.
+
+    The first `num_steps` batches are new; a copy of the last one fills the room behind them.
+    """
     if self._iterators is None:
       return None
     seeds = [[next(iterator) for _ in range(num_steps)] for iterator in self._iterators]
+    seeds = [batches + batches[-1:] * (self._at_most - num_steps) for batches in seeds]
     stacked = jax.tree.map(
-      lambda *leaves: np.stack(leaves).reshape(len(seeds), num_steps, *leaves[0].shape),
+      lambda *leaves: np.stack(leaves).reshape(len(seeds), self._at_most, *leaves[0].shape),
       *[batch for batches in seeds for batch in batches],
     )
     return jax.tree.map(lambda x: mesh_lib.place_batches(self._mesh, x), stacked)
@@ -111,9 +116,10 @@ class _Training:
   def collect(self, pending: _Pending, state: Any) -> None:
     """Fetches the metrics of finished steps; stops the run where they are not finite."""
     stage, run = self.stage, self.run
-    fetched = jax.device_get(pending.metrics)
+    number = pending.last - pending.first
+    fetched = {name: x[:, :number] for name, x in jax.device_get(pending.metrics).items()}
     finite = fetched.pop(guard.FINITE)
-    self.meter.trained(pending.last - pending.first)
+    self.meter.trained(number)
     bad = guard.first_bad(finite)
     if bad is not None:
       self._skipped += int((~finite).sum(axis=1).max())
@@ -193,10 +199,11 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
   training.resume(step, restored=restored is not None)
   written = step if restored else -1  # at which all is evaluated and saved
 
-  feed = _Feed(stage, run, step)
+  at_most = min(config.steps_per_dispatch, stage.num_steps)
+  feed = _Feed(stage, run, step, at_most)
   profile = _Profile(stage, run, directory / "profile")
   alive = mesh_lib.replicate(run.mesh, np.ones(len(run.seeds), bool))
-  pending, executables = None, {}
+  pending, executable = None, None
   progress.start_stage(step)
   try:
     while True:
@@ -218,23 +225,24 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
       if stops:
         checkpointer.wait()
         run.preemption.stop(f"after step {step}/{stage.num_steps} of {stage.name} was saved")
-      count = min(config.steps_per_dispatch, stage.num_steps - step)
+      count = min(at_most, stage.num_steps - step)
       start = time.perf_counter()
       batches = feed.take(count)
       if pending and pending.is_ready():
         meter.waited(time.perf_counter() - start)
-      arguments = (state, alive, stage.shared, stage.own, batches)
-      if count not in executables:
+      number = mesh_lib.replicate(run.mesh, np.int32(count))
+      arguments = (state, alive, stage.shared, stage.own, batches, number)
+      if executable is None:
         with meter.apart("compile"):
-          executables[count] = dispatch.compile(
-            arguments, count, progress.compiling(f"{stage.name} ({count} steps per dispatch)")
+          executable = dispatch.compile(
+            arguments, at_most, progress.compiling(f"{stage.name} ({at_most} steps per dispatch)")
           )
-        meter.compiled(executables[count])
+        meter.compiled(executable)
         progress.start_stage(step)
       meter.start()
       profile.at(step, state)
       with jax.transfer_guard("disallow"):
-        state, alive, metrics = executables[count](*arguments)
+        state, alive, metrics = executable(*arguments)
       if pending:
         training.collect(pending, state)
       pending = _Pending(step, step + count, metrics, batches)

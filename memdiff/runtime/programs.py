@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from memdiff.runtime import checkpoint as checkpoint_lib
@@ -51,14 +52,29 @@ def make_init(stage: Stage, run: Run) -> Callable:
   return functools.partial(init, run.keys(stage.name), stage.own)
 
 
+def over_seeds(function: Callable, one_by_one: bool) -> Callable:
+  """(of each seed, shared by all) -> what `function` makes of every seed."""
+
+  def of_all(own: Any, shared: Any) -> Any:
+    if one_by_one:
+      return jax.lax.map(lambda own: function(own, shared), own)
+    return jax.vmap(function, in_axes=(0, None))(own, shared)
+
+  return of_all
+
+
 @functools.lru_cache(maxsize=_KEPT)
-def _jit_evaluate(evaluate: Callable, mesh: Mesh) -> Callable:
-  return jax.jit(jax.vmap(evaluate, in_axes=(0, None, 0)), out_shardings=mesh_lib.replicated(mesh))
+def _jit_evaluate(evaluate: Callable, one_by_one: bool, mesh: Mesh) -> Callable:
+  over_seeds = over_seeds(lambda own, shared: evaluate(own[0], shared, own[1]), one_by_one)
+  return jax.jit(
+    lambda state, shared, own: over_seeds((state, own), shared),
+    out_shardings=mesh_lib.replicated(mesh),
+  )
 
 
 def make_evaluate(stage: Stage, run: Run) -> Callable:
   """The jitted (state, shared, own) -> {name: [S]}."""
-  return _jit_evaluate(stage.evaluate, run.mesh)
+  return _jit_evaluate(stage.evaluate, stage.one_by_one, run.mesh)
 
 
 class _Shardings:
@@ -79,34 +95,35 @@ class _Shardings:
 class Dispatch:
   """The program that trains several steps of every seed, with its executables.
 
-  (state, alive [S], shared, own, batches, num_steps) -> (state, alive, metrics [S, num_steps]).
-  State and `alive` are donated; `batches` is None or has arrays that lead with [S, num_steps].
+  (state, alive [S], shared, own, batches, count []; at_most) -> (state, alive, metrics
+  [S, at_most]), of which the first `count` are filled. State and `alive` are donated; `batches` is
+  None or has arrays that lead with [S, at_most].
   """
 
   def __init__(self, program: Callable):
     self._program = program
     self._executables = {}
 
-  def lower(self, *arguments, num_steps: int):
-    return self._program.lower(*arguments, num_steps=num_steps)
+  def lower(self, *arguments, at_most: int):
+    return self._program.lower(*arguments, at_most=at_most)
 
-  def compile(self, arguments: tuple, num_steps: int, announced) -> Callable:
+  def compile(self, arguments: tuple, at_most: int, announced) -> Callable:
     """The executable for these arguments, new or not.
 
     Args:
       arguments: all of them.
-      num_steps: per dispatch.
+      at_most: steps per dispatch.
       announced: context in which a new one is compiled.
     """
     leaves, structure = jax.tree.flatten(arguments)
     key = (
-      num_steps,
+      at_most,
       structure,
       tuple((jax.typeof(x), getattr(x, "sharding", None)) for x in leaves),
     )
     if key not in self._executables:
       with announced:
-        self._executables[key] = self.lower(*arguments, num_steps=num_steps).compile()
+        self._executables[key] = self.lower(*arguments, at_most=at_most).compile()
     return self._executables[key]
 
 
@@ -116,6 +133,7 @@ def make_dispatch(stage: Stage, run: Run) -> Dispatch:
     stage.step,
     run.config.on_non_finite,
     run.execution.parameters,
+    stage.one_by_one,
     _Shardings(state_specs(stage, run)),
     run.mesh,
   )
@@ -123,24 +141,43 @@ def make_dispatch(stage: Stage, run: Run) -> Dispatch:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _dispatch(
-  step: Callable, on_non_finite: str, parameters: str, specs: _Shardings, mesh: Mesh
+  step: Callable,
+  on_non_finite: str,
+  parameters: str,
+  one_by_one: bool,
+  specs: _Shardings,
+  mesh: Mesh,
 ) -> Dispatch:
   step = guard.guarded(step, on_non_finite)
   if parameters == "fsdp":
     step = _with_split_parameters(step, specs.tree, mesh)
 
-  def dispatch(state, alive, shared, own, batches, *, num_steps):
-    def one_seed(state, alive, own, batches):
-      def body(carry, batch):
-        *carry, metrics = step(*carry, shared, own if batch is None else (own, batch))
-        return tuple(carry), metrics
+  def train_one_seed(of_seed, of_all, *, at_most):
+    state, alive, own, batches = of_seed
+    shared, count = of_all
 
-      (new, alive), metrics = jax.lax.scan(body, (state, alive), batches, length=num_steps)
-      if on_non_finite == "stop":
-        new = guard.choose(alive, new, state)
-      return new, alive, metrics
+    def take_step(number, state, alive):
+      batch = jax.tree.map(lambda x: x[number], batches)
+      return step(state, alive, shared, own if batches is None else (own, batch))
 
-    return jax.vmap(one_seed)(state, alive, own, batches)
+    # Room for the metrics of every step; a loop whose length is data serves the last steps as well.
+    shapes = jax.eval_shape(take_step, 0, state, alive)[2]
+    metrics = jax.tree.map(lambda x: jnp.zeros((at_most, *x.shape), x.dtype), shapes)
+
+    def body(number, carry):
+      *carry, metrics = carry
+      *carry, found = take_step(number, *carry)
+      metrics = jax.tree.map(lambda all_, x: all_.at[number].set(x), metrics, found)
+      return *carry, metrics
+
+    new, alive, metrics = jax.lax.fori_loop(0, count, body, (state, alive, metrics))
+    if on_non_finite == "stop":
+      new = guard.choose(alive, new, state)
+    return new, alive, metrics
+
+  def dispatch(state, alive, shared, own, batches, count, *, at_most):
+    train_seeds = over_seeds(functools.partial(train_one_seed, at_most=at_most), one_by_one)
+    return train_seeds((state, alive, own, batches), (shared, count))
 
   everywhere = mesh_lib.replicated(mesh)
   shardings = jax.tree.map(
@@ -149,7 +186,7 @@ def _dispatch(
   return Dispatch(
     jax.jit(
       dispatch,
-      static_argnames="num_steps",
+      static_argnames="at_most",
       donate_argnums=(0, 1),
       out_shardings=(shardings, everywhere, everywhere),
     )

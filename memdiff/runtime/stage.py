@@ -79,6 +79,8 @@ class Stage:
     batch_size: examples per step.
     batches: (seed, first step) -> an iterator over the host's part of each step's batch, for data
       too large for the devices; `batch` and `step` then get (own, host batch) in place of `own`.
+    one_by_one: whether seeds run one after the other rather than as one batch. Convolutions on CPUs
+      do so anyhow; the program is then no larger than that of one seed.
   """
 
   name: str
@@ -91,6 +93,7 @@ class Stage:
   own: Any
   batch_size: int
   batches: Callable[[int, int], Iterator[Any]] | None = None
+  one_by_one: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
