@@ -60,7 +60,7 @@ def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
   """Pads each image [B, H, W, ch] with zeros by `padding` pixels and crops it back at random."""
   batch, height, width, channels = images.shape
   padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-  corners = jax.random.randint(key, (batch, 2), 0, 2 * padding + 1)
+  corners = jax.random.randint(key, (2 * batch,), 0, 2 * padding + 1).reshape(batch, 2)
 
   def crop(image, corner):
     return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (height, width, channels))
@@ -70,7 +70,7 @@ def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
 
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
   """Mirrors each image [B, H, W, ch] with probability 1/2."""
-  flipped = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
+  flipped = jax.random.bernoulli(key, shape=images.shape[:1]).reshape(-1, 1, 1, 1)
   return jnp.where(flipped, images[:, :, ::-1], images)
 
 

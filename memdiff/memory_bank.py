@@ -22,6 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from memdiff.config import at_least
 from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.random import uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +254,7 @@ def thin_out(memory: Memory, key: jax.Array) -> Memory:
   available = memory.mask.sum(axis=1)
   u = jax.random.uniform(size_key, memory.count.shape)
   wanted = jnp.floor(jnp.exp(u * jnp.log(jnp.maximum(memory.count, 1) + 1)))
-  lottery = jnp.where(memory.mask, jax.random.uniform(choice_key, memory.mask.shape), 2.0)
+  lottery = jnp.where(memory.mask, uniform(choice_key, memory.mask.shape), 2.0)
   # Ranks by comparison: on CPU two argsorts cost a tenth of the denoiser's whole step.
   rank = jnp.sum(lottery[:, None, :] < lottery[:, :, None], axis=2)
   kept = memory.mask & (rank < wanted[:, None])

@@ -196,19 +196,24 @@ def _run_phases(e: Experiment, phases: tuple[Phase, ...]) -> dict:
       progress.say("finished earlier")
       continue
     progress.say(phase.title)
-    start, compiled = time.perf_counter(), clock.seconds
+    start, worked, compiled = time.perf_counter(), time.process_time(), clock.seconds
     metrics = phase.work(e)
     seconds, compile_seconds = time.perf_counter() - start, clock.seconds - compiled
+    cpu_seconds = time.process_time() - worked
     e.workdir.finish(
       phase.name,
       {
         "seconds": round(seconds, 3),
         "compile_seconds": round(compile_seconds, 3),
+        "cpu_seconds": round(cpu_seconds, 3),
         "versions": environment.versions(),
         "metrics": metrics,
       },
     )
-    progress.say(f"finished in {seconds:.1f} s, of which compiling {compile_seconds:.1f} s")
+    progress.say(
+      f"finished in {seconds:.1f} s, of which compiling {compile_seconds:.1f} s;"
+      f" {cpu_seconds:.1f} CPU-seconds"
+    )
   manifests = {phase.name: e.workdir.manifest(phase.name) for phase in phases}
   written = result.write_report(e, manifests)
   if distributed.is_main():

@@ -8,11 +8,14 @@ kernels is one convolution after the other.
 """
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from memdiff.runtime.random import normal
 
 
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
@@ -103,6 +106,11 @@ def _kernel_gradient(x, gradient, shape, stride):
 _conv_on_cpu.defvjp(_forward, _backward)
 
 
+def _he_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Normal with variance 2 / (k k out), as PyTorch's kaiming_normal_ with fan_out."""
+  return math.sqrt(2 / (shape[0] * shape[1] * shape[3])) * normal(key, shape)
+
+
 class Conv(nn.Module):
   """`conv2d` with a learned kernel and no bias; computes in `dtype`, the kernel stays float32."""
 
@@ -115,6 +123,5 @@ class Conv(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, in] -> [B, H', W', features]."""
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-    fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-    kernel = self.param("kernel", fan_out, shape)
+    kernel = self.param("kernel", _he_normal, shape)
     return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)

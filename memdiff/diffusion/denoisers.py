@@ -9,6 +9,7 @@ context (G = B).
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -19,6 +20,9 @@ import numpy as np
 
 from memdiff.config import at_least, one_of
 from memdiff.memory_bank import Memory
+from memdiff.runtime.random import kernel_normal, normal
+
+dense = functools.partial(nn.Dense, kernel_init=kernel_normal)
 
 NAMES = ("mlp", "transformer")
 
@@ -105,8 +109,7 @@ class Affine(nn.Module):
   @staticmethod
   def _draw_kernel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """LeCun's normal, with the number of inputs as fan-in."""
-    flat = nn.initializers.lecun_normal()(key, (shape[0], math.prod(shape[1:])))
-    return flat.reshape(shape)
+    return kernel_normal(key, (shape[0], math.prod(shape[1:]))).reshape(shape)
 
 
 class ModulatedBlock(nn.Module):
@@ -116,9 +119,9 @@ class ModulatedBlock(nn.Module):
 
   @nn.compact
   def __call__(self, h: jax.Array, conditioning: jax.Array) -> jax.Array:
-    scale, shift = jnp.split(nn.Dense(2 * self.width)(conditioning), 2, axis=-1)
+    scale, shift = jnp.split(dense(2 * self.width)(conditioning), 2, axis=-1)
     y = nn.LayerNorm(use_scale=False, use_bias=False)(h) * (1 + scale) + shift
-    y = nn.Dense(self.width)(nn.silu(nn.Dense(self.width)(y)))
+    y = dense(self.width)(nn.silu(dense(self.width)(y)))
     return h + y
 
 
@@ -138,8 +141,8 @@ class MLPDenoiser(nn.Module):
   def setup(self):
     c, dim = self.config, self.feature_dim
     self.class_embedding = nn.Embed(self.num_classes + 1, c.embedding_dim)
-    self.nothing = self.param("nothing", nn.initializers.normal(1.0), (2, dim))
-    self.time_mlp = nn.Sequential([nn.Dense(c.embedding_dim), nn.silu, nn.Dense(c.embedding_dim)])
+    self.nothing = self.param("nothing", normal, (2, dim))
+    self.time_mlp = nn.Sequential([dense(c.embedding_dim), nn.silu, dense(c.embedding_dim)])
     self.to_query = Affine((c.num_heads, dim))
     self.to_width = Affine((c.width,))
     self.to_conditioning = Affine((c.embedding_dim,))

@@ -21,6 +21,7 @@ import numpy as np
 
 from memdiff.diffusion import objectives
 from memdiff.diffusion.schedules import NoiseSchedule
+from memdiff.runtime.random import normal
 
 SAMPLERS = ("ddpm", "ddpm_beta", "ddim", "dpm++")
 
@@ -126,7 +127,7 @@ def sample(
     Samples x_0, [B, ...] float32.
   """
   start_key, step_key = jax.random.split(key)
-  x = jax.random.normal(start_key, shape)
+  x = normal(start_key, shape)
   table = coefficients(schedule, method, num_steps, prediction)
   rows = {name: jnp.asarray(column, jnp.float32) for name, column in table.items()}
   rows["index"] = jnp.arange(num_steps)
@@ -142,7 +143,7 @@ def sample(
       x0 = jnp.where(row["t"] >= start * schedule.num_steps, origin, x0)
     x = row["keep"] * x + row["pull"] * (x0 + row["extrapolate"] * (x0 - previous_x0))
     if stochastic:
-      z = jax.random.normal(jax.random.fold_in(step_key, row["index"]), shape)
+      z = normal(jax.random.fold_in(step_key, row["index"]), shape)
       x = x + row["sigma"] * z
     return (x, x0), None
 

@@ -21,7 +21,7 @@ from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
-from memdiff.runtime.random import stream
+from memdiff.runtime.random import normal, stream
 from memdiff.runtime.train_state import OptimizerConfig
 
 # Parameters that only training needs lie beside the denoiser's own, which do not read them.
@@ -198,7 +198,7 @@ def _program(
     batch = draw_batch(stream(state.key, "batch", state.step), shared, own)
     batch = mesh_lib.shard_batch(batch, mesh)
     t = jax.random.randint(stream(state.key, "time", state.step), batch.label.shape, 0, num_times)
-    eps = jax.random.normal(stream(state.key, "noise", state.step), batch.x0.shape)
+    eps = normal(stream(state.key, "noise", state.step), batch.x0.shape)
     return batch, t, eps
 
   def step(state, shared, own):

@@ -5,7 +5,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from memdiff.diffusion.denoisers import DenoiserConfig, attend, spread, time_embedding
+from memdiff.diffusion.denoisers import DenoiserConfig, attend, dense, spread, time_embedding
 from memdiff.memory_bank import Memory
 
 
@@ -42,9 +42,9 @@ class Block(nn.Module):
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
     query = nn.DenseGeneral((c.num_heads, c.embedding_dim))(modulate(h, shift, scale))
     found = attend(query, keys, values, mask)
-    h = h + gate * nn.Dense(c.width)(found.reshape(h.shape[0], -1))
-    hidden = nn.silu(nn.Dense(c.width)(modulate(h, shift_mlp, scale_mlp)))
-    return h + gate_mlp * nn.Dense(c.width)(hidden)
+    h = h + gate * dense(c.width)(found.reshape(h.shape[0], -1))
+    hidden = nn.silu(dense(c.width)(modulate(h, shift_mlp, scale_mlp)))
+    return h + gate_mlp * dense(c.width)(hidden)
 
 
 class TransformerDenoiser(nn.Module):
@@ -71,13 +71,13 @@ class TransformerDenoiser(nn.Module):
     self.embed_class = nn.Embed(
       self.num_classes + 1, c.embedding_dim, embedding_init=nn.initializers.normal(1.0)
     )
-    self.embed_prototype = nn.Dense(c.embedding_dim)
-    self.embed_exemplar = nn.Dense(c.embedding_dim)
+    self.embed_prototype = dense(c.embedding_dim)
+    self.embed_exemplar = dense(c.embedding_dim)
     self.to_keys = nn.DenseGeneral((c.num_blocks + 1, c.embedding_dim))
     self.to_values = nn.DenseGeneral((c.num_blocks, c.embedding_dim))
-    self.to_start = nn.Dense(c.width)
-    self.to_width = nn.Dense(c.width)
-    self.time_mlp = nn.Sequential([nn.Dense(c.embedding_dim), nn.silu, nn.Dense(c.embedding_dim)])
+    self.to_start = dense(c.width)
+    self.to_width = dense(c.width)
+    self.time_mlp = nn.Sequential([dense(c.embedding_dim), nn.silu, dense(c.embedding_dim)])
     self.blocks = [Block(c) for _ in range(c.num_blocks)]
     self.modulation = nn.Dense(2 * c.width, kernel_init=nn.initializers.zeros)
     self.to_query = nn.DenseGeneral((1, c.embedding_dim))

@@ -112,8 +112,10 @@ def write_report(e: Experiment, manifests: Mapping[str, dict]) -> dict:
   """report.json and report.html from the evaluation's result and all phases' manifests."""
   folder = e.workdir.folder("evaluation")
   result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-  keys = ("seconds", "compile_seconds")
-  phases = {name: {key: manifest[key] for key in keys} for name, manifest in manifests.items()}
+  keys = ("seconds", "compile_seconds", "cpu_seconds")
+  phases = {
+    name: {key: manifest.get(key, 0.0) for key in keys} for name, manifest in manifests.items()
+  }
   result["timing"] = {"phases": phases, "stages": meter.read_all(e.workdir.path)} | {
     f"total_{key}": sum(phase[key] for phase in phases.values()) for key in keys
   }

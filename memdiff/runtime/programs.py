@@ -43,7 +43,13 @@ def abstract_state(stage: Stage, run: Run) -> Any:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _jit_init(init: Callable, shardings: "_Shardings") -> Callable:
-  return jax.jit(jax.vmap(init), out_shardings=shardings.tree)
+  # One after the other and hardly optimised: it runs once, and drawing compiles slowly in a batch.
+  on_cpu = jax.default_backend() == "cpu"
+  return jax.jit(
+    lambda keys, own: jax.lax.map(lambda of_seed: init(*of_seed), (keys, own)),
+    out_shardings=shardings.tree,
+    compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
+  )
 
 
 def make_init(stage: Stage, run: Run) -> Callable:
@@ -65,9 +71,9 @@ def over_seeds(function: Callable, one_by_one: bool) -> Callable:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _jit_evaluate(evaluate: Callable, one_by_one: bool, mesh: Mesh) -> Callable:
-  over_seeds = over_seeds(lambda own, shared: evaluate(own[0], shared, own[1]), one_by_one)
+  of_all = over_seeds(lambda own, shared: evaluate(own[0], shared, own[1]), one_by_one)
   return jax.jit(
-    lambda state, shared, own: over_seeds((state, own), shared),
+    lambda state, shared, own: of_all((state, own), shared),
     out_shardings=mesh_lib.replicated(mesh),
   )
 
