@@ -529,7 +529,7 @@ def _predict_with(e: Experiment, folds: Folds, name: str) -> dict[str, np.ndarra
   state = loop.train(stage, run, folder / "heads" / name)
   taus = np.array([0.0, *e.config.head.taus], np.float32)
   predictions = mesh_lib.fetch(
-    heads.predict(state.params, heads.priors(data, every), taus, stage.own["run"], folds.features)
+    heads.predict(state.params, stage.own["mixture"].prior, taus, stage.own["run"], folds.features)
   )
   shape = (len(taus), len(trained), len(settings), *folds.held_out.shape)
   predictions = _judged_rows(predictions.reshape(shape), folds)
@@ -758,7 +758,7 @@ def final_heads(e: Experiment, space: Space, choices: dict[str, Choice], name: s
   """Loss -> {"kernel" [S, D, C], "bias" [S, C]} on standardised features, adjusted if asked."""
   trained = head_training(e, space, choices, name)
   state = loop.load_final(trained.stage, trained.run, e.workdir.folder("heads") / name)
-  priors = heads.priors(trained.data, trained.settings)
+  priors = trained.stage.own["mixture"].prior
   found = {}
   for loss in e.config.head.losses:
     rows = np.array([i for i, own in enumerate(trained.losses) if own == loss])

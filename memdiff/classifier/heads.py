@@ -24,7 +24,7 @@ from memdiff.feature_space import logits_of
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
-from memdiff.runtime.random import stream
+from memdiff.runtime.random import stream, uniform
 from memdiff.runtime.train_state import OptimizerConfig
 
 STARTS = ("encoder", "zeros")
@@ -175,13 +175,13 @@ def setting_arrays(settings: Sequence[Setting]) -> dict[str, np.ndarray]:
 
 
 @jax.jit
-def _priors(counts: jax.Array, added: Added, own: dict[str, jax.Array]) -> jax.Array:
-  return jax.vmap(lambda own: mixture(counts[own["run"]], added, own).prior)(own)
+def _mixtures(counts: jax.Array, added: Added, own: dict[str, jax.Array]) -> Mixture:
+  return jax.vmap(lambda own: mixture(counts[own["run"]], added, own))(own)
 
 
-def priors(data: HeadData, settings: Sequence[Setting]) -> jax.Array:
-  """`Mixture.prior` of every head. [H, C]."""
-  return _priors(data.exemplars.by_class.counts, data.added, setting_arrays(settings))
+def mixtures(data: HeadData, settings: Sequence[Setting]) -> Mixture:
+  """The mixture of every head; arrays lead with heads."""
+  return _mixtures(data.exemplars.by_class.counts, data.added, setting_arrays(settings))
 
 
 def adjusted(head: dict[str, jax.Array], prior: jax.Array, tau: float) -> dict[str, jax.Array]:
@@ -235,8 +235,10 @@ def make_stage(
   """
   program = _program(config, mesh)
   own = setting_arrays(settings)
+  counts = jnp.asarray(data.exemplars.by_class.counts)[own["run"]]
+  mixed = mixtures(data, settings)
   change = jnp.asarray if config.start == "encoder" else jnp.zeros_like
-  own["start"] = jax.tree.map(lambda x: change(jnp.asarray(x)[own["run"]]), data.start)
+  start = jax.tree.map(lambda x: change(jnp.asarray(x)[own["run"]]), data.start)
   return Stage(
     name=name,
     num_steps=config.num_steps,
@@ -245,9 +247,36 @@ def make_stage(
     step=program.step,
     evaluate=program.evaluate if data.test_labels.shape[1] else None,
     shared=data,
-    own=mesh_lib.replicate(mesh, own),
+    own=mesh_lib.replicate(
+      mesh, own | {"start": start, "mixture": mixed} | class_terms(config, own, counts, mixed)
+    ),
     batch_size=config.batch_size,
   )
+
+
+def class_terms(
+  config: HeadConfig, own: dict[str, Any], counts: jax.Array, mixed: Mixture
+) -> dict[str, jax.Array]:
+  """What each head's loss knows of the classes.
+
+  Args:
+    config: see there.
+    own: of `setting_arrays`.
+    counts: [H, C] real features.
+    mixed: of every head.
+
+  Returns:
+    {"offset" [H, C], added to the logits, "gamma" [H, C], weights once they have set in}.
+  """
+  seen = counts.astype(jnp.float32)
+  if config.gamma_counts == "effective":  # in units of real features
+    seen = counts.sum(axis=1, keepdims=True) * mixed.prior / mixed.real[:, None]
+  gamma = losses.effective_number(jnp.maximum(seen, 1e-3), config.beta)
+  balanced, csl = ((own["loss"] == TRAINED.index(n))[:, None] for n in ("balanced_softmax", "csl"))
+  return {
+    "offset": jnp.where(balanced, jnp.log(jnp.maximum(mixed.prior, 1e-12)), 0.0),
+    "gamma": jnp.where(csl, gamma, 1.0),
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +285,11 @@ class _Program:
   draw: Callable
   step: Callable
   evaluate: Callable
+
+
+def _below(uniform: jax.Array, number: jax.Array) -> jax.Array:
+  """Whole numbers from 0 to `number` - 1, of numbers in [0, 1); 0 if there is none."""
+  return jnp.minimum(jnp.floor(uniform * number), jnp.maximum(number - 1, 0)).astype(jnp.int32)
 
 
 @functools.lru_cache(maxsize=8)
@@ -271,44 +305,30 @@ def _program(config: HeadConfig, mesh: Mesh) -> _Program:
 
   def draw(state, data, own):
     """Features [B, D], labels [B] and trust [B] of a minibatch."""
-    key = stream(state.key, "batch", state.step)
-    mixed = mixture(data.exemplars.by_class.counts[own["run"]], data.added, own)
-    run, size = own["run"], (config.batch_size,)
-    class_key, real_key, added_key, kind_key = jax.random.split(key, 4)
+    mixed, run, by_class = own["mixture"], own["run"], data.exemplars.by_class
+    of_class, of_real, of_added, of_kind = uniform(
+      stream(state.key, "batch", state.step), (4, config.batch_size)
+    )
     cumulative = jnp.cumsum(mixed.draw)
-    u = jax.random.uniform(class_key, size, maxval=cumulative[-1])
-    label = jnp.minimum(jnp.searchsorted(cumulative, u, side="right"), len(cumulative) - 1)
-    by_class = data.exemplars.by_class
-    member = jax.random.randint(real_key, size, 0, jnp.maximum(by_class.counts[run, label], 1))
+    label = jnp.searchsorted(cumulative, of_class * cumulative[-1], side="right")
+    label = jnp.minimum(label, len(cumulative) - 1)
+    member = _below(of_real, by_class.counts[run, label])
     real = data.exemplars.features[run, by_class.order[run, by_class.starts[run, label] + member]]
     numbers = jnp.asarray(data.added.numbers)
     first = (jnp.cumsum(numbers) - numbers)[label]
-    row = first + jax.random.randint(added_key, size, 0, jnp.maximum(mixed.used[label], 1))
-    row = jnp.minimum(row, data.added.features.shape[2] - 1)
+    row = jnp.minimum(first + _below(of_added, mixed.used[label]), data.added.features.shape[2] - 1)
     added = data.added.features[run, own["strength"], row]
     confidence = data.added.confidence[run, own["strength"], row]
-    synthetic = jax.random.uniform(kind_key, size) < mixed.share[label]
+    synthetic = of_kind < mixed.share[label]
     features = jnp.where(synthetic[:, None], added, real)
     return mesh_lib.shard_batch((features, label, jnp.where(synthetic, confidence, 1.0)), mesh)
 
-  def class_weights(mixed, counts):
-    """gamma [C] of csl."""
-    seen = counts.astype(jnp.float32)
-    if config.gamma_counts == "effective":  # in units of real features
-      seen = counts.sum() * mixed.prior / mixed.real
-    return losses.effective_number(jnp.maximum(seen, 1e-3), config.beta)
-
   def step(state, data, own):
-    counts = data.exemplars.by_class.counts[own["run"]]
-    mixed = mixture(counts, data.added, own)
     features, label, trust = draw(state, data, own)
-    balanced = own["loss"] == TRAINED.index("balanced_softmax")
-    offset = jnp.where(balanced, jnp.log(jnp.maximum(mixed.prior, 1e-12)), 0.0)
-    gamma = losses.deferred(class_weights(mixed, counts), state.step, start_step)
-    gamma = jnp.where(own["loss"] == TRAINED.index("csl"), gamma, 1.0)
+    gamma = losses.deferred(own["gamma"], state.step, start_step)
 
     def loss_of(params):
-      logits = logits_of(params, features) + offset[None]
+      logits = logits_of(params, features) + own["offset"][None]
       value = losses.weighted_cross_entropy(logits, label, gamma[label] * trust)
       return value + own["l2"] / 2 * jnp.square(params["kernel"]).sum()
 

@@ -102,7 +102,7 @@ def host_batches(
 
 
 def one_by_one() -> bool:
-  """Whether encoders run seed by seed: on CPUs a batch of kernels is no faster than one at a time."""
+  """Whether encoders run seed by seed: CPUs convolve kernel by kernel anyhow."""
   return jax.default_backend() == "cpu"
 
 
