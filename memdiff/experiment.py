@@ -6,8 +6,10 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from input_pipeline.long_tail import LongTailLabels
 from memdiff import feature_space
@@ -103,14 +105,21 @@ def forward_images(
   """
   input_config = e.config.encoder.input
   model = encoder.make_model(e.config.encoder, loss, e.dataset.num_classes)
-  statistics_of_runs = statistics is not None
+  forward = _forward_program(model, input_config, statistics is not None, e.mesh)
   if statistics is None:
     statistics = encoder.pixel_statistics(input_config, e.dataset.train_images)
   statistics = mesh_lib.replicate(e.mesh, statistics)
+  return feature_space.encode(lambda chunk: forward(chunk, state, statistics), images, e.mesh)
 
-  @jax.jit
+
+@functools.lru_cache(maxsize=8)
+def _forward_program(
+  model: nn.Module, input_config: encoder.InputConfig, statistics_of_runs: bool, mesh: Mesh
+) -> Callable:
+  """The jitted (images, state, statistics) -> (logits, features) of every run."""
+
   def forward(images, state, statistics):
-    images = mesh_lib.shard_batch(images, e.mesh)
+    images = mesh_lib.shard_batch(images, mesh)
 
     def of_run(own, shared):
       state, statistics = own if statistics_of_runs else (own, shared)
@@ -119,7 +128,7 @@ def forward_images(
     own = (state, statistics) if statistics_of_runs else state
     return programs.over_seeds(of_run, training.one_by_one())(own, statistics)
 
-  return feature_space.encode(lambda chunk: forward(chunk, state, statistics), images, e.mesh)
+  return jax.jit(forward)
 
 
 def last_metrics(folder: pathlib.Path) -> dict[str, float]:

@@ -7,6 +7,8 @@ encoder's own units.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -243,7 +245,17 @@ def fill_bank(
     config: slots and horizon.
     mesh: the device mesh.
   """
-  _, num_examples, dim = features.shape
+  shared = len(features) == 1
+  program = _fill_program(features.shape[1:], shared, num_classes, config, mesh)
+  return program(keys, features[0] if shared else features, np.asarray(labels, np.int32))
+
+
+@functools.lru_cache(maxsize=4)
+def _fill_program(
+  shape: tuple[int, int], shared: bool, num_classes: int, config: BankConfig, mesh: Mesh
+) -> Callable:
+  """The jitted (keys, features, labels) -> banks; one for seeds and folds."""
+  num_examples, dim = shape
   num_chunks = -(-num_examples // _CHUNK)
   padding = num_chunks * _CHUNK - num_examples
 
@@ -265,10 +277,9 @@ def fill_bank(
     bank, _ = jax.lax.scan(step, empty, (jnp.arange(num_chunks), index, valid))
     return bank
 
-  shared = len(features) == 1
-  program = jax.vmap(fill, in_axes=(0, None if shared else 0, 0))
-  return jax.jit(program, out_shardings=bank_sharding(num_classes, mesh))(
-    keys, features[0] if shared else features, np.asarray(labels, np.int32)
+  return jax.jit(
+    jax.vmap(fill, in_axes=(0, None if shared else 0, 0)),
+    out_shardings=bank_sharding(num_classes, mesh),
   )
 
 
