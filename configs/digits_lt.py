@@ -62,8 +62,9 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.classifier.references = ()
     config.classifier.num_epochs = 76.2  # 400 steps
     config.diffusion.denoiser.width = 128
-    config.diffusion.num_steps = 1000
+    config.diffusion.num_steps = 500
     config.generators.names = ("kernel_jitter", "memdiff")
+    config.head.training.num_steps = 300
 
   def full():
     config.generators.names = (

@@ -519,7 +519,7 @@ def _predict_with(e: Experiment, folds: Folds, name: str) -> dict[str, np.ndarra
   nothing = np.zeros((num_runs, 0), np.int32)
   data = heads.HeadData(
     exemplars=folds.runs.exemplars,
-    added=mesh_lib.replicate(e.mesh, added),
+    added=mesh_lib.replicate(e.mesh, _of_one_size(e, added)),
     start=folds.runs.head,
     test_features=folds.features[:, :0],
     test_labels=mesh_lib.replicate(e.mesh, nothing),
@@ -539,6 +539,12 @@ def _predict_with(e: Experiment, folds: Folds, name: str) -> dict[str, np.ndarra
     of_loss = of_loss[1:] if loss == "logit_adjustment" else of_loss[:1]
     found[loss] = of_loss.reshape(-1, of_loss.shape[-1])
   return found
+
+
+def _of_one_size(e: Experiment, added: heads.Added) -> heads.Added:
+  """Padded to what generators make."""
+  made = generators.plan(e.dataset.train_counts, e.config.generators)
+  return heads.padded(added, int(made.sum()))
 
 
 def _setting(
@@ -711,7 +717,7 @@ def head_training(e: Experiment, space: Space, choices: dict[str, Choice], name:
       of_losses.append(loss)
   data = heads.HeadData(
     exemplars=exemplars,
-    added=mesh_lib.replicate(e.mesh, added),
+    added=mesh_lib.replicate(e.mesh, _of_one_size(e, added)),
     start=space.runs.head,
     test_features=space.test,
     test_labels=mesh_lib.replicate(

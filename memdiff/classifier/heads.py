@@ -119,12 +119,31 @@ class Mixture:
   real: Any  # [] weight of all real features in the loss
 
 
+_PADDED_UP_TO = 2**26  # bytes of synthetic features up to which all pools get one size
+
+
 def nothing_added(num_runs: int, dim: int, num_classes: int) -> Added:
   """No synthetic features; one row that is never drawn, since arrays cannot be empty."""
   return Added(
     features=jnp.zeros((num_runs, 1, 1, dim)),
     confidence=jnp.ones((num_runs, 1, 1)),
     numbers=np.zeros(num_classes, np.int32),
+  )
+
+
+def padded(added: Added, rows: int) -> Added:
+  """The same with `rows` rows, of which the last are never drawn, if that takes little memory.
+
+  Pools of one size share the programs of their heads.
+  """
+  missing = rows - added.features.shape[2]
+  size = added.features.size // added.features.shape[2] * rows * 4
+  if missing <= 0 or size > _PADDED_UP_TO:
+    return added
+  behind = ((0, 0), (0, 0), (0, missing))
+  return added.replace(
+    features=jnp.pad(added.features, (*behind, (0, 0))),
+    confidence=jnp.pad(added.confidence, behind, constant_values=1.0),
   )
 
 

@@ -4,8 +4,11 @@ A stage's functions are compiled once for each shape of their arguments. Stages 
 the very same function objects share them: heads of every generator, denoisers of seeds and folds.
 """
 
+import dataclasses
 import functools
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -133,6 +136,58 @@ class Dispatch:
     return self._executables[key]
 
 
+class SeedBySeed(Dispatch):
+  """The same of a program for one seed, which every seed runs in a thread of its own.
+
+  XLA's CPU backend keeps one core busy with a small network, so that several seeds share the cores.
+  """
+
+  def __init__(self, program: Callable, mesh: Mesh):
+    super().__init__(program)
+    self._sharding = mesh_lib.replicated(mesh)
+    self._split = jax.jit(_split, out_shardings=self._sharding)
+    self._join = jax.jit(
+      lambda *parts: jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts),
+      out_shardings=self._sharding,
+    )
+
+  def lower(self, state, alive, shared, own, batches, count, *, at_most: int):
+    seeds = jax.eval_shape(_split, (state, alive, own, batches))
+    of_seed = checkpoint_lib.abstract(seeds[0], jax.tree.map(lambda _: self._sharding, seeds[0]))
+    return self._program.lower(*of_seed, shared, count, at_most=at_most)
+
+  def compile(self, arguments: tuple, at_most: int, announced) -> Callable:
+    executable = super().compile(arguments, at_most, announced)
+    return _Threads(executable, self._split, self._join)
+
+
+def _split(tree: Any) -> list[Any]:
+  """Arrays that lead with seeds -> a tree for every seed."""
+  return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(len(jax.tree.leaves(tree)[0]))]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Threads:
+  """An executable for one seed, called as one for all."""
+
+  executable: Callable
+  split: Callable
+  join: Callable
+
+  def __call__(self, state, alive, shared, own, batches, count):
+    def train(of_seed):
+      return jax.block_until_ready(self.executable(*of_seed, shared, count))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+      return self.join(*pool.map(train, self.split((state, alive, own, batches))))
+
+  def cost_analysis(self):
+    return self.executable.cost_analysis()
+
+  def memory_analysis(self):
+    return self.executable.memory_analysis()
+
+
 def make_dispatch(stage: Stage, run: Run) -> Dispatch:
   """The program of a stage; the same one for every stage that runs the same step."""
   return _dispatch(
@@ -158,10 +213,7 @@ def _dispatch(
   if parameters == "fsdp":
     step = _with_split_parameters(step, specs.tree, mesh)
 
-  def train_one_seed(of_seed, of_all, *, at_most):
-    state, alive, own, batches = of_seed
-    shared, count = of_all
-
+  def train_one_seed(state, alive, own, batches, shared, count, *, at_most):
     def take_step(number, state, alive):
       batch = jax.tree.map(lambda x: x[number], batches)
       return step(state, alive, shared, own if batches is None else (own, batch))
@@ -181,9 +233,13 @@ def _dispatch(
       new = guard.choose(alive, new, state)
     return new, alive, metrics
 
+  if one_by_one:
+    return SeedBySeed(jax.jit(train_one_seed, static_argnames="at_most", donate_argnums=0), mesh)
+
   def dispatch(state, alive, shared, own, batches, count, *, at_most):
-    train_seeds = over_seeds(functools.partial(train_one_seed, at_most=at_most), one_by_one)
-    return train_seeds((state, alive, own, batches), (shared, count))
+    train = functools.partial(train_one_seed, at_most=at_most)
+    in_axes = (0, 0, 0, 0, None, None)
+    return jax.vmap(train, in_axes)(state, alive, own, batches, shared, count)
 
   everywhere = mesh_lib.replicated(mesh)
   shardings = jax.tree.map(

@@ -79,8 +79,8 @@ class Stage:
     batch_size: examples per step.
     batches: (seed, first step) -> an iterator over the host's part of each step's batch, for data
       too large for the devices; `batch` and `step` then get (own, host batch) in place of `own`.
-    one_by_one: whether seeds run one after the other rather than as one batch. Convolutions on CPUs
-      do so anyhow; the program is then no larger than that of one seed.
+    one_by_one: whether every seed runs by itself, in a thread, rather than all as one batch; on one
+      device. Convolutions on CPUs gain nothing from the batch, and the program is a third the size.
   """
 
   name: str
