@@ -133,8 +133,9 @@ def pixel_statistics(config: InputConfig, images: np.ndarray) -> dict[str, np.nd
 
 
 def device_data(config: InputConfig, dataset: LongTailDataset, mesh: Mesh) -> dict[str, jax.Array]:
-  """Pixel statistics and, of sets that fit, the images as uint8, on every device."""
+  """Pixel statistics, class counts and, of sets that fit, the images as uint8, on every device."""
   arrays = pixel_statistics(config, dataset.train_images)
+  arrays["train_counts"] = dataset.train_counts
   if not dataset.streamed:
     arrays |= {
       "images": dataset.train_images,

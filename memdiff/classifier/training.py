@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from input_pipeline import augment, batches, streaming
@@ -155,56 +158,141 @@ def make_stage(
       stage scores nothing while it trains.
   """
   name = f"classifier/{loss}"
-  num_examples, num_classes = len(dataset.train_labels), dataset.num_classes
-  num_examples = num_examples if rows is None else rows.shape[1]
-  num_steps = config.num_steps(num_examples)
-  model = encoder.make_model(encoder_config, loss, num_classes)
-  optimizer = train_state.make_optimizer(config.optimizer, num_steps)
-  row = losses.LOSSES[loss]
-  make_objective = functools.partial(
-    losses.make,
-    loss,
-    config.loss_parameters,
-    scale=encoder_config.backbone.scale,
-    num_steps=num_steps,
-    steps_per_epoch=max(num_examples // config.batch_size, 1),
+  num_examples = len(dataset.train_labels) if rows is None else rows.shape[1]
+  setup = _Setup(
+    config=config,
+    encoder_config=encoder_config,
+    bank_config=bank_config,
+    loss=loss,
+    num_classes=dataset.num_classes,
+    image_shape=dataset.train_images.shape[1:],
+    mesh=mesh,
   )
-  of_everything = make_objective(dataset.train_counts)
+  program = _program(
+    setup,
+    num_examples,
+    streamed=dataset.streamed,
+    of_runs=rows is not None,
+    held_out=len(dataset.holdout_labels) > 0,
+  )
+  return Stage(
+    name=name,
+    num_steps=config.num_steps(num_examples),
+    init=_make_init(setup, encoder.weights_sha256(encoder_config)),
+    batch=program.draw,
+    step=program.step,
+    evaluate=None if dataset.streamed or rows is not None else program.evaluate,
+    shared=shared,
+    own=() if rows is None else mesh_lib.replicate(mesh, fold_data(encoder_config, dataset, rows)),
+    batch_size=config.batch_size,
+    batches=host_batches(dataset, config, name),
+    one_by_one=one_by_one(mesh),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+  """All that a network and its training are built of, beside the data."""
+
+  config: ClassifierConfig
+  encoder_config: EncoderConfig
+  bank_config: memory_bank.BankConfig | None
+  loss: str
+  num_classes: int
+  image_shape: tuple[int, ...]
+  mesh: Mesh
+
+  @property
+  def model(self) -> nn.Module:
+    return encoder.make_model(self.encoder_config, self.loss, self.num_classes)
+
+  def optimizer(self, num_steps: int) -> optax.GradientTransformation:
+    return train_state.make_optimizer(self.config.optimizer, num_steps)
+
+  def objective(self, counts: Any, num_examples: int) -> losses.Objective:
+    """Of a training set with `counts` [C] examples per class, perhaps traced."""
+    return losses.make(
+      self.loss,
+      self.config.loss_parameters,
+      counts,
+      scale=self.encoder_config.backbone.scale,
+      num_steps=self.config.num_steps(num_examples),
+      steps_per_epoch=max(num_examples // self.config.batch_size, 1),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+  draw: Callable
+  step: Callable
+  evaluate: Callable
+
+
+@functools.lru_cache(maxsize=8)
+def _make_init(setup: _Setup, weights: str | None) -> Callable:
+  """The initial state; the same function for seeds and folds, so that it compiles once.
+
+  `weights` is the digest of the file that parameters are read from.
+  """
+  del weights
+  row, model = losses.LOSSES[setup.loss], setup.model
 
   def init(key, _):
     variables = encoder.initial_variables(
-      encoder_config, model, dataset.train_images.shape[1:], stream(key, "params")
+      setup.encoder_config, model, setup.image_shape, stream(key, "params")
     )
     if row.contrastive:
-      variables = projection.extend(variables, config.loss_parameters, stream(key, "projection"))
-    bank = bank_config and memory_bank.create(
-      num_classes, bank_config.num_slots, encoder_config.feature_dim
+      variables = projection.extend(
+        variables, setup.config.loss_parameters, stream(key, "projection")
+      )
+    bank = setup.bank_config and memory_bank.create(
+      setup.num_classes, setup.bank_config.num_slots, setup.encoder_config.feature_dim
     )
     return train_state.create(
       key,
       variables["params"],
-      optimizer,
+      setup.optimizer(1),  # the number of steps does not matter yet
       model_state=variables["batch_stats"],
       bank=bank,
-      loss_state=of_everything.init(),
+      loss_state=setup.objective(np.ones(setup.num_classes), 1).init(),
     )
+
+  return init
+
+
+@functools.lru_cache(maxsize=8)
+def _program(
+  setup: _Setup, num_examples: int, *, streamed: bool, of_runs: bool, held_out: bool
+) -> _Program:
+  """The functions of a stage, the same ones whenever they are asked for.
+
+  Args:
+    setup: see there.
+    num_examples: in an epoch.
+    streamed: whether batches come from the host.
+    of_runs: whether every run has rows, class counts and pixel statistics of its own.
+    held_out: whether there are held-out images to score.
+  """
+  config, encoder_config, bank_config = setup.config, setup.encoder_config, setup.bank_config
+  mesh, model, row = setup.mesh, setup.model, losses.LOSSES[setup.loss]
+  optimizer = setup.optimizer(config.num_steps(num_examples))
 
   def draw(state, shared, own):
     """A batch of uint8 images and labels, split over the devices."""
-    if dataset.streamed:
+    if streamed:
       _, batch = own
       return batch["images"], batch["labels"]
     index = batches.epoch_indices(
       stream(state.key, "order"), state.step, num_examples, config.batch_size
     )
-    index = index if rows is None else own["rows"][index]
+    index = own["rows"][index] if of_runs else index
     return mesh_lib.shard_batch((shared["images"][index], shared["labels"][index]), mesh)
 
   def prepare(state, shared, own):
     """The loss's views of a batch, one after the other, its labels, and mixup's partners."""
     images, labels = draw(state, shared, own)
     key = stream(state.key, "views", state.step)
-    statistics = shared if rows is None else own["statistics"]
+    statistics = own["statistics"] if of_runs else shared
     views = [
       augmented(
         jax.random.fold_in(key, view), images, config.augment, encoder_config.input, statistics
@@ -218,7 +306,8 @@ def make_stage(
 
   def step(state, shared, own):
     images, labels, partner, share = prepare(state, shared, own)
-    objective = of_everything if rows is None else make_objective(own["counts"])
+    counts = own["counts"] if of_runs else shared["train_counts"]
+    objective = setup.objective(counts, num_examples)
     batch = len(labels)
 
     def loss_of(params):
@@ -268,21 +357,9 @@ def make_stage(
       return encoder.apply_eval(model, state, images)[0]
 
     scores = encoder.score(predict, shared["test_images"], shared["test_labels"])
-    if len(dataset.holdout_labels):
-      held_out = encoder.score(predict, shared["holdout_images"], shared["holdout_labels"])
-      scores |= {f"holdout_{name}": value for name, value in held_out.items()}
+    if held_out:
+      others = encoder.score(predict, shared["holdout_images"], shared["holdout_labels"])
+      scores |= {f"holdout_{name}": value for name, value in others.items()}
     return scores
 
-  return Stage(
-    name=name,
-    num_steps=num_steps,
-    init=init,
-    batch=prepare,
-    step=step,
-    evaluate=None if dataset.streamed or rows is not None else evaluate,
-    shared=shared,
-    own=() if rows is None else mesh_lib.replicate(mesh, fold_data(encoder_config, dataset, rows)),
-    batch_size=config.batch_size,
-    batches=host_batches(dataset, config, name),
-    one_by_one=one_by_one(mesh),
-  )
+  return _Program(prepare, step, evaluate)
