@@ -551,19 +551,26 @@ def chosen_strengths(choices: dict[str, Choice], name: str) -> list[float]:
 def hallucinate(e: Experiment) -> dict:
   """Every generator's features, at the strengths that were chosen."""
   space, (choices, _) = load_space(e), load_selection(e)
-  summary, clock = {}, CompileClock()
-  for name in e.config.generators.names:
-    made = generators.numbers(name, e.dataset.train_counts, e.config.generators)
-    strengths = chosen_strengths(choices, name)
-    folder = e.workdir.folder("diffusion") / name
-    spent = clock.start()
-    features = generators.make(name, workshop(e), space.runs, e.run, folder, made, strengths)
-    arrays = {name: vars(features)[name] for name in ("labels", "confidence", "number")}
-    arrays |= _provenance(space.runs, features)
-    arrays |= {"numbers": made, "strengths": np.array(strengths), "seeds": np.array(e.seeds)}
-    write_arrays(e.workdir.folder("hallucination") / f"{name}.npz", arrays)
-    summary[name] = {"features": features.confidence.size, "seconds": spent()}
-  return summary
+  clock = CompileClock()
+  return {
+    name: _hallucinate_with(e, space.runs, name, chosen_strengths(choices, name), clock)
+    for name in e.config.generators.names
+  }
+
+
+def _hallucinate_with(
+  e: Experiment, runs: FeatureRuns, name: str, strengths: list[float], clock: CompileClock
+) -> dict:
+  """Writes the features of one generator, which are then no longer in memory."""
+  made = generators.numbers(name, e.dataset.train_counts, e.config.generators)
+  folder = e.workdir.folder("diffusion") / name
+  spent = clock.start()
+  features = generators.make(name, workshop(e), runs, e.run, folder, made, strengths)
+  arrays = {name: vars(features)[name] for name in ("labels", "confidence", "number")}
+  arrays |= _provenance(runs, features)
+  arrays |= {"numbers": made, "strengths": np.array(strengths), "seeds": np.array(e.seeds)}
+  write_arrays(e.workdir.folder("hallucination") / f"{name}.npz", arrays)
+  return {"features": features.confidence.size, "seconds": spent()}
 
 
 def _provenance(runs: FeatureRuns, features: synthetic.SyntheticFeatures) -> dict[str, np.ndarray]:

@@ -265,13 +265,17 @@ def fill_bank(
     bank, _ = jax.lax.scan(step, empty, (jnp.arange(num_chunks), index, valid))
     return bank
 
-  shared = len(features) == 1
-  program = jax.vmap(fill, in_axes=(0, None if shared else 0, 0))
-  return jax.jit(program, out_shardings=bank_sharding(num_classes, mesh))(
-    base_keys(seeds, "memory_bank"),
-    features[0] if shared else features,
-    np.asarray(labels, np.int32),
+  # A run at a time, since the program holds a copy of its features.
+  keys, labels = base_keys(seeds, "memory_bank"), np.asarray(labels, np.int32)
+  program = jax.jit(fill)
+  banks = [
+    program(keys[run], features[run % len(features)], labels[run]) for run in range(len(seeds))
+  ]
+  together = jax.jit(
+    lambda *banks: jax.tree.map(lambda *leaves: jnp.stack(leaves), *banks),
+    out_shardings=bank_sharding(num_classes, mesh),
   )
+  return together(*banks)
 
 
 def bank_sharding(num_classes: int, mesh: Mesh) -> NamedSharding:

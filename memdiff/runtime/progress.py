@@ -64,6 +64,7 @@ class Progress:
 
   def phase(self, number: int, name: str) -> None:
     """All further lines belong to this phase."""
+    release_memory()
     self._prefix = f"[{number}/{self._num_phases} {name}]"
 
   def say(self, text: str) -> None:
