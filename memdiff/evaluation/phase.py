@@ -276,19 +276,18 @@ def evaluate(e: Experiment) -> dict:
     name: of_strength(experiment.load_synthetic(e, name), choices[f"{name}+{loss}"])
     for name in e.config.generators.names
   }
-  judged = judge(e, space, made)
+  judged, shown = judge(e, space, made), made[generator]
+  del made  # the features of all generators: much memory
   chosen = recommendation["method"] if recommendation else comparison["method"]
   save_recommended_head(e, space, scored, chosen)
   if isinstance(e.dataset, embeddings.LongTailEmbeddings):
     # The recommended generator's; where that is none, those of the one that was compared.
-    name, _, loss = (chosen if chosen.split("+")[0] in made else comparison["method"]).partition(
-      "+"
-    )
+    known = chosen.split("+")[0] in e.config.generators.names
+    name, _, loss = (chosen if known else comparison["method"]).partition("+")
     choice = choices[f"{name}+{loss}"]
     export_embeddings(e, name, of_strength(experiment.load_synthetic(e, name), choice))
   if recommendation:
     recommendation = recommendation | {"agreement": agreement(scored, recommendation)}
-  shown = made[generator]
   outcome = result.record(e, scored.rows) | {
     "comparison": comparison,
     "joint": compare_joint(e, scored),
