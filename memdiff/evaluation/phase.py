@@ -17,6 +17,7 @@ from memdiff.experiment import Experiment
 from memdiff.feature_experiment import OWN, REAL, REFERENCES, Choice, Space
 from memdiff.feature_space import raw_head
 from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.progress import release_memory
 from memdiff.runtime.workdir import write_arrays
 
 JOINT = "joint"  # joint:<generator>+<loss>
@@ -270,6 +271,7 @@ def evaluate(e: Experiment) -> dict:
   space, (choices, recommendation) = experiment.load_space(e), experiment.load_selection(e)
   e.run.progress.say("scoring the methods on the test set")
   scored = classify(e, space, choices)
+  release_memory()
   comparison = compare(e, scored, recommendation)
   generator, _, loss = comparison["method"].partition("+")
   made = {
