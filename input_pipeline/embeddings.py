@@ -4,6 +4,10 @@ For features that another model made (CLIP, DINO, a tabular model): read from .n
 (a file or a folder of parts), checked, and split like images are. Synthetic features are written
 back in the same formats.
 
+Numbers are kept as float32, of which neighbours lie 1e-7 of their size apart. A column that varies
+by less becomes constant, for example a time in seconds since 1970 that spans a minute; subtract an
+offset from such a column first.
+
 A class of one row is allowed: it trains, and is not tested where the test set is split off. A class
 without test rows has no accuracy of its own.
 """

@@ -51,7 +51,7 @@ from memdiff.hallucination import SamplerConfig, check_conditions
 from memdiff.runtime import loop
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.checkpoint import Checkpointer, abstract
-from memdiff.runtime.progress import CompileClock
+from memdiff.runtime.progress import CompileClock, Progress
 from memdiff.runtime.workdir import read_arrays, write_arrays, write_json
 from memdiff.runtime.writers import TensorBoard
 from memdiff.selection import SelectionConfig
@@ -231,14 +231,19 @@ def read_memory_bank(e: Experiment) -> dict:
   return _fill_memory_bank(e, {n: getattr(e.dataset, f"{n}_features")[None] for n in parts})
 
 
+def say_constant_columns(progress: Progress, features: np.ndarray) -> None:
+  """In one line, if [N, D] has any."""
+  constant = feature_space.constant_columns(features)
+  if len(constant):
+    progress.say(
+      f"{len(constant)} of {features.shape[1]} columns are constant in the training data and tell"
+      f" nothing apart; the first is column {constant[0]}, counted from 0"
+    )
+
+
 def _fill_memory_bank(e: Experiment, arrays: dict[str, np.ndarray]) -> dict:
   folder = e.workdir.folder("memory_bank")
-  dim, constant = arrays["train"].shape[-1], feature_space.constant_columns(arrays["train"][0])
-  if len(constant):
-    e.run.progress.say(
-      f"{len(constant)} of {dim} columns are constant in the training data and tell nothing apart;"
-      f" the first is column {constant[0]}, counted from 0"
-    )
+  say_constant_columns(e.run.progress, arrays["train"][0])
   bank = feature_space.fill_bank(
     arrays["train"],
     np.broadcast_to(e.dataset.train_labels, (len(e.seeds), len(e.dataset.train_labels))),
@@ -252,7 +257,7 @@ def _fill_memory_bank(e: Experiment, arrays: dict[str, np.ndarray]) -> dict:
   checkpointer.close()
   write_arrays(folder / "features.npz", arrays)
   stored = np.minimum(mesh_lib.fetch(bank.seen), bank.slots.shape[2]).sum()
-  return {"stored_features": int(stored), "feature_dim": dim}
+  return {"stored_features": int(stored), "feature_dim": arrays["train"].shape[-1]}
 
 
 def _for_seeds(e: Experiment, array: np.ndarray) -> np.ndarray:
@@ -620,19 +625,26 @@ def chosen_strengths(choices: dict[str, Choice], name: str) -> list[float]:
 def hallucinate(e: Experiment) -> dict:
   """Every generator's features, at the strengths that were chosen."""
   space, (choices, _) = load_space(e), load_selection(e)
-  summary, clock = {}, CompileClock()
-  for name in e.config.generators.names:
-    made = generators.numbers(name, e.dataset.train_counts, e.config.generators)
-    strengths = chosen_strengths(choices, name)
-    folder = e.workdir.folder("diffusion") / name
-    spent = clock.start()
-    features = generators.make(name, workshop(e), space.runs, e.run, folder, made, strengths)
-    arrays = {name: vars(features)[name] for name in ("labels", "confidence", "number")}
-    arrays |= _provenance(space.runs, features)
-    arrays |= {"numbers": made, "strengths": np.array(strengths), "seeds": np.array(e.seeds)}
-    write_arrays(e.workdir.folder("hallucination") / f"{name}.npz", arrays)
-    summary[name] = {"features": features.confidence.size, "seconds": spent()}
-  return summary
+  clock = CompileClock()
+  return {
+    name: _hallucinate_with(e, space.runs, name, chosen_strengths(choices, name), clock)
+    for name in e.config.generators.names
+  }
+
+
+def _hallucinate_with(
+  e: Experiment, runs: FeatureRuns, name: str, strengths: list[float], clock: CompileClock
+) -> dict:
+  """Writes the features of one generator, which are then no longer in memory."""
+  made = generators.numbers(name, e.dataset.train_counts, e.config.generators)
+  folder = e.workdir.folder("diffusion") / name
+  spent = clock.start()
+  features = generators.make(name, workshop(e), runs, e.run, folder, made, strengths)
+  arrays = {name: vars(features)[name] for name in ("labels", "confidence", "number")}
+  arrays |= _provenance(runs, features)
+  arrays |= {"numbers": made, "strengths": np.array(strengths), "seeds": np.array(e.seeds)}
+  write_arrays(e.workdir.folder("hallucination") / f"{name}.npz", arrays)
+  return {"features": features.confidence.size, "seconds": spent()}
 
 
 def _provenance(runs: FeatureRuns, features: synthetic.SyntheticFeatures) -> dict[str, np.ndarray]:

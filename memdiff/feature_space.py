@@ -245,16 +245,22 @@ def fill_bank(
     config: slots and horizon.
     mesh: the device mesh.
   """
-  shared = len(features) == 1
-  program = _fill_program(features.shape[1:], shared, num_classes, config, mesh)
-  return program(keys, features[0] if shared else features, np.asarray(labels, np.int32))
+  program = _fill_program(features.shape[1:], num_classes, config, mesh)
+  labels = np.asarray(labels, np.int32)
+  # A run at a time, since the program holds a copy of its features.
+  banks = [program(key, features[i % len(features)], labels[i]) for i, key in enumerate(keys)]
+  together = jax.jit(
+    lambda *banks: jax.tree.map(lambda *leaves: jnp.stack(leaves), *banks),
+    out_shardings=bank_sharding(num_classes, mesh),
+  )
+  return together(*banks)
 
 
 @functools.lru_cache(maxsize=4)
 def _fill_program(
-  shape: tuple[int, int], shared: bool, num_classes: int, config: BankConfig, mesh: Mesh
+  shape: tuple[int, int], num_classes: int, config: BankConfig, mesh: Mesh
 ) -> Callable:
-  """The jitted (keys, features, labels) -> banks; one for seeds and folds."""
+  """The jitted (key, features [N, D], labels [N]) -> bank of a run; one for seeds and folds."""
   num_examples, dim = shape
   num_chunks = -(-num_examples // _CHUNK)
   padding = num_chunks * _CHUNK - num_examples
@@ -277,10 +283,7 @@ def _fill_program(
     bank, _ = jax.lax.scan(step, empty, (jnp.arange(num_chunks), index, valid))
     return bank
 
-  return jax.jit(
-    jax.vmap(fill, in_axes=(0, None if shared else 0, 0)),
-    out_shardings=bank_sharding(num_classes, mesh),
-  )
+  return jax.jit(fill)
 
 
 def bank_sharding(num_classes: int, mesh: Mesh) -> NamedSharding:

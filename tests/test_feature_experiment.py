@@ -1,6 +1,7 @@
 """The experiment on features: a run on embeddings, the references, and settings that do not fit."""
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from memdiff.errors import ConfigError, WorkdirError
 from memdiff.evaluation import phase as evaluation
 from memdiff.experiment import Experiment
 from memdiff.feature_experiment import Choice, Folds
+from memdiff.runtime.progress import Progress
 from memdiff.runtime.workdir import Workdir
 from tests import support
 
@@ -339,6 +341,16 @@ def test_own_heads_of_folds_are_judged_on_what_they_did_not_see_plain_and_adjust
   np.testing.assert_array_equal(found["own_head"], plain)
   np.testing.assert_array_equal(found["own_head+logit_adjustment"], adjusted)
   assert feature_experiment._own_head_hits(e, dataclasses.replace(folds, own_logits=None)) == {}
+
+
+def test_constant_columns_are_said_in_one_line_or_none():
+  features = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
+  for columns, words in (([], ""), ([3, 1], "2 of 5 columns are constant .*first is column 1,")):
+    features[:, columns] = 1e6
+    stream = io.StringIO()
+    feature_experiment.say_constant_columns(Progress(1, stream=stream), features)
+    assert stream.getvalue().count("\n") == bool(columns)
+    assert re.search(words, stream.getvalue())
 
 
 @pytest.mark.parametrize("method", ["own_head", "own_head+logit_adjustment", "memdiff+csl"])

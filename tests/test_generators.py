@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memdiff import exemplars as exemplars_lib
 from memdiff import feature_space, generators, synthetic
 from memdiff.baselines import fasa, ldmlr
 from memdiff.baselines.fasa import FASAConfig
@@ -272,6 +273,44 @@ def test_confidence_is_that_of_what_the_head_trains_on(made, runs, name):
 
 
 # --- one by one ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["kernel_jitter", "gaussian_shrunk", "duplicate"])
+def test_runs_that_share_exemplars_make_what_runs_with_copies_make(mesh, tmp_path, name):
+  raw, labels = make_raw(0)
+  labels, made = np.stack([labels] * 3), []
+  for features in (raw[None], np.stack([raw] * 3)):
+    bank = feature_space.fill_bank(features, labels, CLASSES, (0,) * 3, BANK, mesh)
+    runs = feature_space.make_runs(features, labels, bank, None, CLASSES, mesh)
+    assert runs.alike == (len(features) == 1)
+    made.append(train_and_make(name, runs, mesh, tmp_path))
+  np.testing.assert_allclose(made[0].features, made[1].features, rtol=1e-5, atol=1e-5)
+  assert np.abs(made[0].features[0] - made[0].features[1]).max() > 0.01  # of seeds 5 and 6
+
+
+def test_samples_of_all_strengths_are_in_memory_once(mesh):
+  """Else the strengths that cross-validation tries take twice their room, or thrice."""
+  num_runs, rows, dim, number, num_strengths = 3, 200, 32, 500, 20
+
+  def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+  whole = functools.partial(shape, num_runs, dtype=jnp.int32)
+  by_class = exemplars_lib.ByClass(whole(rows), whole(CLASSES), whole(CLASSES))
+  runs = feature_space.FeatureRuns(
+    exemplars=exemplars_lib.Exemplars(shape(num_runs, rows, dim), whole(rows), by_class),
+    bank=None,
+    standardizer=feature_space.Standardizer(*[shape(num_runs, dim)] * 3),
+    head={"kernel": shape(num_runs, dim, CLASSES), "bias": shape(num_runs, CLASSES)},
+  )
+  labels = jnp.zeros(number, jnp.int32)
+  sampler = generators._plain_sampler("kernel_jitter", labels)
+  program = generators.sampling_program(sampler, labels, CONFIG.confidence, mesh)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_runs))
+  lowered = program.lower(keys, shape(num_strengths), runs, shape(num_runs, dim, dim))
+  memory = lowered.compile().memory_analysis()
+  assert memory.output_size_in_bytes >= 4 * num_runs * num_strengths * number * dim
+  assert memory.temp_size_in_bytes < 0.5 * memory.output_size_in_bytes
 
 
 def test_duplicates_are_exemplars_of_the_run(made, runs):

@@ -16,6 +16,7 @@ from memdiff.experiment import Experiment
 from memdiff.feature_experiment import OWN, REAL, REFERENCES, Choice, Space
 from memdiff.feature_space import raw_head
 from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.progress import release_memory
 from memdiff.runtime.workdir import write_arrays
 
 JOINT = "joint"  # joint:<generator>+<loss>
@@ -380,25 +381,25 @@ def evaluate(e: Experiment) -> dict:
   space, (choices, recommendation) = experiment.load_space(e), experiment.load_selection(e)
   e.run.progress.say("scoring the methods on the test set")
   scored = classify(e, space, choices)
+  release_memory()
   comparison = compare(e, scored, recommendation)
   generator, _, loss = comparison["method"].partition("+")
   made = {
     name: of_strength(experiment.load_synthetic(e, name), choices[f"{name}+{loss}"])
     for name in e.config.generators.names
   }
-  judged = judge(e, space, made)
+  judged, shown = judge(e, space, made), made[generator]
+  del made  # the features of all generators: much memory
   chosen = recommendation["method"] if recommendation else comparison["method"]
   save_recommended_head(e, space, scored, chosen, choices)
   if isinstance(e.dataset, embeddings.LongTailEmbeddings):
     # The recommended generator's; where that is none, those of the one that was compared.
-    name, _, loss = (chosen if chosen.split("+")[0] in made else comparison["method"]).partition(
-      "+"
-    )
+    known = chosen.split("+")[0] in e.config.generators.names
+    name, _, loss = (chosen if known else comparison["method"]).partition("+")
     choice = choices[f"{name}+{loss}"]
     export_embeddings(e, name, of_strength(experiment.load_synthetic(e, name), choice))
   if recommendation:
     recommendation = recommendation | {"agreement": agreement(scored, recommendation)}
-  shown = made[generator]
   first = headline(e, scored, plain_training(e, space), comparison, recommendation)
   mark_shown(scored, first, comparison)
   outcome = result.record(e, scored.rows) | {

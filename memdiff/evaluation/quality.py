@@ -102,13 +102,20 @@ class _Truth:
       return np.zeros(0)
     return metrics.nearest_distances(features, self.train.all)
 
+  @property
+  def is_known(self) -> bool:
+    """Whether there are unseen features to hold others against."""
+    return len(self.left_out.all) > 1
+
   def compare(self, other: _Set) -> dict[str, float]:
     """What can be said of training features as well as of synthetic ones, against left-out ones."""
+    if not self.is_known:
+      return {}
     between = metrics.squared_distances(self.left_out.some, other.some)
     precision, recall = metrics.precision_recall(self.left_out.within, other.within, between)
     diversity = metrics.diversity(other.within)
     return {
-      "diversity": diversity / self.diversity if self.diversity != 0 else float("nan"),
+      "diversity": diversity / self.diversity if self.diversity else float("nan"),
       "truth_mmd": metrics.mmd(self.left_out.within, other.within, between, self.bandwidth),
       "truth_frechet": metrics.frechet(self.left_out.gaussian, other.gaussian),
       "truth_precision": precision,
@@ -126,13 +133,14 @@ class _Truth:
   def judge(self, features: np.ndarray) -> tuple[dict[str, float], float]:
     """Metrics of synthetic features [M, D], and the KL's shrinkage."""
     made = _Set(features)
+    values = self.compare(made) | {"mmd": self._mmd_to_train(made)}
+    if len(self.unseen):
+      copied = self._to_train(features)
+      values["memorization_ratio"] = metrics.memorization_ratio(copied, self.unseen)
+    if not self.is_known:
+      return values, float("nan")
     kl, shrinkage = metrics.gaussian_kl(self.left_out.gaussian, made.gaussian)
-    values = self.compare(made) | {
-      "kl_gaussian": kl,
-      "mmd": self._mmd_to_train(made),
-      "memorization_ratio": metrics.memorization_ratio(self._to_train(features), self.unseen),
-    }
-    return values, shrinkage
+    return values | {"kl_gaussian": kl}, shrinkage
 
 
 _REFERENCE_WORDS = {

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import sys
 import time
 from collections.abc import Callable
@@ -35,7 +36,12 @@ class CompileClock:
 
 
 def release_memory() -> None:
-  """Gives back to the system what the compiler has freed: glibc would keep hundreds of MB."""
+  """Gives memory back to the system.
+
+  Finished stages hold their arrays in cycles of references, and glibc keeps hundreds of MB that the
+  compiler has freed.
+  """
+  gc.collect()
   trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
   if trim is not None:
     trim(0)
@@ -64,6 +70,7 @@ class Progress:
 
   def phase(self, number: int, name: str) -> None:
     """All further lines belong to this phase."""
+    release_memory()
     self._prefix = f"[{number}/{self._num_phases} {name}]"
 
   def say(self, text: str) -> None:

@@ -152,6 +152,51 @@ def test_calibration_makes_do_with_few_classes(counts):
   np.testing.assert_allclose(drawn, sum(means) / (1 + len(means)), rtol=1e-5)
 
 
+def of_one_class(columns):
+  """Exemplars with these columns [N, D], and their unbiased covariance."""
+  columns = np.asarray(columns, np.float32)
+  exemplars = exemplars_lib.make(columns, np.zeros(len(columns), int), 1)
+  return jax.tree.map(jnp.asarray, exemplars), np.atleast_2d(np.cov(columns.astype(float).T))
+
+
+def columns_of(kind):
+  x = np.random.default_rng(3).normal(size=(60, 40))
+  if kind == "full rank":
+    return x
+  if kind == "fewer rows than columns":
+    return x[:7]
+  if kind == "many copies of one column":
+    return np.repeat(x[:, :1], 300, axis=1)
+  if kind == "constant columns":  # at 0, as standardised ones are
+    return np.c_[np.zeros(60), x[:, :3], np.zeros(60)]
+  return np.c_[1e-4 * x[:, 0], 1e4 * (x[:, 0] + x[:, 1]), x[:, 1], x[:, 0]]  # "units"
+
+
+@pytest.mark.parametrize(
+  "kind",
+  [
+    "full rank",
+    "fewer rows than columns",
+    "many copies of one column",
+    "constant columns",
+    "units",
+  ],
+)
+def test_the_factor_is_that_of_the_pooled_covariance_of_any_rank(kind):
+  """But for the ridge, and rounding in proportion to the deviations of the columns."""
+  exemplars, covariance = of_one_class(columns_of(kind))
+  factor = np.asarray(jax.jit(gaussian.within_factor)(exemplars), float)
+  deviation = np.sqrt(np.diag(covariance))
+  error = np.abs(factor @ factor.T - covariance)
+  assert (error <= 2e-3 * np.outer(deviation, deviation)).all(), error.max()
+  assert not factor[deviation == 0].any()
+
+
+def test_the_factor_of_what_is_not_finite_is_not_finite_but_comes_to_an_end():
+  exemplars, _ = of_one_class(np.full((5, 2), np.nan))
+  assert np.isnan(jax.jit(gaussian.within_factor)(exemplars)).any()
+
+
 # --- resampling ------------------------------------------------------------------------------
 
 

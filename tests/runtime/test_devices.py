@@ -111,6 +111,11 @@ def test_large_parameters_their_average_and_their_moments_are_split(found):
   assert small and all(own == whole for whole, own in small)
 
 
+def test_what_is_on_every_device_is_not_placed_again(mesh):
+  placed = mesh_lib.replicate(mesh, {"a": np.arange(3.0)})
+  assert mesh_lib.replicate(mesh, placed)["a"] is placed["a"]
+
+
 def test_the_largest_axis_that_divides_is_split(mesh):
   spec = mesh_lib.parameter_spec((128, 256), mesh)
   assert spec == jax.sharding.PartitionSpec(None, "data")
