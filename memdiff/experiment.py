@@ -67,6 +67,7 @@ class Phase:
   work: Callable[[Experiment], dict]  # returns metrics for the manifest
   reads: tuple[str, ...]  # parts of the config that decide its result, beyond earlier phases'
   wanted: Callable[[Any], bool] = lambda settings: True  # whether there is anything to do
+  compile_ahead: Callable[[Experiment], None] | None = None  # its largest programs
 
 
 def classifier_stage(e: Experiment, loss: str, rows: np.ndarray | None = None) -> loop.Stage:

@@ -48,7 +48,7 @@ from memdiff.feature_diffusion import DiffusionConfig
 from memdiff.feature_space import FeatureRuns
 from memdiff.generators import GeneratorsConfig, Workshop
 from memdiff.hallucination import SamplerConfig, check_conditions
-from memdiff.runtime import loop
+from memdiff.runtime import loop, programs
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.checkpoint import Checkpointer, abstract
 from memdiff.runtime.progress import CompileClock, Progress
@@ -334,6 +334,25 @@ def workshop(e: Experiment) -> Workshop:
   return Workshop(config.generators, config.diffusion, config.hallucination, e.dataset.num_classes)
 
 
+def compile_denoisers(e: Experiment) -> None:
+  """Compiles the trainings of denoisers on zeros; seeds and folds share them."""
+  labels = np.broadcast_to(e.dataset.train_labels, (len(e.seeds), len(e.dataset.train_labels)))
+  if isinstance(e.config, MemdiffConfig):
+    dim = e.config.encoder.feature_dim
+  else:
+    dim = e.dataset.train_features.shape[1]
+  nothing = np.zeros((len(e.seeds), labels.shape[1], dim), np.float32)
+  classes = e.dataset.num_classes
+  bank = feature_space.fill_bank(
+    nothing, labels, classes, e.run.keys("memory_bank"), e.config.memory_bank, e.mesh
+  )
+  runs = feature_space.make_runs(nothing, labels, bank, None, classes, e.mesh)
+  for name in e.config.generators.names:
+    stage = generators.stage(name, workshop(e), runs, e.mesh)
+    if stage is not None:
+      programs.compile_ahead(stage, e.run)
+
+
 def train_denoisers(e: Experiment) -> dict:
   space, summary, clock = load_space(e), {}, CompileClock()
   for name in e.config.generators.names:
@@ -410,11 +429,26 @@ def _fold_writer(e: Experiment) -> TensorBoard:
   return TensorBoard(e.workdir.path / "tensorboard", enabled=False)
 
 
+def _fold_encoders(e: Experiment, train: np.ndarray) -> loop.Stage:
+  """Trains an encoder for every fold, on its part of the training images."""
+  rows = train[:, : (train >= 0).sum(axis=1).max()]
+  return dataclasses.replace(
+    classifier_stage(e, e.config.classifier.loss, rows), name="selection/encoder"
+  )
+
+
+def compile_folds(e: Experiment) -> None:
+  """Compiles the training of encoders of folds."""
+  config = e.config.selection
+  if config.folds and config.encoder == "retrained":
+    train, _ = selection.fold_rows(e.dataset.train_labels, config)
+    run = dataclasses.replace(e.run, seeds=tuple(range(config.num_runs)))
+    programs.compile_ahead(_fold_encoders(e, train), run)
+
+
 def _encode_folds(e: Experiment, run: loop.Run, train: np.ndarray):
   """Features [R, N, D] of all training images by encoders that saw their fold's part, and heads."""
-  loss = e.config.classifier.loss
-  rows = train[:, : (train >= 0).sum(axis=1).max()]
-  stage = dataclasses.replace(classifier_stage(e, loss, rows), name="selection/encoder")
+  loss, stage = e.config.classifier.loss, _fold_encoders(e, train)
   folder = e.workdir.folder("selection") / "encoder"
   state = loop.train(stage, run, folder)
   _, features = forward_images(e, loss, state, e.dataset.train_images, stage.own["statistics"])
@@ -828,10 +862,20 @@ def describe_own(e: Experiment, loss: str) -> str:
 
 
 SHARED_PHASES = (
-  Phase("diffusion", "training denoisers on the features", train_denoisers,
-        ("diffusion", "generators")),
-  Phase("selection", "choosing settings by cross-validation", select,
-        ("hallucination", "head", "selection")),
+  Phase(
+    "diffusion",
+    "training denoisers on the features",
+    train_denoisers,
+    ("diffusion", "generators"),
+    compile_ahead=compile_denoisers,
+  ),
+  Phase(
+    "selection",
+    "choosing settings by cross-validation",
+    select,
+    ("hallucination", "head", "selection"),
+    compile_ahead=compile_folds,
+  ),
   Phase("hallucination", "sampling features for the tail", hallucinate, ()),
   Phase("heads", "training the heads again", train_heads, ()),
-)  # fmt: skip
+)

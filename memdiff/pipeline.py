@@ -1,6 +1,7 @@
 """Runs an experiment of any kind, phase by phase, from where its workdir stands to the report."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from memdiff.errors import ConfigError
 from memdiff.evaluation import phase as evaluation
 from memdiff.evaluation import report, result
 from memdiff.experiment import Experiment, Phase
-from memdiff.runtime import distributed, environment, loop
+from memdiff.runtime import ahead, distributed, environment, loop
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.preemption import Preemption
 from memdiff.runtime.progress import CompileClock, Progress
@@ -185,10 +186,27 @@ def run(config: Mapping[str, Any], workdir: str, *, tensorboard: bool, command: 
 
 
 def _run_phases(e: Experiment, phases: tuple[Phase, ...]) -> dict:
-  clock, progress = CompileClock(), e.run.progress
+  clock = CompileClock()
   for phase in phases:  # a changed config is refused before any work
     if e.workdir.manifest(phase.name) is not None:
       e.workdir.begin(phase.name, phase_config(e, phases, phase))
+  unfinished = [p for p in phases if not (e.workdir.manifest(p.name) or {}).get("finished")]
+  # What the next phase needs is compiled by itself.
+  tasks = [functools.partial(p.compile_ahead, e) for p in unfinished[1:] if p.compile_ahead]
+  with ahead.compiling_ahead(tasks, e.mesh):
+    _work(e, phases, clock)
+  manifests = {phase.name: e.workdir.manifest(phase.name) for phase in phases}
+  written = result.write_report(e, manifests)
+  if distributed.is_main():
+    print(report.text_table(written))
+    print(f"\nreport: {e.workdir.path / 'report.html'}")
+  distributed.barrier("the end")
+  return written
+
+
+def _work(e: Experiment, phases: tuple[Phase, ...], clock: CompileClock) -> None:
+  """Goes through the phases, from the first that is not finished."""
+  progress = e.run.progress
   for number, phase in enumerate(phases, 1):
     progress.phase(number, phase.name)
     e.run.preemption.check(f"before the phase {phase.name}")
@@ -214,10 +232,3 @@ def _run_phases(e: Experiment, phases: tuple[Phase, ...]) -> dict:
       f"finished in {seconds:.1f} s, of which compiling {compile_seconds:.1f} s;"
       f" {cpu_seconds:.1f} CPU-seconds"
     )
-  manifests = {phase.name: e.workdir.manifest(phase.name) for phase in phases}
-  written = result.write_report(e, manifests)
-  if distributed.is_main():
-    print(report.text_table(written))
-    print(f"\nreport: {e.workdir.path / 'report.html'}")
-  distributed.barrier("the end")
-  return written

@@ -4,15 +4,18 @@ A stage's functions are compiled once for each shape of their arguments. Stages 
 the very same function objects share them: heads of every generator, denoisers of seeds and folds.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from memdiff.runtime import checkpoint as checkpoint_lib
@@ -112,6 +115,7 @@ class Dispatch:
   def __init__(self, program: Callable):
     self._program = program
     self._executables = {}
+    self._lock = threading.Lock()  # who comes second waits for the first to compile
 
   def lower(self, *arguments, at_most: int):
     return self._program.lower(*arguments, at_most=at_most)
@@ -130,10 +134,11 @@ class Dispatch:
       structure,
       tuple((jax.typeof(x), getattr(x, "sharding", None)) for x in leaves),
     )
-    if key not in self._executables:
-      with announced:
-        self._executables[key] = self.lower(*arguments, at_most=at_most).compile()
-    return self._executables[key]
+    with self._lock:
+      if key not in self._executables:
+        with announced:
+          self._executables[key] = self.lower(*arguments, at_most=at_most).compile()
+      return self._executables[key]
 
 
 class SeedBySeed(Dispatch):
@@ -186,6 +191,18 @@ class _Threads:
 
   def memory_analysis(self):
     return self.executable.memory_analysis()
+
+
+def compile_ahead(stage: Stage, run: Run) -> None:
+  """Compiles what the first call of `loop.train` would, on data of the stage's shapes."""
+  at_most = min(run.config.steps_per_dispatch, stage.num_steps)
+  if stage.batches is not None or not at_most:
+    return
+  state = make_init(stage, run)()
+  alive = mesh_lib.replicate(run.mesh, np.ones(len(run.seeds), bool))
+  count = mesh_lib.replicate(run.mesh, np.int32(at_most))
+  arguments = (state, alive, stage.shared, stage.own, None, count)
+  make_dispatch(stage, run).compile(arguments, at_most, contextlib.nullcontext())
 
 
 def make_dispatch(stage: Stage, run: Run) -> Dispatch:

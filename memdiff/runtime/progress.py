@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -19,14 +20,15 @@ _COMPILE_EVENTS = (
 
 
 class CompileClock:
-  """Seconds that JAX spent tracing, lowering and compiling, as JAX itself reports them."""
+  """Seconds that the main thread waited for JAX to trace, lower and compile, as JAX tells."""
 
   def __init__(self):
     self.seconds = 0.0
     jax.monitoring.register_event_duration_secs_listener(self._record)
 
   def _record(self, event: str, duration: float, **_) -> None:
-    if event in _COMPILE_EVENTS:
+    in_the_way = threading.current_thread() is threading.main_thread()
+    if event in _COMPILE_EVENTS and in_the_way:
       self.seconds += duration
 
   def start(self) -> Callable[[], float]:

@@ -1,0 +1,40 @@
+"""Compiling ahead: programs of later phases are compiled while earlier ones compile and train.
+
+XLA compiles on one core, and small networks train on little more than one, so that on a CPU the
+time of a short run falls by what is compiled beside it.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+from jax.sharding import Mesh
+
+
+@contextlib.contextmanager
+def compiling_ahead(tasks: Sequence[Callable[[], None]], mesh: Mesh) -> Iterator[None]:
+  """Runs the tasks in a thread, one after the other, while the context is open.
+
+  What fails is left to the phase that the programs are for, which meets it again and tells. Several
+  devices or processes compile nothing ahead: their programs must be launched in one order.
+  """
+  stopped = threading.Event()
+
+  def work():
+    for task in tasks:
+      if stopped.is_set():
+        return
+      with contextlib.suppress(Exception):
+        task()
+
+  if not tasks or mesh.size > 1 or jax.process_count() > 1:
+    yield
+    return
+  thread = threading.Thread(target=work, name="compiling ahead")
+  thread.start()
+  try:
+    yield
+  finally:
+    stopped.set()
+    thread.join()
