@@ -336,7 +336,7 @@ def shared(ours, control, reference, labels, criterion="balanced_accuracy"):
 
 
 def test_the_share_is_a_ratio_of_means_and_no_mean_of_ratios():
-  """One seed has next to no room; a mean over the seeds' own ratios would be -165 %."""
+  """One seed has next to no room; a mean over the seeds' own ratios would be -167 %."""
   control, labels = with_hits([50, 50, 50])
   ours, _ = with_hits([60, 60, 44])
   reference, _ = with_hits([70, 70, 51])
