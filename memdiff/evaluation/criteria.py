@@ -11,11 +11,6 @@ from typing import Any
 import numpy as np
 
 CRITERIA = ("balanced_accuracy", "accuracy", "macro_f1")
-WORDS = {
-  "balanced_accuracy": "balanced accuracy, the mean over classes of the share that is right",
-  "accuracy": "accuracy, the share of all examples that is right",
-  "macro_f1": "macro-F1, the mean over classes of the F1 score",
-}
 CONFIDENCE = 0.95
 _DRAWS = 1000  # bootstrap samples
 _PRIOR_FREEDOM = 4.0  # degrees of freedom that the pooled variance is worth in each class
@@ -196,7 +191,9 @@ def over_seeds_and_examples(
   scores = [score(p, labels, criterion, num_classes, classes) for p in (ours, theirs)]
   gains = scores[0] - scores[1]
   parts = [contributions(p, labels, criterion, num_classes, classes) for p in (ours, theirs)]
-  weights = example_weights(labels, linear(criterion), classes)
+  # The F1 of a class also depends on the examples of others that are taken for it.
+  strata = None if criterion == "macro_f1" else classes
+  weights = example_weights(labels, linear(criterion), strata)
   error, freedom = stratified_error((parts[0] - parts[1]).mean(axis=0), weights, labels)
   spread = float(gains.std(ddof=1)) if len(gains) > 1 else 0.0
   of_seeds, of_examples = spread**2 / len(gains), error**2

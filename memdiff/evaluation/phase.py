@@ -11,7 +11,7 @@ from memdiff import feature_experiment as experiment
 from memdiff import joint, selection
 from memdiff.classifier import heads
 from memdiff.classifier.training import trained_losses
-from memdiff.evaluation import classification, criteria, quality, result
+from memdiff.evaluation import classification, criteria, quality, result, summaries
 from memdiff.experiment import Experiment
 from memdiff.feature_experiment import OWN, REAL, REFERENCES, Choice, Space
 from memdiff.feature_space import raw_head
@@ -293,18 +293,47 @@ def seconds(e: Experiment) -> dict[str, dict[str, float | None]]:
   }
 
 
-def draw(e: Experiment, space: Space, scored: Scored, comparison: Mapping, shown: Mapping):
-  """The report's figures by name; the feature map shows the first seed.
+def features_of_first_seed(
+  e: Experiment, space: Space, shown: Mapping[str, np.ndarray]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Kind -> (standardised features [N, D], labels [N]): real, left out and synthetic.
 
   Args:
-    shown: features of the generator that the comparison is about.
+    e: the experiment.
+    space: its features.
+    shown: synthetic features [S, M, D] and their labels, of one generator.
+  """
+  data, first = e.dataset, jax.tree.map(lambda x: x[0], space.runs.standardizer)
+  real, left_out, synthetic = mesh_lib.fetch(
+    (space.runs.exemplars.features[0], space.left_out[0], first.forward(shown["features"][0]))
+  )
+  return {
+    "real": (real, data.train_labels),
+    "left out": (left_out, data.left_out_labels),
+    "synthetic": (synthetic, shown["labels"]),
+  }
+
+
+def draw(
+  e: Experiment,
+  scored: Scored,
+  comparison: Mapping,
+  shown: Mapping,
+  features: Mapping[str, tuple[np.ndarray, np.ndarray]],
+):
+  """The report's figures by name.
+
+  Args:
+    e: the experiment.
+    scored: the table.
+    comparison: of `compare`.
+    shown: what the generator made that the comparison is about.
+    features: of the first seed, for the map.
   """
   from memdiff.evaluation import plots  # matplotlib takes a second
 
   data = e.dataset
   made = np.bincount(shown["labels"], minlength=data.num_classes)
-  first = jax.tree.map(lambda x: x[0], space.runs.standardizer)
-  samples, left_out = mesh_lib.fetch((first.forward(shown["features"][0]), space.left_out[0]))
   named = [comparison[key] for key in ("control", "method", "reference") if comparison[key]]
   figures = {
     "long_tail_profile": plots.long_tail_profile(
@@ -312,12 +341,9 @@ def draw(e: Experiment, space: Space, scored: Scored, comparison: Mapping, shown
     ),
     "per_class_accuracy": result.accuracy_by_class(e, scored.rows, named),
     "feature_map": plots.feature_map(
-      mesh_lib.fetch(space.runs.exemplars.features[0]),
-      data.train_labels,
-      left_out,
-      data.left_out_labels,
-      samples,
-      shown["labels"],
+      *features["real"],
+      *features["left out"],
+      *features["synthetic"],
       data.class_names,
       seed=0,
       max_per_class=e.config.evaluation.map_per_class,
@@ -336,7 +362,7 @@ def draw(e: Experiment, space: Space, scored: Scored, comparison: Mapping, shown
       ]
     )
   if len(data.left_out_labels):
-    near = quality.nearness(samples, shown["labels"], left_out, data.left_out_labels)
+    near = quality.nearness(*features["synthetic"], *features["left out"])
     figures["confidence_reliability"] = plots.reliability(shown["confidence"][0], near)
   return figures
 
@@ -415,4 +441,6 @@ def evaluate(e: Experiment) -> dict:
     "synthetic_counts": np.bincount(shown["labels"], minlength=e.dataset.num_classes).tolist(),
   }
   e.run.progress.say("drawing")
-  return result.save(e, outcome, draw(e, space, scored, comparison, shown))
+  features = features_of_first_seed(e, space, shown)
+  summaries.project(e, features)
+  return result.save(e, outcome, draw(e, scored, comparison, shown, features))

@@ -24,6 +24,7 @@ def record(e: Experiment, rows: list[dict]) -> dict[str, Any]:
   """The part of report.json that does not depend on the kind of experiment."""
   data = e.dataset
   groups = classification.make_groups(data.train_counts)
+  tested = np.bincount(data.test_labels, minlength=data.num_classes) > 0
   return {
     "schema": SCHEMA,
     "experiment": e.config.experiment,
@@ -40,6 +41,7 @@ def record(e: Experiment, rows: list[dict]) -> dict[str, Any]:
       "left_out_counts": np.bincount(data.left_out_labels, minlength=data.num_classes).tolist(),
       "holdout_counts": np.bincount(data.holdout_labels, minlength=data.num_classes).tolist(),
       "test_count": len(data.test_labels),
+      "classes_without_test_rows": [data.class_names[c] for c in np.flatnonzero(~tested)],
       "split_sha256": data.split_sha256,
       "sha256": e.data_digests,
       "profile": data.profile,

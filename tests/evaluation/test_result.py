@@ -1,12 +1,13 @@
 """The curves of a report, read back from the metrics of stages."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from memdiff.evaluation import result
+from memdiff.evaluation import result, wording
 
 
 def curves(folder, records):
@@ -33,3 +34,27 @@ def test_mean_and_sample_deviation_over_seeds(tmp_path):
 def test_one_seed_has_no_deviation(tmp_path):
   found = curves(tmp_path, [{"step": 5, "kind": "train", "metrics": {"loss": [1.0]}}])
   assert found["loss"]["std"].tolist() == [0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  experiment: str = "features"
+  name: str = "pets"
+
+
+@pytest.mark.parametrize(
+  ("tested", "missing"),
+  [([0, 1, 2, 2], []), ([0, 0, 2], ["dog"]), ([1], ["cat", "eel"])],
+)
+def test_classes_without_test_rows_are_recorded_by_name(tested, missing):
+  none = np.zeros(0, int)
+  data = SimpleNamespace(
+    name="pets", class_names=("cat", "dog", "eel"), num_classes=3,
+    train_counts=np.array([9, 5, 2]), test_labels=np.array(tested), left_out_labels=none,
+    holdout_labels=none, split_sha256="ab", profile="as is", imbalance=4.5,
+  )  # fmt: skip
+  e = SimpleNamespace(dataset=data, config=Settings(), command="", data_digests={})
+  recorded = result.record(e, [])
+  assert recorded["dataset"]["classes_without_test_rows"] == missing
+  said = wording.untested(json.loads(json.dumps(recorded)))
+  assert all(name in said for name in missing) and bool(said) == bool(missing)
