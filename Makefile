@@ -56,12 +56,12 @@ $(READY): $(LOCK)
 	touch $@
 
 $(LOCK):
-	@echo "memdiff: there is no lock for Python $(VERSION); use PYTHON=python3.11 or python3.12" >&2
+	@echo "memdiff: there is no lock for Python $(VERSION); use PYTHON=python3.11, python3.12 or python3.13" >&2
 	@exit 2
 
-# Resolves requirements.txt anew for both Pythons; needs uv.
+# Resolves requirements.txt anew for every Python; needs uv.
 lock:
-	for version in 3.11 3.12; do \
+	for version in 3.11 3.12 3.13; do \
 	  uv pip compile --quiet --upgrade --no-emit-index-url --no-header --generate-hashes \
 	    --python-version $$version --python-platform x86_64-manylinux_2_28 \
 	    requirements.txt -o requirements/py$$(echo $$version | tr -d .).txt; done

@@ -472,6 +472,31 @@ def line(row: Mapping[str, Any]) -> str:
   return "| " + " | ".join(cells) + " |"
 
 
+def _header() -> str:
+  return "| " + " | ".join(_HEADER) + " |\n" + "|---" * len(_HEADER) + "|"
+
+
+def table(result: Mapping[str, Any]) -> str:
+  """All rows of one JSON file as Markdown."""
+  return "\n".join([_header(), *map(line, result["rows"])])
+
+
+def bank_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+  """The bank and the total of the first program of every result; MiB per device."""
+  lines = ["| config | devices | bank here | step's total |", "|---|---|---|---|"]
+  for result in sorted(results.values(), key=lambda r: (_config_name(r), r["devices"])):
+    row = result["rows"][0]
+    sizes = (row["bank"]["per_device"], row["memory"]["total"])
+    cells = [_config_name(result), str(result["devices"]), *(f"{n / _MIB:,.1f}" for n in sizes)]
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def _config_name(result: Mapping[str, Any]) -> str:
+  """`imagenet_lt` of the command's --config=configs/imagenet_lt.py:memdiff."""
+  return re.search(r"--config=\S*?(\w+)\.py", result["command"])[1]
+
+
 def make_mesh(topology: str):
   """A mesh over a described TPU slice, or over the devices that are here."""
   from jax.experimental import topologies
@@ -508,7 +533,7 @@ def main(argv: list[str]) -> None:
   parameters = _PARAMETERS.value or settings.execution.parameters
   kind = mesh.devices.flat[0].device_kind
   print(f"{mesh.size} x {kind}, parameters {parameters}; MiB per device, per step\n")
-  print("| " + " | ".join(_HEADER) + " |\n" + "|---" * len(_HEADER) + "|", flush=True)
+  print(_header(), flush=True)
   rows = []
   for program in programs(settings, data, mesh, parameters):
     if not _PHASES.value or program.name.startswith(tuple(_PHASES.value)):

@@ -6,6 +6,8 @@
 Runs `main.py` with that config (a finished or interrupted run in the workdir goes on) and writes
 FILE, the same as Markdown beside it, and the pictures: FILE.json, FILE.md, FILE_gap_closed.png, ...
 Further options go to main.py. Works on the report of any experiment on features, digits included.
+FILE.md is made from FILE.json alone (`python -m benchmarks.pages` makes it again); a key "note" in
+the JSON, added by hand, is shown on the page.
 """
 
 import argparse
@@ -18,12 +20,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memdiff.evaluation import wording
+from memdiff.evaluation import answer, tables, wording
+from memdiff.evaluation.lookup import is_reference, mean_of, row_of
+from memdiff.evaluation.numerals import is_interval, share, share_bounds
 from memdiff.runtime.workdir import write_atomically, write_json
 
 _KEPT = (
-  "name", "command", "dataset", "groups", "classification", "comparison", "joint", "recommendation",
-  "choices", "generators", "generator_seconds", "timing", "hardware", "versions", "config",
+  "name", "command", "dataset", "groups", "criterion", "headline", "classification", "comparison",
+  "joint", "recommendation", "choices", "generators", "generator_seconds", "timing", "hardware",
+  "versions", "config",
 )  # fmt: skip
 _FIGURES = {
   "gap_closed": "Share of the gap between the control and the oracle that every method closes.",
@@ -63,6 +68,29 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
   return "\n".join([_line(header), "|---" * len(header) + "|", *map(_line, lines)])
 
 
+def _criterion(report: Mapping[str, Any]) -> tuple[str, str]:
+  """Name and key of the score that the run was judged by; top-1 if its rows know no other."""
+  name, _, key = answer.CRITERIA.get(report.get("criterion"), answer.CRITERIA["accuracy"])
+  return name, key
+
+
+def _closed(stat: Mapping[str, Any] | None) -> str:
+  """Share of the gap in percent: with its interval, or its deviation in older reports."""
+  if not stat or stat.get("mean") is None:
+    return "–"
+  if is_interval(stat.get("interval")):
+    return f"{share(stat)} ({share_bounds(stat)})"
+  return f"{share(stat)} ± {100 * stat['std']:.0f}"
+
+
+def _difference(stat: Mapping[str, Any]) -> str:
+  """A difference in points: with its interval, or its deviation in older reports."""
+  if is_interval(stat.get("interval")):
+    low, high = (100 * end for end in stat["interval"])
+    return f"{100 * stat['mean']:+.2f} ({low:+.2f} to {high:+.2f})"
+  return f"{100 * stat['mean']:+.2f} ± {100 * stat['std']:.2f}"
+
+
 def _by_generator(report: Mapping[str, Any]) -> dict[str, dict[str, dict]]:
   """generator -> loss -> row; own heads and references too."""
   found: dict[str, dict[str, dict]] = {}
@@ -73,44 +101,53 @@ def _by_generator(report: Mapping[str, Any]) -> dict[str, dict[str, dict]]:
 
 
 def accuracy_table(report: Mapping[str, Any]) -> str:
-  """Top-1 of every generator under every loss."""
+  """The criterion of every generator under every loss."""
+  name_of_score, key = _criterion(report)
   found = _by_generator(report)
   losses = list(report["config"]["head"]["losses"])
   if any(_AS_TRAINED in rows for rows in found.values()):
     losses.insert(0, _AS_TRAINED)
   lines = [
-    [f"`{name}`", *(percent(rows.get(loss, {}).get("top1"), 2) for loss in losses)]
+    [f"`{name}`", *(percent(rows.get(loss, {}).get(key), 2) for loss in losses)]
     for name, rows in found.items()
   ]
-  return _table(["top-1 %", *(_LOSSES.get(loss, loss) for loss in losses)], lines)
+  return _table([f"{name_of_score} %", *(_LOSSES.get(loss, loss) for loss in losses)], lines)
+
+
+def _as_chosen(report: Mapping[str, Any], name: str) -> str:
+  """The method of a generator with the loss that cross-validation chose, or the compared loss."""
+  known = (report["recommendation"] or {}).get("scores", {})
+  methods = [row["method"] for row in _by_generator(report).get(name, {}).values()]
+  judged = [method for method in methods if method in known]
+  if judged:
+    return max(judged, key=lambda method: known[method]["score"])
+  return f"{name}+{report['comparison']['method'].partition('+')[2]}"
 
 
 def chosen_table(report: Mapping[str, Any]) -> str:
   """Every generator with the loss that cross-validation chose for it, and its setting."""
   known = (report["recommendation"] or {}).get("scores", {})
+  columns = tables.columns(report)
   lines = []
-  for name, rows in _by_generator(report).items():
-    methods = {row["method"]: row for row in rows.values()}
-    judged = {m: known[m]["score"] for m in methods if m in known}
-    default = f"{name}+{report['comparison']['method'].partition('+')[2]}"
-    best = max(judged, key=judged.get) if judged else default
-    if best not in methods:
+  for name in _by_generator(report):
+    method = _as_chosen(report, name)
+    row, judged = row_of(report, method), known.get(method, {})
+    if not row:
       continue
-    row, choice = methods[best], report["choices"].get(best, {})
+    choice = (report["choices"] or {}).get(method, {})
     setting = ", ".join(f"{key} {value:g}" for key, value in choice.items() if value < 1e6)
-    closed = row.get("gap_closed")
     lines.append(
       [
-        f"`{best}`",
-        percent(row["top1"], 2),
-        *(percent(row[group]) for group in ("many", "medium", "few")),
-        "–" if not closed else f"{100 * closed['mean']:.0f} ± {100 * closed['std']:.0f}",
-        f"{100 * judged[best]:.2f}" if best in judged else "–",
+        f"`{method}`",
+        *(percent(row[key], 2 if key == "top1" else 1) for key, _ in columns),
+        _closed(row.get("gap_closed")),
+        f"{100 * judged['score']:.2f}" if judged else "–",
+        str(judged.get("settings", "–")),
         setting or "–",
       ]
     )
-  header = ["method", "top-1 %", "many", "medium", "few", "gap closed %", "CV score", "setting"]
-  return _table(header, lines)
+  titles = [f"{title} %" for _, title in columns[:1]] + [title for _, title in columns[1:]]
+  return _table(["method", *titles, "gap closed %", "CV score", "settings", "setting"], lines)
 
 
 def quality_table(report: Mapping[str, Any]) -> str:
@@ -134,18 +171,92 @@ def recommendation_text(report: Mapping[str, Any]) -> str:
   r = report["recommendation"]
   if r is None:
     return "No cross-validation was run."
-  basis, agreement = r["basis"], r["agreement"]
-  low, high = (100 * end for end in r["interval"])
-  return (
-    f"Recommended on training data alone: **`{r['method']}`**. Best by cross-validation:"
-    f" `{r['best']}`, {100 * r['expected_gain']:+.2f} points over the best control"
-    f" `{r['control']}` (95 % interval {low:+.2f} to {high:+.2f}; {basis['folds']} folds x"
-    f" {basis['repeats']}, {basis['encoder']} encoder). On the test set that difference is"
-    f" {100 * agreement['test_gain']['mean']:+.2f} ± {100 * agreement['test_gain']['std']:.2f};"
-    f" Kendall's tau of the two rankings of {agreement['methods']} methods is"
-    f" {agreement['kendall_tau']:.2f} ({100 * agreement['pairs']:.0f} % of pairs in the same"
-    f" order), and the recommended method is {100 * agreement['regret_of_recommended']:.2f} points"
-    " below the best of them on test."
+  return f"Recommended: **`{r['method']}`**. " + " ".join(wording.decision(report))
+
+
+def settings_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+  """A line per run: the best real-only head, the compared generator, and the references."""
+  lines = []
+  for title, report in reports.items():
+    compared, (name, key) = report["comparison"], _criterion(report)
+    loss = compared["reference"].partition("+")[2]
+    methods = (
+      compared["control"], compared["method"], f"unseen_exemplars+{loss}", compared["reference"],
+    )  # fmt: skip
+    scores = [f"{percent(row_of(report, m).get(key), 2)} (`{m}`)" for m in methods]
+    closed = _closed(compared.get("gap_closed"))
+    lines.append(
+      [f"{title}, {name}", *scores[:2], _difference(compared["gain"]), *scores[2:], closed]
+    )
+  header = [
+    "setting, score in %", "best head on real features, by cross-validation", "memdiff",
+    "difference, points", "unseen exemplars", "oracle", "gap closed %",
+  ]  # fmt: skip
+  return _table(header, lines)
+
+
+def recommendations_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+  """A line per run: what was recommended, and what the test set said afterwards."""
+  lines = []
+  for title, report in reports.items():
+    r, (_, key) = report["recommendation"], _criterion(report)
+    agreement = r["agreement"]
+    rows = [row for row in report["classification"] if row["method"] in r["scores"]]
+    best = max(rows, key=lambda row: mean_of(row, key))["method"]
+    lines.append(
+      [
+        title,
+        f"`{r['method']}`",
+        f"`{best}`",
+        f"{100 * agreement['regret_of_recommended']:.2f}",
+        f"{agreement['kendall_tau']:.2f}",
+        str(agreement["methods"]),
+      ]
+    )
+  header = [
+    "setting", "recommended", "best of those judged, on test", "points below it on test",
+    "Kendall's tau", "methods judged",
+  ]  # fmt: skip
+  return _table(header, lines)
+
+
+def joint_table(report: Mapping[str, Any]) -> str:
+  """Encoder and head trained together, beside encoders trained once."""
+  name, key = _criterion(report)
+  gains = {entry["method"]: entry["gain"] for entry in report["joint"]}
+  lines = [
+    [
+      f"`{row['method']}`",
+      percent(row[key], 2),
+      _difference(gains[row["method"]]) if row["method"] in gains else "",
+    ]
+    for row in report["classification"]
+    if row["method"].startswith(("joint:", "own_head"))
+  ]
+  return _table(["method", f"{name} %", "difference from `joint:real`, points"], lines)
+
+
+def default_run(report: Mapping[str, Any]) -> str:
+  """README's account of the default run: its short table, its answer, and what it cost."""
+  head, *lines = tables.text_cells(report)
+  references = {r["method"] for r in report["classification"] if is_reference(report, r)}
+  named = [[f"`{m}`{', reference' if m in references else ''}", *cells] for m, *cells in lines]
+  seeds, timing = len(report["config"]["seeds"]), report["timing"]
+  hardware, versions = report["hardware"], report["versions"]
+  found = answer.answer(report)
+  return "\n".join(
+    [
+      _table([f"test %, mean ± std over {seeds} seeds", *head[1:]], named),
+      "",
+      "The report of this run begins:",
+      "",
+      *(f"- {sentence}" for sentence in found.lines()),
+      "",
+      f"Python {versions['python']}, JAX {versions['jax']}, {hardware['cpu_count']} cores of a"
+      f" {hardware['platform'].upper()}: {timing['total_seconds'] / 60:.1f} minutes after"
+      f" installation, {timing['total_compile_seconds'] / 60:.1f} of them compiling;"
+      f" {timing['total_cpu_seconds']:.0f} CPU-seconds.",
+    ]
   )
 
 
@@ -153,12 +264,16 @@ def markdown(report: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
   """The whole page, with `pictures` (file -> title)."""
   data, config = report["dataset"], report["config"]
   counts = data["train_counts"]
+  # Older reports have no intervals, and without one nothing can be said of a difference.
+  judged = "interval" in report["comparison"]["gain"]
+  sentences = wording.comparison(report) if judged else []
   parts = [
     f"# {report['name']}",
     f"{data['name']}, {data['num_classes']} classes, {sum(counts):,} training examples"
     f" ({max(counts)} to {min(counts)} per class), {len(config['seeds'])} seeds, mean ± std;"
     f" split SHA-256 `{data['split_sha256'][:12]}`. Nothing was selected on test data.",
-    "\n".join(f"- {sentence}" for sentence in wording.comparison(report)),
+    *([report["note"]] if "note" in report else []),
+    *(["\n".join(f"- {sentence}" for sentence in sentences)] if sentences else []),
     "## Every generator under every loss",
     accuracy_table(report),
     "## Every generator as cross-validation would use it",
@@ -180,9 +295,19 @@ def markdown(report: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
   parts += [
     "## Reproduce",
     f"```\n{_portable(report['command'])}\n```",
-    f"{hardware}. {versions}. {report['timing']['total_seconds'] / 60:.0f} minutes in all.",
+    f"{hardware}. {versions}.{_duration(report)}",
   ]
   return "\n\n".join(parts) + "\n"
+
+
+def _duration(report: Mapping[str, Any]) -> str:
+  """How long the run took; nothing if it was interrupted, so that nobody knows."""
+  timing = report.get("timing") or {}
+  if "total_seconds" not in timing:
+    return ""
+  worked = timing.get("total_cpu_seconds")
+  cpu = f", {worked:.0f} CPU-seconds" if worked else ""
+  return f" {timing['total_seconds'] / 60:.1f} minutes in all{cpu}."
 
 
 def _portable_path(text: str) -> str:
@@ -214,23 +339,33 @@ def _without_classes(tree: Any) -> Any:
   return {key: _without_classes(value) for key, value in tree.items() if key != "per_class"}
 
 
-def write(report: Mapping[str, Any], folder: pathlib.Path, path: pathlib.Path) -> None:
-  """FILE.json, FILE.md and the pictures of the run in `folder`."""
-  stem = path.with_suffix("")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  kept = {key: report[key] for key in _KEPT if key in report} | {
+def reduced(report: Mapping[str, Any]) -> dict[str, Any]:
+  """What is kept of a report: all that pages show, without values per class of measures."""
+  return {key: report[key] for key in _KEPT if key in report} | {
     "command": _portable(report["command"]),
     "config": _portable_config(report["config"]),
     "generators": _without_classes(report["generators"]),
   }
-  write_json(path, kept)
-  pictures = {}
-  for name, title in _FIGURES.items():
-    picture = folder / "evaluation" / f"{name}.png"
+
+
+def page(path: pathlib.Path) -> str:
+  """The page of FILE.json, with the pictures that lie beside it."""
+  report = json.loads(path.read_text(encoding="utf-8"))
+  named = {f"{path.stem}_{name}.png": title for name, title in _FIGURES.items()}
+  return markdown(report, {f: title for f, title in named.items() if (path.parent / f).exists()})
+
+
+def write(report: Mapping[str, Any], folder: pathlib.Path, path: pathlib.Path) -> None:
+  """FILE.json, FILE.md and the pictures of the run in `folder`."""
+  stem = path.with_suffix("")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_json(path, reduced(report))
+  for name in _FIGURES:
+    picture, copy = folder / "evaluation" / f"{name}.png", pathlib.Path(f"{stem}_{name}.png")
+    copy.unlink(missing_ok=True)  # of an earlier run
     if picture.exists():  # some need left-out features
-      shutil.copyfile(picture, f"{stem}_{name}.png")
-      pictures[f"{stem.name}_{name}.png"] = title
-  write_atomically(stem.with_suffix(".md"), markdown(report, pictures).encode())
+      shutil.copyfile(picture, copy)
+  write_atomically(stem.with_suffix(".md"), page(path).encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -270,6 +270,61 @@ def memory(source: Source, batches: int) -> list[float]:
   return found
 
 
+# --- the page --------------------------------------------------------------------------------
+
+_STEPS = {
+  "record": "read the record",
+  "decode": "decode",
+  "crop and resize": "crop and resize",
+  "all": "all of it",
+  "all, with an array in between": "the same with an array between decoding and cropping",
+  "Pillow alone, data in memory": "Pillow alone, data in memory: what any such loader pays",
+}
+
+
+def cost_table(result: Mapping[str, Any]) -> str:
+  """What an image costs, step by step, and what the shortcuts would save and change."""
+  lines = ["| step | CPU ms, median |", "|---|---|"]
+  for name, times in result["stages_cpu_ms"].items():
+    lines.append(f"| {_STEPS[name]} | {times['median']:.2f} |")
+  lines += [
+    "",
+    "| way to crop | CPU ms, median | crops that change | by, of 255 |",
+    "|---|---|---|---|",
+  ]
+  for name, way in result["shortcuts"].items():
+    change = f"{way['share_changed']:.0%} | {way['mean_difference']:.2f}"
+    lines.append(f"| `{name}` | {way['ms']['median']:.2f} | {change} |")
+  return "\n".join(lines)
+
+
+def throughput_table(result: Mapping[str, Any]) -> str:
+  lines = ["| processes and threads | images/s | per CPU second |", "|---|---|---|"]
+  for name, measured in result["throughput"].items():
+    rates = (measured[key]["median"] for key in ("per_s", "per_cpu_s"))
+    lines.append(f"| {name} | " + " | ".join(f"{rate:.0f}" for rate in rates) + " |")
+  return "\n".join(lines)
+
+
+def waits_table(result: Mapping[str, Any]) -> str:
+  """Share of the time without data at each load, of every round."""
+  lines = ["| load (decoding / step) | waiting, each round |", "|---|---|"]
+  for load in result["waits"][0]:
+    shares = (f"{100 * run[load]['wait_share']:.1f} %" for run in result["waits"])
+    lines.append(f"| {load} | {', '.join(shares)} |")
+  return "\n".join(lines)
+
+
+def resuming_text(result: Mapping[str, Any]) -> str:
+  first = {int(step): times["median"] for step, times in result["first_batch_s"].items()}
+  held = result["resident_mib"]
+  waited = ", ".join(f"{seconds:.2f} s at step {step:,}" for step, seconds in first.items())
+  return (
+    f"Until the first batch: {waited}, medians. Resident memory over a long stretch of batches:"
+    f" {min(held):.0f} to {max(held):.0f} MiB."
+  )
+
+
 # --- all of it -------------------------------------------------------------------------------
 
 

@@ -2,9 +2,9 @@
 
   python main.py --config=configs/digits_lt.py --workdir=runs/digits_lt
 
-Under two minutes on two CPU cores. Variants, as in --config=configs/digits_lt.py:full:
+A few minutes on two CPU cores. Variants, as in --config=configs/digits_lt.py:full:
   default         the whole of memdiff in small: three seeds, one generator beside it
-  full            five seeds, six generators, encoders trained with two losses: a quarter of an hour
+  full            five seeds, six generators, encoders trained with two losses: takes longer
   smoke           two seeds and a few steps of everything, for tests: seconds, learns little
   classification  classifiers alone, with the decoupled heads
   joint           encoder and head trained together, too; no recommendation

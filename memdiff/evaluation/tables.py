@@ -296,6 +296,7 @@ def timing(report: Mapping[str, Any]) -> dict[str, Any] | None:
       "name": name.replace("_", " "),
       "seconds": seconds(phase.get("seconds")),
       "compile": seconds(phase.get("compile_seconds")),
+      "cpu": seconds(phase.get("cpu_seconds")),
       "compile_width": round(100 * compiling / longest, 2),
       "rest_width": round(100 * (total - compiling) / longest, 2),
     })  # fmt: skip
@@ -304,6 +305,7 @@ def timing(report: Mapping[str, Any]) -> dict[str, Any] | None:
     "stages": [_stage_speed(name, speed) for name, speed in (timing.get("stages") or {}).items()],
     "total": seconds(timing.get("total_seconds")),
     "total_compile": seconds(timing.get("total_compile_seconds")),
+    "total_cpu": seconds(timing.get("total_cpu_seconds")),
   }
 
 

@@ -139,8 +139,9 @@ def make_report() -> dict:
     },
     "synthetic_counts": [0, 60, 95],
     "timing": {
-      "phases": {"encoder": {"seconds": 12.3, "compile_seconds": 4.5}},
+      "phases": {"encoder": {"seconds": 12.3, "compile_seconds": 4.5, "cpu_seconds": 20.6}},
       "total_seconds": 130.0,
       "total_compile_seconds": 4.5,
+      "total_cpu_seconds": 161.0,
     },
   }

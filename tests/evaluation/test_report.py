@@ -84,8 +84,14 @@ class TestPage:
     assert report["command"] in text and "ab" * 32 in text
     assert '"width": 32' in text and "jax 0.10.2" in text and "platform cpu" in text
 
-  def test_shows_times_with_compiling_apart(self):
-    assert "encoder 12.3 s 4.5 s total 2 min 10 s 4.5 s" in page(make_report()).text
+  def test_shows_times_with_compiling_and_cpu_time_apart(self):
+    text = page(make_report()).text
+    assert "encoder 12.3 s 4.5 s 20.6 s total 2 min 10 s 4.5 s 2 min 41 s" in text
+
+  def test_runs_from_before_cpu_time_have_a_dash(self):
+    report = make_report()
+    del report["timing"]["total_cpu_seconds"], report["timing"]["phases"]["encoder"]["cpu_seconds"]
+    assert "encoder 12.3 s 4.5 s – total 2 min 10 s 4.5 s –" in page(report).text
 
   def test_loads_nothing_and_runs_nothing(self):
     shown = page(make_report())

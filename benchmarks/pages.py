@@ -1,0 +1,123 @@
+"""Pages of results, made from the JSON beside them.
+
+  python -m benchmarks.pages                                    writes all pages anew
+  python -m benchmarks.pages --readme=runs/digits_lt/report.json  the same after `make run`, whose
+                                                                 report becomes README's table
+
+A page is made whole (`isolating_*.md`, `confidence_*.md`), or written by hand around tables that
+are made: what stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->` belongs to `BLOCKS`.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import aot, confidence, isolating, streaming
+from benchmarks.faults import page as faults
+from memdiff.runtime.workdir import write_atomically, write_json
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
+DEFAULT_RUN = "digits_default"
+_SETTINGS = {
+  "foreign": "isolating_foreign",
+  "memorised": "isolating_memorised",
+  "digits": "isolating_digits",
+}
+
+
+def load(name: str) -> Any:
+  """The content of docs/results/NAME.json."""
+  return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _settings() -> dict[str, Any]:
+  return {title: load(name) for title, name in _SETTINGS.items()}
+
+
+# page -> name of a block in it -> its text
+BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
+  "README.md": {"default run": lambda: isolating.default_run(load(DEFAULT_RUN))},
+  "docs/results/aot.md": {
+    "imagenet_lt": lambda: aot.table(load("aot")["imagenet_lt"]),
+    "inaturalist2018": lambda: aot.table(load("aot")["inaturalist2018"]),
+    "bank": lambda: aot.bank_table(load("aot")),
+  },
+  "docs/results/faults.md": {"campaign": lambda: faults.markdown(load("faults"))},
+  "docs/results/isolating.md": {
+    "settings": lambda: isolating.settings_table(_settings()),
+    "recommendations": lambda: isolating.recommendations_table(_settings()),
+    "joint": lambda: isolating.joint_table(load("isolating_digits_joint")),
+  },
+  "docs/results/streaming.md": {
+    "costs": lambda: streaming.cost_table(load("streaming")["costs"]),
+    "throughput": lambda: streaming.throughput_table(load("streaming")["costs"]),
+    "waits": lambda: streaming.waits_table(load("streaming")["waits"]),
+    "resuming": lambda: streaming.resuming_text(load("streaming")["costs"]),
+  },
+}  # fmt: skip
+
+
+def whole_pages() -> dict[str, Callable[[], str]]:
+  """Page -> its text, of the pages that are made whole."""
+  pages = {}
+  for path in sorted(RESULTS.glob("isolating_*.json")):
+    pages[f"docs/results/{path.stem}.md"] = lambda path=path: isolating.page(path)
+  for path in sorted(RESULTS.glob("confidence_*.json")):
+    pages[f"docs/results/{path.stem}.md"] = lambda path=path: confidence.markdown(load(path.stem))
+  return pages
+
+
+BLOCK = re.compile(r"<!-- begin: (.+?) -->\n(.*?)<!-- end: \1 -->", re.DOTALL)
+
+
+def blocks(text: str) -> dict[str, str]:
+  """Name -> content of every block in a page."""
+  return {match[1]: match[2] for match in BLOCK.finditer(text)}
+
+
+def filled(text: str, makers: dict[str, Callable[[], str]]) -> str:
+  """The page with every block made anew.
+
+  Raises:
+    ValueError: its blocks are not those that `makers` makes.
+  """
+  found = set(blocks(text))
+  if found != set(makers):
+    raise ValueError(f"The page has the blocks {sorted(found)}, not {sorted(makers)}.")
+
+  def made(match: re.Match) -> str:
+    name = match[1]
+    return f"<!-- begin: {name} -->\n{makers[name]()}\n<!-- end: {name} -->"
+
+  return BLOCK.sub(made, text)
+
+
+def render() -> dict[str, str]:
+  """Page, relative to the root -> the text that it should have."""
+  pages = {name: make() for name, make in whole_pages().items()}
+  for name, makers in BLOCKS.items():
+    pages[name] = filled((ROOT / name).read_text(encoding="utf-8"), makers)
+  return pages
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--readme", type=pathlib.Path, help="report.json of the default run")
+  arguments = parser.parse_args()
+  if arguments.readme:
+    report = json.loads(arguments.readme.read_text(encoding="utf-8"))
+    write_json(RESULTS / f"{DEFAULT_RUN}.json", isolating.reduced(report))
+  for name, text in render().items():
+    if text != (ROOT / name).read_text(encoding="utf-8"):
+      write_atomically(ROOT / name, text.encode())
+      print(f"written: {name}")
+
+
+if __name__ == "__main__":
+  main()
