@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from memdiff import exemplars as exemplars_lib
+from memdiff import selection
 from memdiff.classifier import heads
-from memdiff.classifier.heads import Added, HeadConfig, HeadData, Setting
+from memdiff.classifier.heads import ALL, Added, HeadConfig, HeadData, Setting
+from memdiff.runtime import loop
 from memdiff.runtime.train_state import OptimizerConfig
+from tests import support
 
 # Two runs: one with a class that has no real features, one with rows of padding.
 LABELS = np.array([[0] * 9 + [1] * 4 + [3], [0] * 5 + [1] * 3 + [2] * 2 + [3] + [4] * 3], np.int32)
@@ -23,7 +26,6 @@ NUMBERS = np.array([0, 5, 3, 8])
 CLASSES = DIM = 4  # so that the identity is a kernel
 ADDED_LABELS = np.repeat(np.arange(CLASSES), NUMBERS)
 RUNS, STRENGTHS, TESTS, BETA = 2, 3, 7, 0.9
-ALL = 10**9
 CONFIG = HeadConfig(
   start="encoder", beta=BETA, gamma_counts="real", defer=0.0, batch_size=64, num_steps=10,
   optimizer=OptimizerConfig("sgd", 0.1, "constant", (), (), 0.0, False, 0.0, 0.0, 0.0, 1),
@@ -56,19 +58,42 @@ def change(config=CONFIG, **fields):
   return dataclasses.replace(config, **fields)
 
 
+def make_setting(run=0, strength=0, fill=ALL, exponent=1.0, loss="csl", **more):
+  return Setting(
+    **{"seed": 3, "stream": "test"} | more,
+    run=run, strength=strength, fill=fill, exponent=exponent, loss=loss,
+  )  # fmt: skip
+
+
 def one_head(stage, number=0):
   return jax.tree.map(lambda x: x[number], stage.own)
+
+
+def train_heads(mesh, config, data, settings, steps):
+  """(states, metrics [H, steps]) of all heads at once."""
+  stage = heads.make_stage("test", config, data, settings, mesh)
+
+  def of_head(own):
+    def step(state, _):
+      return stage.step(state, data, own)
+
+    return jax.lax.scan(step, stage.init(None, own), None, length=steps)
+
+  return jax.jit(jax.vmap(of_head))(stage.own)
 
 
 # --- the mixture -----------------------------------------------------------------------------
 
 
-def mixture_by_loop(counts, numbers, confidence, fill, exponent):
+def mixture_by_loop(counts, numbers, confidence, fill, exponent, part=1.0):
   """Class by class: (draw, share, used, prior), and what real rows weigh of all."""
   draw, share, used, weight = [], [], [], []
-  first = 0
+  first, part = 0, np.float32(part)
   for n, number in zip(counts, numbers, strict=True):
-    u = min(max(fill - n, 0), number) if n > 0 else 0
+    u = min(max(int(np.round(np.float32(fill) * part)) - n, 0), number)
+    if fill == ALL:
+      u = int(np.round(np.float32(number) * part))
+    u = u if n > 0 else 0
     draw.append((n + u) ** exponent if n + u > 0 else 0.0)
     share.append(u / (n + u) if n + u > 0 else 0.0)
     used.append(u)
@@ -85,18 +110,27 @@ def added_of(confidence, numbers):
   return Added(jnp.zeros((*confidence.shape, 1)), confidence, np.asarray(numbers, np.int32))
 
 
+def mixture_for(counts, added, setting):
+  own = {name: jnp.asarray(value[0]) for name, value in heads.setting_arrays([setting]).items()}
+  return heads.mixture(jnp.asarray(counts), added, own)
+
+
 @given(
   counts=st.lists(st.integers(0, 12), min_size=5, max_size=5).filter(any),
   cuts=st.lists(st.integers(0, 14), min_size=4, max_size=4),
   fill=st.one_of(st.integers(0, 20), st.just(ALL)),
   exponent=st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1)),
+  part=st.sampled_from([1.0, 0.9, 0.8, 2 / 3, 0.5, 0.1]),
   seed=st.integers(0, 2**20),
 )
-def test_the_mixture_is_that_of_a_loop(counts, cuts, fill, exponent, seed):
+def test_the_mixture_is_that_of_a_loop(counts, cuts, fill, exponent, part, seed):
   numbers = np.diff([0, *sorted(cuts), 14])
   confidence = np.random.default_rng(seed).uniform(0, 2, 14)
-  draw, share, used, prior, real = mixture_by_loop(counts, numbers, confidence, fill, exponent)
-  mixed = heads.mixture(jnp.asarray(counts), added_of(confidence, numbers), 0, 0, fill, exponent)
+  draw, share, used, prior, real = mixture_by_loop(
+    counts, numbers, confidence, fill, exponent, part
+  )
+  setting = make_setting(fill=fill, exponent=exponent, share=part)
+  mixed = mixture_for(counts, added_of(confidence, numbers), setting)
   np.testing.assert_array_equal(mixed.used, used)
   np.testing.assert_allclose(mixed.draw, draw, rtol=1e-5)
   np.testing.assert_allclose(mixed.share, share, rtol=1e-6)
@@ -107,15 +141,17 @@ def test_the_mixture_is_that_of_a_loop(counts, cuts, fill, exponent, seed):
 @given(
   st.lists(st.integers(0, 12), min_size=5, max_size=5).filter(any),
   st.integers(0, 20),
+  st.sampled_from([1.0, 0.5]),
   st.integers(0, 2**20),
 )
-def test_a_class_of_no_real_features_gets_nothing(counts, fill, seed):
+def test_a_class_of_no_real_features_gets_nothing(counts, fill, part, seed):
   confidence = np.random.default_rng(seed).uniform(0, 2, 15)
-  mixed = heads.mixture(jnp.asarray(counts), added_of(confidence, [3] * 5), 0, 0, fill, 0.5)
-  empty = np.array(counts) == 0
-  for part in (mixed.draw, mixed.share, mixed.used, mixed.prior):
-    assert not np.asarray(part)[empty].any()
-  assert (np.asarray(mixed.draw)[~empty] > 0).all()
+  for setting in (make_setting(fill=n, exponent=0.5, share=part) for n in (fill, ALL)):
+    mixed = mixture_for(counts, added_of(confidence, [3] * 5), setting)
+    empty = np.array(counts) == 0
+    for array in (mixed.draw, mixed.share, mixed.used, mixed.prior):
+      assert not np.asarray(array)[empty].any()
+    assert (np.asarray(mixed.draw)[~empty] > 0).all()
 
 
 def test_the_mixture_reads_its_own_run_and_strength():
@@ -123,32 +159,60 @@ def test_the_mixture_reads_its_own_run_and_strength():
   added = Added(jnp.zeros((2, 3, 2, 1)), confidence, np.array([0, 2], np.int32))
   for run in range(2):
     for strength in range(3):
-      mixed = heads.mixture(jnp.array([6, 4]), added, run, strength, ALL, 1.0)
+      mixed = mixture_for([6, 4], added, make_setting(run, strength))
       trusted = 4 + float(confidence[run, strength].sum())
       np.testing.assert_allclose(mixed.prior, [6 / (6 + trusted), trusted / (6 + trusted)])
 
 
 def test_exponent_zero_draws_classes_alike_and_one_as_they_come():
-  added = added_of(np.ones(4), [0, 1, 0, 3])
-  counts = jnp.array([20, 5, 0, 1])
-  alike = heads.mixture(counts, added, 0, 0, ALL, 0.0).draw
+  added, counts = added_of(np.ones(4), [0, 1, 0, 3]), [20, 5, 0, 1]
+  alike = mixture_for(counts, added, make_setting(exponent=0.0)).draw
   np.testing.assert_allclose(alike, [1 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
-  as_they_come = heads.mixture(counts, added, 0, 0, ALL, 1.0).draw
+  as_they_come = mixture_for(counts, added, make_setting(exponent=1.0)).draw
   np.testing.assert_allclose(as_they_come, np.array([20, 6, 0, 4]) / 30, rtol=1e-6)
 
 
-def test_priors_are_those_of_every_setting():
+@given(
+  counts=st.lists(st.integers(2, 90), min_size=3, max_size=6),
+  folds=st.sampled_from([2, 3, 5]),
+  fill=st.floats(0, 1),
+  everything=st.booleans(),
+)
+def test_the_mixture_of_a_fold_is_that_of_the_whole_set(counts, folds, fill, everything):
+  """Within rounding, for every class; the largest one stays the one that is drawn most."""
+  counts = np.array([max(counts) + 10, *counts])
+  target = round(2 + fill * (counts[0] - 8))  # rounding cannot lift it above the largest class
+  numbers = np.maximum(target - counts, 0)
+  if numbers.sum() == 0:
+    return
+  labels, fill = np.repeat(np.arange(len(counts)), counts), ALL if everything else target
+  added = added_of(np.ones(numbers.sum()), numbers)
+  whole = mixture_for(counts, added, make_setting(fill=fill))
+  config = selection.SelectionConfig(folds=folds, repeats=1, encoder="frozen", criterion="top1")
+  for rows in selection.fold_rows(labels, config)[0]:
+    own = np.bincount(labels[rows[rows >= 0]], minlength=len(counts))
+    part = own.sum() / counts.sum()
+    mixed = mixture_for(own, added, make_setting(fill=fill, share=part))
+    np.testing.assert_allclose(own + mixed.used, part * (counts + whole.used), atol=2)
+    assert np.argmax(mixed.draw) == np.argmax(whole.draw) == 0
+
+
+def test_mixtures_are_those_of_every_setting(mesh):
   data = make_data()
   settings = [
-    Setting(0, 2, ALL, 1.0, "csl"), Setting(1, 0, 4, 0.5, "cross_entropy"),
-    Setting(0, 0, 0, 0.0, "balanced_softmax"),
+    make_setting(0, 2, ALL, 1.0, "csl", share=0.5), make_setting(1, 0, 4, 0.5, "cross_entropy"),
+    make_setting(0, 0, 0, 0.0, "balanced_softmax"), make_setting(1, 1, 6, 1.0, share=0.8),
   ]  # fmt: skip
-  result = heads.priors(data, settings)
-  assert result.shape == (3, CLASSES)
-  for row, s in zip(result, settings, strict=True):
-    confidence = np.asarray(data.added.confidence[s.run, s.strength])
-    *_, prior, _ = mixture_by_loop(COUNTS[s.run], NUMBERS, confidence, s.fill, s.exponent)
-    np.testing.assert_allclose(row, prior, rtol=1e-4)
+  result = heads.mixtures(data, settings)
+  assert result.prior.shape == (4, CLASSES)
+  stage = heads.make_stage("test", CONFIG, data, settings, mesh)
+  jax.tree.map(np.testing.assert_array_equal, stage.own["mixture"], result)
+  for i, setting in enumerate(settings):
+    draw, share, used, prior, _ = mixture_of(setting)
+    np.testing.assert_array_equal(result.used[i], used)
+    np.testing.assert_allclose(result.draw[i], draw, rtol=1e-4)
+    np.testing.assert_allclose(result.share[i], share, rtol=1e-4)
+    np.testing.assert_allclose(result.prior[i], prior, rtol=1e-4)
 
 
 # --- what is drawn ---------------------------------------------------------------------------
@@ -158,9 +222,10 @@ def test_priors_are_those_of_every_setting():
 def gradients_of(config, mesh):
   """Of a step's loss, compiled once per config."""
 
+  stage = heads.make_stage("test", config, make_data(), [make_setting()], mesh)
+
   def of(data, own, step):
-    stage = heads.make_stage("test", config, data, [Setting(0, 0, 0, 1.0, "csl")], mesh)
-    state = stage.init(jax.random.key(3), own).replace(step=step)
+    state = stage.init(None, own).replace(step=step)
 
     def loss(real, added):
       moved = data.replace(
@@ -175,7 +240,7 @@ def gradients_of(config, mesh):
 
 def gradients(mesh, config, data, setting, step=0):
   """Gradients of a step's loss wrt real [R, N, D] and synthetic features [R, K, M, D]."""
-  own = {name: value[0] for name, value in heads.setting_arrays([setting]).items()}
+  own = one_head(heads.make_stage("test", config, data, [setting], mesh))
   found = gradients_of(config, mesh)(data, own, jnp.asarray(step, jnp.int32))
   return jax.tree.map(np.asarray, found)
 
@@ -208,14 +273,15 @@ def drawn(mesh, config, data, setting, step=0):
 
 
 @pytest.mark.parametrize(
-  ("run", "fill", "exponent"), [(0, ALL, 1.0), (1, 6, 0.5), (0, 7, 0.0), (1, 0, 1.0)]
+  ("run", "fill", "exponent", "part"),
+  [(0, ALL, 1.0, 1.0), (1, 6, 0.5, 1.0), (0, 7, 0.0, 0.8), (1, ALL, 1.0, 0.5), (1, 0, 1.0, 1.0)],
 )
-def test_rows_are_drawn_as_often_as_the_mixture_says(mesh, run, fill, exponent):
-  setting = Setting(run, 2, fill, exponent, "cross_entropy")
+def test_rows_are_drawn_as_often_as_the_mixture_says(mesh, run, fill, exponent, part):
+  setting = make_setting(run, 2, fill, exponent, "cross_entropy", share=part)
   config = change(batch_size=8192)
   real, added = drawn(mesh, config, make_data(), setting)
   draw, share, used, *_ = mixture_by_loop(
-    COUNTS[run], NUMBERS, np.ones(len(ADDED_LABELS)), fill, exponent
+    COUNTS[run], NUMBERS, np.ones(len(ADDED_LABELS)), fill, exponent, part
   )
   expected_real, expected_added = np.zeros(real.shape), np.zeros(added.shape)
   for c, n in enumerate(COUNTS[run]):
@@ -230,19 +296,32 @@ def test_rows_are_drawn_as_often_as_the_mixture_says(mesh, run, fill, exponent):
   assert stats.chisquare(observed[inside], expected[inside]).pvalue > 1e-3
 
 
-def test_minibatches_of_steps_and_seeds_differ(mesh):
-  data, setting = make_data(), Setting(0, 0, ALL, 1.0, "csl")
-  first, _ = drawn(mesh, CONFIG, data, setting, step=0)
-  again, _ = drawn(mesh, CONFIG, data, setting, step=0)
-  other, _ = drawn(mesh, CONFIG, data, setting, step=1)
+def test_minibatches_of_steps_seeds_and_streams_differ(mesh):
+  data, setting = make_data(), make_setting()
+  first, again = (drawn(mesh, CONFIG, data, setting)[0] for _ in range(2))
   np.testing.assert_array_equal(first, again)
-  assert (first != other).any()
+  for other, step in (
+    (setting, 1),
+    (dataclasses.replace(setting, seed=4), 0),
+    (dataclasses.replace(setting, stream="other"), 0),
+  ):
+    assert (first != drawn(mesh, CONFIG, data, other, step)[0]).any()
+
+
+@pytest.mark.parametrize("number", [1, 3, 7, 1000])
+def test_members_are_drawn_evenly_and_none_lies_outside(number):
+  """Up to the largest number below one, which is what rounding could lift to `number`."""
+  values = np.append((np.arange(8 * number) + 0.5) / (8 * number), np.nextafter(1, 0, dtype="f"))
+  members = np.asarray(heads._below(jnp.asarray(values, jnp.float32), jnp.int32(number)))
+  np.testing.assert_array_equal(np.bincount(members[:-1]), [8] * number)
+  assert members[-1] == number - 1
+  assert not heads._below(jnp.asarray(values, jnp.float32), jnp.int32(0)).any()
 
 
 def test_without_synthetic_features_only_real_ones_are_drawn(mesh):
   nothing = jax.tree.map(jnp.asarray, heads.nothing_added(RUNS, DIM, CLASSES))
   data = make_data().replace(added=nothing)
-  real, added = gradients(mesh, CONFIG, data, Setting(1, 0, ALL, 0.5, "csl"))
+  real, added = gradients(mesh, CONFIG, data, make_setting(1, 0, ALL, 0.5, "csl"))
   assert not added.any()
   of_class = [np.abs(real[1][LABELS[1] == c]).max() for c in range(CLASSES + 1)]
   assert min(of_class[:CLASSES]) > 0 and of_class[CLASSES] == 0
@@ -290,29 +369,31 @@ def check_gradients(mesh, config, setting, gamma, offset=0.0, step=0):
 def mixture_of(setting):
   confidence = make_data().added.confidence[setting.run, setting.strength]
   counts = COUNTS[setting.run]
-  return mixture_by_loop(counts, NUMBERS, confidence, setting.fill, setting.exponent)
+  return mixture_by_loop(counts, NUMBERS, confidence, setting.fill, setting.exponent, setting.share)
 
 
 def test_the_gradient_of_a_synthetic_row_is_gamma_times_confidence(mesh):
   check_gradients(
-    mesh, CONFIG, Setting(1, 2, ALL, 1.0, "csl"), gamma=effective_number(COUNTS[1])
+    mesh, CONFIG, make_setting(1, 2, ALL, 1.0, "csl"), gamma=effective_number(COUNTS[1])
   )  # fmt: skip
 
 
 def test_cross_entropy_knows_no_gamma_but_the_confidence(mesh):
-  check_gradients(mesh, CONFIG, Setting(0, 1, ALL, 0.5, "cross_entropy"), gamma=np.ones(CLASSES))
+  check_gradients(
+    mesh, CONFIG, make_setting(0, 1, ALL, 0.5, "cross_entropy"), gamma=np.ones(CLASSES)
+  )
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0])
 def test_balanced_softmax_adds_the_log_prior_to_the_logits(mesh, exponent):
-  setting = Setting(1, 1, 7, exponent, "balanced_softmax")
+  setting = make_setting(1, 1, 7, exponent, "balanced_softmax")
   *_, prior, _ = mixture_of(setting)
   check_gradients(mesh, CONFIG, setting, gamma=np.ones(CLASSES), offset=np.log(prior))
 
 
 def test_gamma_may_come_from_the_effective_counts(mesh):
   """Where classes are drawn as they come: real features, and synthetic ones as far as trusted."""
-  setting = Setting(1, 0, 6, 1.0, "csl")
+  setting = make_setting(1, 0, 6, 1.0, "csl")
   confidence, seen = np.asarray(make_data().added.confidence[1, 0]), COUNTS[1].astype(float)
   for c, (n, number) in enumerate(zip(COUNTS[1], NUMBERS, strict=True)):
     seen[c] += confidence[c == ADDED_LABELS][: min(6 - n, number)].sum()
@@ -322,7 +403,7 @@ def test_gamma_may_come_from_the_effective_counts(mesh):
 
 def test_effective_counts_of_redrawn_classes_keep_the_unit_of_a_real_row(mesh):
   """A class that is drawn twice as often counts for twice as much; N real rows are worth N."""
-  setting = Setting(1, 0, ALL, 0.0, "csl")
+  setting = make_setting(1, 0, ALL, 0.0, "csl")
   draw, share, *_ = mixture_of(setting)
   confidence = np.asarray(make_data().added.confidence[1, 0])
   trust = [confidence[c == ADDED_LABELS].mean() if n else 0 for c, n in enumerate(NUMBERS)]
@@ -336,11 +417,11 @@ def test_effective_counts_of_redrawn_classes_keep_the_unit_of_a_real_row(mesh):
 def test_deferring_keeps_the_confidence_and_drops_gamma(mesh, step, weighted):
   gamma = effective_number(COUNTS[1]) if weighted else np.ones(CLASSES)
   config = change(defer=0.5)
-  check_gradients(mesh, config, Setting(1, 2, ALL, 1.0, "csl"), gamma, step=step)
+  check_gradients(mesh, config, make_setting(1, 2, ALL, 1.0, "csl"), gamma, step=step)
 
 
 def test_half_the_confidence_is_half_the_gradient_and_none_is_none(mesh):
-  data, setting = make_data(), Setting(1, 0, ALL, 1.0, "csl")
+  data, setting = make_data(), make_setting(1, 0, ALL, 1.0, "csl")
   _, full = gradients(mesh, CONFIG, data, setting)
   factor = np.resize([0.5, 0.0, 2.0], len(ADDED_LABELS)).astype(np.float32)
   confidence = np.asarray(data.added.confidence) * factor
@@ -351,7 +432,7 @@ def test_half_the_confidence_is_half_the_gradient_and_none_is_none(mesh):
 
 
 def test_the_step_descends_along_the_gradient_of_its_loss(mesh):
-  setting, data = Setting(1, 2, ALL, 0.5, "csl"), make_data()
+  setting, data = make_setting(1, 2, ALL, 0.5, "csl"), make_data()
   times_real, times_added = drawn(mesh, CONFIG, data, setting)
   features = np.concatenate([data.exemplars.features[1], data.added.features[1, 2]]).astype(float)
   inside = np.concatenate([LABELS[1], ADDED_LABELS]) < CLASSES
@@ -374,12 +455,47 @@ def test_the_step_descends_along_the_gradient_of_its_loss(mesh):
   np.testing.assert_allclose(state.params["bias"], bias - 0.1 * gradient.sum(axis=0), atol=1e-5)
 
 
+@pytest.mark.parametrize("loss", heads.TRAINED)
+@pytest.mark.parametrize("l2", [0.01, 2.0])
+def test_l2_adds_half_the_squared_kernel_to_the_loss_and_leaves_the_bias(mesh, loss, l2):
+  data, after = make_data(), []
+  for strength in (0.0, l2):
+    setting = make_setting(1, 1, 6, 0.5, loss, l2=strength)
+    stage = heads.make_stage("test", CONFIG, data, [setting], mesh)
+    own = one_head(stage)
+    after.append(jax.jit(stage.step)(stage.init(None, own), data, own))
+  (plain, plain_metrics), (decayed, metrics) = after
+  kernel = np.asarray(data.start["kernel"][1], float)
+  expected = plain.params["kernel"] - 0.1 * l2 * kernel
+  np.testing.assert_allclose(decayed.params["kernel"], expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(decayed.params["bias"], plain.params["bias"])
+  difference = float(metrics["loss"] - plain_metrics["loss"])
+  assert difference == pytest.approx(l2 / 2 * (kernel**2).sum(), rel=1e-3, abs=1e-5)
+
+
+def test_without_features_l2_lets_the_kernel_decay_by_its_rate(mesh):
+  """Where all features are zero, nothing but the penalty moves the kernel: W (1 - rate l2)^t."""
+  data = make_data()
+  data = data.replace(
+    exemplars=data.exemplars.replace(features=jnp.zeros_like(data.exemplars.features)),
+    added=data.added.replace(features=jnp.zeros_like(data.added.features)),
+  )
+  settings = [make_setting(1, l2=l2) for l2 in (0.0, 0.5, 3.0)]
+  states, _ = train_heads(mesh, CONFIG, data, settings, steps=6)
+  for l2, kernel in zip((0.0, 0.5, 3.0), states.params["kernel"], strict=True):
+    expected = np.asarray(data.start["kernel"][1]) * (1 - 0.1 * l2) ** 6
+    np.testing.assert_allclose(kernel, expected, rtol=1e-4, atol=1e-6)
+
+
 # --- the stage -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", ["encoder", "zeros"])
 def test_training_starts_where_the_config_says(mesh, start):
-  data, settings = make_data(), [Setting(1, 0, 0, 1.0, "csl"), Setting(0, 0, 0, 1.0, "csl")]
+  data, settings = (
+    make_data(),
+    [make_setting(1, 0, 0, 1.0, "csl"), make_setting(0, 0, 0, 1.0, "csl")],
+  )
   stage = heads.make_stage("t", change(start=start), data, settings, mesh)
   state = jax.vmap(stage.init)(jax.random.split(jax.random.key(0), 2), stage.own)
   for name in ("kernel", "bias"):
@@ -391,40 +507,58 @@ def test_training_starts_where_the_config_says(mesh, start):
 def test_several_settings_at_once_are_each_alone(mesh):
   data = make_data()
   settings = [
-    Setting(0, 0, ALL, 1.0, "csl"), Setting(1, 2, 6, 0.5, "balanced_softmax"),
-    Setting(1, 0, ALL, 0.0, "cross_entropy"), Setting(0, 1, 0, 1.0, "balanced_softmax"),
-    Setting(1, 1, 3, 1.0, "csl"), Setting(0, 0, ALL, 1.0, "cross_entropy"),
+    make_setting(0, 0, ALL, 1.0, "csl"), make_setting(1, 2, 6, 0.5, "balanced_softmax", l2=0.1),
+    make_setting(1, 0, ALL, 0.0, "cross_entropy"), make_setting(0, 1, 0, 1.0, "balanced_softmax"),
+    make_setting(1, 1, 3, 1.0, "csl", share=0.5), make_setting(0, 0, ALL, 1.0, "cross_entropy"),
+    make_setting(1, seed=4), make_setting(1, stream="b"), make_setting(1, l2=0.1),
+    make_setting(1, share=0.5),
   ]  # fmt: skip
-  keys = jax.random.split(jax.random.key(0), len(settings))
-  together = heads.make_stage("t", change(gamma_counts="effective"), data, settings, mesh)
-
-  def train(stage):
-    def of_head(key, own):
-      def step(state, _):
-        return stage.step(state, data, own)
-
-      return jax.lax.scan(step, stage.init(key, own), None, length=5)
-
-    return of_head
-
-  states, metrics = jax.jit(jax.vmap(train(together)))(keys, together.own)
+  config = change(gamma_counts="effective")
+  states, metrics = train_heads(mesh, config, data, settings, 5)
   assert metrics["loss"].shape == (len(settings), 5)
-  alone = jax.jit(train(together))
   for i, setting in enumerate(settings):
-    single = heads.make_stage("t", change(gamma_counts="effective"), data, [setting], mesh)
-    state, own_metrics = alone(keys[i], one_head(single))
-    np.testing.assert_allclose(metrics["loss"][i], own_metrics["loss"], rtol=1e-4)
+    state, own_metrics = train_heads(mesh, config, data, [setting], 5)
+    np.testing.assert_allclose(metrics["loss"][i], own_metrics["loss"][0], rtol=1e-4)
     for name in ("kernel", "bias"):
-      np.testing.assert_allclose(states.params[name][i], state.params[name], atol=1e-5)
+      np.testing.assert_allclose(states.params[name][i], state.params[name][0], atol=1e-5)
   kernels = np.asarray(states.params["kernel"])
   apart = np.abs(kernels[:, None] - kernels[None]).max(axis=(2, 3)) > 1e-4
   assert apart.sum() == len(settings) * (len(settings) - 1)  # no two settings are the same
 
 
+def test_a_head_follows_its_seed_and_stream_wherever_it_stands(mesh, tmp_path):
+  """Neither the number nor the order of seeds and losses is in a head; the loop's seeds are not."""
+  data = make_data()
+  kept = [
+    make_setting(1, 1, 6, seed=5, stream="a+csl"),
+    make_setting(1, 1, 6, seed=7, stream="a+csl"),
+    make_setting(1, 1, 6, seed=7, stream="a+ce", loss="cross_entropy"),
+  ]
+  others = [make_setting(0, seed=s, stream="b", loss="balanced_softmax") for s in (7, 0)]
+
+  def train(settings, name):
+    stage = heads.make_stage("heads", change(batch_size=16), data, settings, mesh)
+    run = support.make_run(mesh, tuple(range(len(settings))), 5)
+    return loop.train(stage, run, tmp_path / name).params
+
+  first = train(kept, "first")
+  second = train([others[0], kept[2], kept[1], others[1], kept[0]], "second")
+  for here, there in enumerate((4, 2, 1)):
+    for name in ("kernel", "bias"):
+      np.testing.assert_allclose(first[name][here], second[name][there], rtol=1e-5, atol=1e-6)
+  assert np.abs(first["kernel"][0] - first["kernel"][1]).max() > 1e-3  # another seed
+
+
+def test_large_seeds_are_seeds_too(mesh):
+  data, seeds = make_data(), (0, 1, 2**31, 2**32 - 1)
+  states, _ = train_heads(mesh, CONFIG, data, [make_setting(seed=s) for s in seeds], 1)
+  assert len({kernel.tobytes() for kernel in np.asarray(states.params["kernel"])}) == len(seeds)
+
+
 def test_training_lowers_the_loss(mesh):
   data = make_data()
   config = change(num_steps=60, start="zeros")
-  stage = heads.make_stage("t", config, data, [Setting(0, 0, ALL, 1.0, "cross_entropy")], mesh)
+  stage = heads.make_stage("t", config, data, [make_setting(0, 0, ALL, 1.0, "cross_entropy")], mesh)
   own = one_head(stage)
   _, metrics = jax.jit(
     lambda state: jax.lax.scan(lambda s, _: stage.step(s, data, own), state, None, length=60)
@@ -435,7 +569,7 @@ def test_training_lowers_the_loss(mesh):
 
 def test_accuracy_is_that_on_the_test_features_of_the_run(mesh):
   data = make_data()
-  settings = [Setting(1, 0, 0, 1.0, "csl"), Setting(0, 0, 0, 1.0, "csl")]
+  settings = [make_setting(1, 0, 0, 1.0, "csl"), make_setting(0, 0, 0, 1.0, "csl")]
   logits = np.einsum("rtd,rdc->rtc", data.test_features, data.start["kernel"])
   predicted = (logits + np.asarray(data.start["bias"])[:, None]).argmax(axis=-1)
   for run, wrong in enumerate((2, 5)):
@@ -450,23 +584,24 @@ def test_accuracy_is_that_on_the_test_features_of_the_run(mesh):
 def test_without_test_examples_nothing_is_evaluated(mesh):
   data = make_data()
   data = data.replace(test_features=data.test_features[:, :0], test_labels=data.test_labels[:, :0])
-  stage = heads.make_stage("t", CONFIG, data, [Setting(0, 0, 0, 1.0, "csl")], mesh)
+  stage = heads.make_stage("t", CONFIG, data, [make_setting(0, 0, 0, 1.0, "csl")], mesh)
   assert stage.evaluate is None
 
 
 # --- logit adjustment ------------------------------------------------------------------------
 
 
-def test_logit_adjustment_lowers_logits_by_the_log_prior():
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
+def test_logit_adjustment_lowers_logits_by_tau_times_the_log_prior(tau):
   head = {"kernel": make_data().start["kernel"][0], "bias": make_data().start["bias"][0]}
   prior = np.array([0.6, 0.3, 0.08, 0.02], np.float32)
   features = make_data().test_features[0]
   before, after = heads.logits_of(head, features), heads.logits_of(
-    heads.adjusted(head, jnp.asarray(prior)), features
+    heads.adjusted(head, jnp.asarray(prior), tau), features
   )  # fmt: skip
-  np.testing.assert_allclose(before - after, np.tile(np.log(prior), (TESTS, 1)), atol=1e-5)
-  # p(y | x) / prior, up to what all classes share
-  balanced = softmax(np.asarray(before, float)) / prior
+  np.testing.assert_allclose(before - after, np.tile(tau * np.log(prior), (TESTS, 1)), atol=1e-5)
+  # p(y | x) / prior^tau, up to what all classes share
+  balanced = softmax(np.asarray(before, float)) / prior**tau
   expected = balanced / balanced.sum(axis=1, keepdims=True)
   np.testing.assert_allclose(softmax(np.asarray(after, float)), expected, rtol=1e-4)
 
@@ -474,16 +609,27 @@ def test_logit_adjustment_lowers_logits_by_the_log_prior():
 def test_adjusting_by_equal_shares_predicts_the_same_and_by_none_stays_finite():
   head = {name: value[0] for name, value in make_data().start.items()}
   features = make_data().test_features[0]
-  alike = heads.adjusted(head, jnp.full(CLASSES, 1 / CLASSES))
+  alike = heads.adjusted(head, jnp.full(CLASSES, 1 / CLASSES), 1.0)
   np.testing.assert_array_equal(
     heads.logits_of(alike, features).argmax(-1), heads.logits_of(head, features).argmax(-1)
   )
-  nothing = heads.adjusted(head, jnp.array([0.5, 0.5, 0.0, 0.0]))
-  assert np.isfinite(nothing["bias"]).all()
+  without = heads.adjusted(head, jnp.array([0.5, 0.5, 0.0, 0.0]), 1.0)
+  assert np.isfinite(heads.logits_of(without, features)).all()
 
 
-def test_every_loss_is_trained_as_it_is_or_adjusted_afterwards():
-  trained = {loss: heads.trained_loss(loss) for loss in heads.LOSSES}
-  assert {loss for loss, own in trained.items() if own != loss} == {"logit_adjustment"}
-  assert trained["logit_adjustment"] == "cross_entropy"
-  assert set(trained.values()) == set(heads.TRAINED)
+def test_heads_predict_on_the_features_of_their_run_adjusted_by_their_prior():
+  rng = np.random.default_rng(2)
+  run, taus = np.array([1, 0, 1, 1, 0]), np.array([0.0, 0.5, 1.0, 4.0], np.float32)
+  params = {
+    "kernel": rng.normal(size=(5, DIM, CLASSES)).astype(np.float32),
+    "bias": rng.normal(size=(5, CLASSES)).astype(np.float32),
+  }
+  prior = rng.dirichlet(np.ones(CLASSES), 5).astype(np.float32)
+  features = rng.normal(size=(RUNS, 60, DIM)).astype(np.float32)
+  made = np.asarray(heads.predict(params, prior, taus, run, features))
+  assert made.shape == (4, 5, 60)
+  for t, tau in enumerate(taus):
+    for h, own in enumerate(run):
+      logits = features[own] @ params["kernel"][h] + params["bias"][h] - tau * np.log(prior[h])
+      np.testing.assert_array_equal(made[t, h], logits.argmax(axis=-1))
+  assert (made[0] != made[1]).any() and (made[1] != made[3]).any()
