@@ -107,7 +107,7 @@ def accuracies(e: Experiment, generator: str) -> dict[str, np.ndarray]:
     stage = heads.make_stage(
       trained.stage.name, config, trained.data.replace(added=added), settings, e.mesh
     )
-    run = dataclasses.replace(trained.run, seeds=tuple(rows))  # and so the minibatches of the run
+    run = dataclasses.replace(trained.run, seeds=tuple(range(len(rows))))
     with tempfile.TemporaryDirectory() as folder:
       state = loop.train(stage, run, pathlib.Path(folder))
     predicted = mesh_lib.fetch(predict(state.params, space.test))

@@ -2,7 +2,7 @@
 
   python -m benchmarks.feature_diffusion [--json FILE] [--rounds N] [--quick]
 
-All sizes are those of configs/digits_lt.py and all data are its real features: an encoder is
+All sizes are those of configs/digits_lt.py:full and all data are its real features: an encoder is
 trained first, then a denoiser on what it sees. Our side is the real stages under the training
 loop's own dispatch. Measured, each round by round against its rival:
 
@@ -61,6 +61,7 @@ from memdiff.feature_experiment import MemdiffConfig
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
+from memdiff.runtime.random import base_keys
 
 _SEEDS = (0, 1, 2, 3, 4)
 _MATMUL = 2048
@@ -118,7 +119,7 @@ def prepare(encoder_steps: int) -> tuple[Workload, Training]:
   Returns:
     The workload, and the training of the encoder, for more of it.
   """
-  config = config_lib.build(MemdiffConfig, get_config().to_dict())
+  config = config_lib.build(MemdiffConfig, get_config("full").to_dict())
   data, mesh = dataset_lib.load(config.dataset), mesh_lib.make_mesh()
   stage = make_encoder_stage(config, data, mesh)
   training = Training(stage, (0,), mesh, steps=25)
@@ -133,7 +134,8 @@ def prepare(encoder_steps: int) -> tuple[Workload, Training]:
   train = feature_space.encode(encode_chunk, data.train_images, mesh)
   left_out = feature_space.encode(encode_chunk, data.left_out_images, mesh)
   labels = np.asarray(data.train_labels)[None]
-  bank = feature_space.fill_bank(train, labels, data.num_classes, (0,), config.memory_bank, mesh)
+  keys = base_keys((0,), "memory_bank")
+  bank = feature_space.fill_bank(train, labels, data.num_classes, keys, config.memory_bank, mesh)
   runs = feature_space.make_runs(train, labels, bank, None, data.num_classes, mesh)
   standardize = jax.vmap(lambda s, x: s.forward(x))
   numbers = generators.plan(data.train_counts, config.generators)
@@ -318,13 +320,13 @@ def make_sampler(work: Workload, params: Any, method: str, steps: int) -> Callab
   schedule = NoiseSchedule(work.config.diffusion.schedule)
 
   @jax.jit
-  def sample(params, bank, labels, key):
+  def sample(params, bank, key):
     return hallucination.sample_features(
       work.denoiser(),
       params,
       schedule,
       bank,
-      labels,
+      work.labels,
       key,
       config,
       work.config.diffusion.prediction,
@@ -332,9 +334,8 @@ def make_sampler(work: Workload, params: Any, method: str, steps: int) -> Callab
       1.0,
     )
 
-  seeds = itertools.count()
-  bank, labels = work.bank(), jnp.asarray(work.labels)
-  return lambda: sample(params, bank, labels, jax.random.key(next(seeds)))
+  seeds, bank = itertools.count(), work.bank()
+  return lambda: sample(params, bank, jax.random.key(next(seeds)))
 
 
 def make_torch_sampler(

@@ -4,7 +4,7 @@
 
 Features are random numbers of the peer's size (speed does not depend on them): 100 classes at
 imbalance 100, 64 numbers each for LDMLR, 512 for CSL-P3. Ours is the denoiser of
-configs/digits_lt.py on the same features, one seed and five at once, and its default sampler;
+configs/digits_lt.py:full on the same features, one seed and five at once, and its default sampler;
 that its features are as good as those of 1000 steps is shown by benchmarks.feature_diffusion.
 PyTorch runs eagerly, as the peers do, with one thread or all, whichever is faster. Its 1000
 sampling steps are timed by twenty of them.
@@ -32,6 +32,7 @@ from memdiff.baselines.unet1d import UNet1D
 from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.feature_experiment import MemdiffConfig
 from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.random import base_keys
 
 _CLASSES, _SEEDS, _TIMED_STEPS = 100, (0, 1, 2, 3, 4), 20
 _SAMPLERS = (("ddim", 50), ("dpm++", 20))
@@ -79,7 +80,7 @@ def measure(peer: Peer, config: MemdiffConfig, rounds: int) -> tuple[list[Row], 
   mesh, (features, labels) = mesh_lib.make_mesh(), features_of(peer.dim)
   diffusion = dataclasses.replace(config.diffusion, batch_size=peer.batch_size)
   bank = feature_space.fill_bank(
-    features[None], labels[None], _CLASSES, (0,), config.memory_bank, mesh
+    features[None], labels[None], _CLASSES, base_keys((0,), "bank"), config.memory_bank, mesh
   )
   runs = feature_space.make_runs(features[None], labels[None], bank, None, _CLASSES, mesh)
   own = feature_diffusion.make_data(
@@ -178,7 +179,7 @@ def main() -> None:
   parser.add_argument("--json", type=pathlib.Path, help="write versions, hardware and all rounds")
   parser.add_argument("--rounds", type=int, default=5, help="repeats of every measurement")
   arguments = parser.parse_args()
-  config = config_lib.build(MemdiffConfig, get_config().to_dict())
+  config = config_lib.build(MemdiffConfig, get_config("full").to_dict())
   rows, result = [], {**timing.environment()}
   for peer in PEERS:
     print(f"timing against {peer.name}", flush=True)

@@ -12,7 +12,8 @@ from benchmarks.faults import damage, evidence, kills
 SAID = """[1/8 classifier] finished earlier
 [2/8 memory_bank] encoding all images, filling the bank
 [3/8 diffusion] diffusion/memdiff resumes at step 25/40
-[3/8 diffusion] compiling diffusion/other initial state ...
+[3/8 diffusion] diffusion/memdiff  step 30/40  75%  0:01 left  loss 0.5
+[3/8 diffusion] diffusion/other  step 5/40  12%  0:03 left  loss 0.5
 """
 
 
@@ -84,7 +85,7 @@ def test_a_saved_step_that_is_trained_again_is_lost(tmp_path):
   assert saved == {"diffusion/memdiff": 25, "diffusion/other": 5}
   assert evidence.lost_steps(saved, SAID) == ["diffusion/other"]
   assert evidence.lost_steps(saved | {"diffusion/memdiff": 30}, SAID) == [
-    *("diffusion/other", "diffusion/memdiff")
+    *("diffusion/memdiff", "diffusion/other")
   ]
   assert len(evidence.writes(tmp_path)) == 2
 

@@ -90,7 +90,7 @@ def saved_steps(workdir: pathlib.Path) -> dict[str, int]:
 def lost_steps(saved: dict[str, int], said: str) -> list[str]:
   """Stages that a run trained from an earlier step than had been saved, from what it said."""
   resumed = {s: int(n) for s, n in re.findall(r"\] (\S+) resumes at step (\d+)/", said)}
-  anew = dict.fromkeys(re.findall(r"\] compiling (\S+) initial state", said), 0)
+  anew = dict.fromkeys(re.findall(r"\] (\S+)  step \d+/", said), 0)  # if nothing was resumed
   return [s for s, step in (anew | resumed).items() if step < saved.get(s, 0)]
 
 

@@ -5,16 +5,18 @@ Its tags begin with `1_` and `2_`, so that they stand above the curves of the tr
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from memdiff import config as config_lib
-from memdiff.evaluation import plots, tables
+from memdiff.evaluation import tables
 from memdiff.evaluation.answer import answer
 from memdiff.evaluation.lookup import mean_of, row_of
 from memdiff.experiment import Experiment
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
 
 _RESULT, _METHODS = "1_result", "2_methods"
 
@@ -38,8 +40,10 @@ MAX_POINTS = 2000  # of each kind in the projector
 _MAX_WIDTH = 64  # wider features are reduced by PCA; the browser loads them as text
 
 
-def write(e: Experiment, result: Mapping[str, Any], figures: Mapping[str, Figure]) -> None:
+def write(e: Experiment, result: Mapping[str, Any], figures: Mapping[str, "Figure"]) -> None:
   """Writes answer, scores, hyper-parameters and figures of a result, as it is in result.json."""
+  from memdiff.evaluation import plots  # matplotlib takes a second
+
   board = e.run.tensorboard
   if not board.enabled:
     return

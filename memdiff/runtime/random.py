@@ -43,6 +43,7 @@ def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def kernel_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
   """`lecun_normal` of a kernel [..., in, out], number for number."""
-  deviation = math.sqrt(1 / math.prod(shape[:-1])) / 0.87962566103423978  # of what is truncated
+  variance = jnp.array(1 / math.prod(shape[:-1]), dtype)
+  deviation = jnp.sqrt(variance) / jnp.array(0.87962566103423978, dtype)  # of what is truncated
   draw = jax.random.truncated_normal(key, -2, 2, (math.prod(shape),), dtype)
-  return deviation * draw.reshape(shape)
+  return draw.reshape(shape) * deviation
