@@ -108,9 +108,32 @@ def test_tail_classes_are_filled_up_to_the_largest_target_and_no_others(
   if sum(expected) == 0:
     with pytest.raises(ConfigError, match=f"tail_below={tail_below} .*fill_to={max(fill_to)}"):
       generators.plan(np.array(counts), config)
+    # What the sentence advises is enough, and no less is.
+    below = min(counts) + 1
+    advised = dataclasses.replace(config, tail_below=below, fill_to=(below + 1,))
+    assert (generators.plan(np.array(counts), advised) > 0).tolist() == [
+      n == min(counts) for n in counts
+    ]
   else:
     made = generators.plan(np.array(counts), config)
     assert made.tolist() == expected and made.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+  ("counts", "tail_below", "words"),
+  [
+    ((60, 9), 5, "the smallest class has 9, the largest 60); set tail_below above 9 and fill_to"),
+    ((90, 50, 40), 20, "set tail_below above 40 and fill_to above that"),
+    ((12, 12, 12), 20, "all classes have 12, so there is no tail to fill; cut one with"),
+    ((30, 30), 20, "all classes have 30, so there is no tail to fill; cut one with"),
+  ],
+)
+def test_where_nothing_needs_filling_one_sentence_says_what_to_set(counts, tail_below, words):
+  config = dataclasses.replace(CONFIG, tail_below=tail_below, fill_to=(10,))
+  with pytest.raises(ConfigError) as refused:
+    generators.plan(np.array(counts), config)
+  text = str(refused.value)
+  assert words in text and text.endswith(".") and ". " not in text
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -196,8 +219,9 @@ def runs(mesh):
 SEEDS = (5, 6, 5)
 
 
-def train_and_make(name, runs, mesh, folder, seeds=SEEDS, shop=SHOP, chosen=None):
-  run, chosen = support.make_run(mesh, seeds, 4), chosen or generators.strengths(name, shop)[:2]
+def train_and_make(name, runs, mesh, folder, seeds=SEEDS, shop=SHOP, chosen=None, streams=""):
+  run = support.make_run(mesh, seeds, 4, streams=streams)
+  chosen = chosen or generators.strengths(name, shop)[:2]
   own = folder / "diffusion" / name  # names the random streams too
   generators.train(name, shop, runs, run, own)
   return generators.make(name, shop, runs, run, own, MADE, chosen)
@@ -245,6 +269,13 @@ def test_seeds_decide_what_is_made(made, runs, mesh, tmp_path, name):
   np.testing.assert_array_equal(other.features[:2], features[:2])
   differ = (np.asarray(other.features[2]) != features[2]).any(axis=-1)
   assert differ.mean() > 0.3  # a class of two has two duplicates
+
+
+@pytest.mark.parametrize("name", ["class_only", "duplicate", "fasa", "kernel_jitter"])
+def test_streams_keep_folds_and_seeds_of_one_number_apart(made, runs, mesh, tmp_path, name):
+  folds = train_and_make(name, runs, mesh, tmp_path, streams="folds/")
+  differ = (np.asarray(folds.features) != np.asarray(made(name).features)).any(axis=-1)
+  assert differ.mean() > 0.3
 
 
 @pytest.mark.parametrize("name", sorted({*GENERATORS, "fasa"} - {"distribution_calibration"}))
