@@ -24,6 +24,7 @@ from memdiff.feature_diffusion import DiffusionConfig
 from memdiff.generators import DESCRIPTIONS, DIFFUSIONS, LDMLR, GeneratorsConfig, Workshop
 from memdiff.hallucination import SamplerConfig
 from memdiff.memory_bank import BankConfig
+from memdiff.runtime.random import base_keys
 from memdiff.runtime.train_state import OptimizerConfig
 from memdiff.synthetic import ConfidenceConfig
 from tests import support
@@ -202,7 +203,8 @@ def make_runs(mesh, data_seeds, bank_from=None):
   """Runs of such features; the bank may be one of other features."""
   raw, labels = map(np.stack, zip(*map(make_raw, data_seeds), strict=True))
   stored = raw if bank_from is None else np.stack([make_raw(seed)[0] for seed in bank_from])
-  bank = feature_space.fill_bank(stored, labels, CLASSES, (0,) * len(labels), BANK, mesh)
+  keys = base_keys((0,) * len(labels), "memory_bank")
+  bank = feature_space.fill_bank(stored, labels, CLASSES, keys, BANK, mesh)
   head = {
     "kernel": np.stack([np.eye(DIM, CLASSES, dtype=np.float32)] * len(labels)),
     "bias": np.zeros((len(labels), CLASSES), np.float32),
@@ -386,7 +388,8 @@ def test_memdiff_may_begin_at_exemplars(runs, mesh, workdir):
 def test_trust_of_fasa_multiplies_the_confidence(runs, mesh, tmp_path, monkeypatch):
   trust = np.array([0.9, 0.5, 1.0, 0.25], np.float32)
   monkeypatch.setattr(fasa, "class_weights", lambda adapted: jnp.asarray(trust))
-  result = train_and_make("fasa", runs, mesh, tmp_path)
+  shop = dataclasses.replace(SHOP, config=dataclasses.replace(CONFIG, ldmlr_share=7.0))
+  result = train_and_make("fasa", runs, mesh, tmp_path, shop=shop)  # programs stay, by their shop
   judge = jax.jit(functools.partial(synthetic.confidence, config=CONFIG.confidence))
   for run in range(3):
     exemplars, head = jax.tree.map(lambda leaf, run=run: leaf[run], (runs.exemplars, runs.head))

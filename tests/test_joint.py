@@ -18,7 +18,6 @@ from memdiff import config as config_lib
 from memdiff import joint, memory_bank, pipeline
 from memdiff.classifier import backbones
 from memdiff.errors import ConfigError
-from memdiff.experiment import classifier_stage
 from memdiff.feature_experiment import MemdiffConfig, workshop
 from memdiff.joint import Pool
 from tests import support
@@ -192,8 +191,9 @@ def test_every_refresh_draws_anew(experiment, mesh, tmp_path):
   """Of encoders that have not moved, the features of two rounds still differ."""
   run = support.make_run(mesh, experiment.seeds, 5)
   e = SimpleNamespace(**vars(experiment), run=run)
-  stage = classifier_stage(e, "cross_entropy")
-  state = jax.vmap(lambda key: stage.init(key, ()))(run.keys("test"))
+  config = e.config
+  stage = joint.make_stage(e, config.joint, config.head.training, "j", 0, 7, None, None)
+  state = jax.vmap(lambda key: stage.init(key, {"start": None, "pool": None}))(run.keys("test"))
   shop = workshop(e)
   pools = [
     joint.make_pool(e, shop, "kernel_jitter", state, tmp_path / name)
