@@ -18,10 +18,12 @@ from configs import digits_lt, features
 from input_pipeline import embeddings
 from memdiff import config as config_lib
 from memdiff import feature_experiment, pipeline, selection
+from memdiff.classifier import heads
 from memdiff.errors import ConfigError, WorkdirError
 from memdiff.evaluation import phase as evaluation
 from memdiff.experiment import Experiment
 from memdiff.feature_experiment import Choice, Folds
+from memdiff.runtime import loop
 from memdiff.runtime.progress import Progress
 from memdiff.runtime.workdir import Workdir
 from tests import support
@@ -30,6 +32,7 @@ CLASSES, DIM, STORED = 4, 5, 12
 COUNTS = np.array([12, 6, 3, 2])  # of the long tail, out of 12 each
 FILL = 9  # the second and the smaller classes get 3, 6 and 7
 LOSSES = ("cross_entropy", "logit_adjustment")
+EXPONENTS, L2, TAUS = (1.0, 0.5), (5e-4, 5e-2), (1.0, 0.5, 2.0)
 METHODS = [f"{name}+{loss}" for name in ("real", "duplicate", "memdiff") for loss in LOSSES]
 REFERENCES = [f"{name}+{loss}" for name in ("oracle", "unseen_exemplars") for loss in LOSSES]
 
@@ -58,7 +61,7 @@ def config_for(path):
   config.diffusion.update(num_steps=2, batch_size=8)
   config.hallucination.update(num_steps=2, chunk_size=32)
   config.generators.update(names=("duplicate", "memdiff"), tail_below=10, fill_to=(7, FILL))
-  config.head.losses, config.head.exponents = LOSSES, (1.0, 0.5)
+  config.head.update(losses=LOSSES, exponents=EXPONENTS, l2=L2, taus=TAUS)
   config.head.training.num_steps = 4
   config.selection.folds = 2
   config.evaluation.map_per_class = 3
@@ -144,12 +147,16 @@ def test_the_features_are_the_rows_of_the_file(finished):
 def test_one_of_the_methods_is_recommended_on_what_was_held_out(finished):
   _, workdir, report = finished
   found = report["recommendation"]
-  hits = arrays_of(workdir / "selection" / "hits.npz")
-  assert set(found["scores"]) == set(METHODS) == set(hits) - {"label", "example", "fold"}
+  made = arrays_of(workdir / "selection" / "predictions.npz")
+  assert set(found["scores"]) == set(METHODS) == set(made) - {"label", "example", "run"}
   for method, entry in found["scores"].items():
-    own = [hits[method][hits["label"] == c].mean() for c in range(CLASSES)]
+    own = [(made[method] == c)[made["label"] == c].mean() for c in range(CLASSES)]
     assert entry["score"] == pytest.approx(np.mean(own))
-  assert sorted(hits["example"]) == list(range(COUNTS.sum()))
+    number = len(EXPONENTS) * len(L2)
+    number *= 1 if method.startswith("real+") else 2  # fills
+    number *= len(TAUS) if method.endswith("+logit_adjustment") else 1
+    assert entry["settings"] == number
+  assert sorted(made["example"]) == list(range(COUNTS.sum()))
   assert found["method"] in (found["best"], found["control"])
   assert found["control"].startswith("real+")
   assert found["basis"] == {"folds": 2, "repeats": 1, "encoder": "frozen"}
@@ -160,7 +167,8 @@ def test_choices_are_out_of_the_candidates(finished):
   _, _, report = finished
   assert list(report["choices"]) == METHODS
   for method, choice in report["choices"].items():
-    assert choice["exponent"] in (1.0, 0.5)
+    assert choice["exponent"] in EXPONENTS and choice["l2"] in L2
+    assert choice["tau"] in (TAUS if method.endswith("+logit_adjustment") else (1.0,))
     if method.startswith("real+"):
       assert (choice["strength"], choice["fill"]) == (0.0, 0)
     else:
@@ -172,13 +180,15 @@ def test_descriptions_say_what_was_chosen(finished):
   _, _, report = finished
   for row in report["classification"]:
     choice = report["choices"].get(row["method"])
-    details = ""
+    details = []
     if choice:
-      details = f" (classes drawn by count^{choice['exponent']:g}"
-      details += f", filled to {choice['fill']})" if choice["fill"] else ")"
-    assert row["description"].partition(" (classes")[1:] == (
-      (" (classes", details.removeprefix(" (classes")) if choice else ("", "")
-    )
+      details = [f"classes drawn by count^{choice['exponent']:g}", f"L2 {choice['l2']:g}"]
+      if row["method"].endswith("+logit_adjustment"):
+        details.append(f"tau {choice['tau']:g}")
+      if choice["fill"]:
+        details.append(f"filled to {choice['fill']}")
+    found = row["description"].partition(" (classes")[1:]
+    assert "".join(found) == (f" ({', '.join(details)})" if details else "")
 
 
 def test_the_recommended_head_is_for_the_embeddings_as_they_are(finished):
@@ -186,8 +196,10 @@ def test_the_recommended_head_is_for_the_embeddings_as_they_are(finished):
   head = arrays_of(workdir / "recommended_head.npz")
   file = arrays_of(config.dataset.train_path)
   assert (head["kernel"].shape, head["bias"].shape) == ((2, DIM, CLASSES), (2, CLASSES))
-  names = np.array(list("abcd"))
-  made = names[(file["test_features"] @ head["kernel"] + head["bias"][:, None]).argmax(axis=-1)]
+  assert head["class_names"].tolist() == list("abcd")
+  made = head["class_names"][
+    (file["test_features"] @ head["kernel"] + head["bias"][:, None]).argmax(axis=-1)
+  ]
   rows = {row["method"]: row for row in report["classification"]}
   accuracy = (made == file["test_labels"]).mean()
   assert rows[report["recommendation"]["method"]]["top1"]["mean"] == pytest.approx(accuracy)
@@ -207,7 +219,8 @@ def test_without_folds_settings_come_first_and_nothing_is_recommended(finished, 
   for method, choice in report["choices"].items():
     name = method.split("+")[0]
     assert choice == {
-      "strength": float(name == "memdiff"), "fill": 0 if name == "real" else 7, "exponent": 1.0
+      "strength": float(name == "memdiff"), "fill": 0 if name == "real" else 7, "exponent": 1.0,
+      "l2": L2[0], "tau": TAUS[0],
     }  # fmt: skip
   assert report["comparison"]["control"] == f"real+{LOSSES[0]}"
   assert report["comparison"]["method"] == f"memdiff+{LOSSES[0]}"
@@ -298,8 +311,8 @@ def test_heads_of_the_references_train_on_just_these_rows(experiment):
     assert np.sum(trained.data.added.numbers) == 0
   # References are trained as the data come; exemplars that were not seen, as the seen ones are.
   assert {(s.fill, s.exponent) for s in oracle.settings} == {(feature_experiment.generators.ALL, 1)}
-  assert [dataclasses.astuple(s) for s in unseen.settings] == [
-    dataclasses.astuple(s) for s in real.settings
+  assert [dataclasses.replace(s, stream="") for s in unseen.settings] == [
+    dataclasses.replace(s, stream="") for s in real.settings
   ]
   assert [s.run for s in oracle.settings] == [0, 1] * len(LOSSES)
   assert oracle.losses == [loss for loss in LOSSES for _ in (0, 1)]
@@ -320,27 +333,44 @@ def test_without_left_out_examples_of_filled_classes_there_are_no_references(exp
 # --- the encoder's own head ------------------------------------------------------------------
 
 
-def test_own_heads_of_folds_are_judged_on_what_they_did_not_see_plain_and_adjusted():
+def test_own_heads_of_folds_are_adjusted_by_what_their_fold_has_seen():
   labels = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2])
-  config = selection.SelectionConfig(folds=2, repeats=2, encoder="retrained")
+  config = selection.SelectionConfig(
+    folds=2, repeats=2, encoder="retrained", criterion="balanced_accuracy"
+  )
   _, held_out = selection.fold_rows(labels, config)
   logits = np.random.default_rng(0).normal(size=(*held_out.shape, 3))
-  counts = np.array([90, 9, 1])  # far apart, so that the adjustment tells
-  e = SimpleNamespace(dataset=SimpleNamespace(train_labels=labels, train_counts=counts))
-  judged = selection.judged_examples(held_out, labels, 2)
-  folds = Folds(None, None, held_out, None, judged, logits)
-  found = feature_experiment._own_head_hits(e, folds)
-  plain, adjusted = [], []
+  counts = np.array(
+    [[90, 9, 1], [1, 90, 9], [9, 1, 90], [30, 30, 40]]
+  )  # far apart, so that it tells
+  e = SimpleNamespace(
+    dataset=SimpleNamespace(train_labels=labels, train_counts=np.array([4, 3, 2])),
+    config=SimpleNamespace(head=SimpleNamespace(taus=TAUS)),
+  )
+  judged = selection.judged_examples(held_out, labels, "balanced_accuracy", 3)
+  folds = Folds(None, None, counts, held_out, None, judged, logits)
+  found = feature_experiment._predict_with_own_heads(e, folds)
+  assert list(found) == ["own_head", "own_head+logit_adjustment"]
+  plain, adjusted = [], [[] for _ in TAUS]
   for run, row in enumerate(held_out):
-    for position, example in enumerate(row):
-      if example >= 0:
-        own = logits[run, position]
-        plain.append(own.argmax() == labels[example])
-        adjusted.append((own - np.log(counts / 100)).argmax() == labels[example])
-  assert plain != adjusted
-  np.testing.assert_array_equal(found["own_head"], plain)
-  np.testing.assert_array_equal(found["own_head+logit_adjustment"], adjusted)
-  assert feature_experiment._own_head_hits(e, dataclasses.replace(folds, own_logits=None)) == {}
+    for position in np.flatnonzero(row >= 0):
+      own = logits[run, position]
+      plain.append(own.argmax())
+      for made, tau in zip(adjusted, TAUS, strict=True):
+        made.append((own - tau * np.log(counts[run] / 100)).argmax())
+  assert len({str(made) for made in (plain, *adjusted)}) == 1 + len(TAUS)
+  settings, predictions = found["own_head"]
+  assert settings == [Choice()]
+  np.testing.assert_array_equal(predictions, [plain])
+  settings, predictions = found["own_head+logit_adjustment"]
+  assert [choice.tau for choice in settings] == list(TAUS)
+  np.testing.assert_array_equal(predictions, adjusted)
+
+
+def test_own_heads_are_adjusted_as_chosen_or_else_by_the_first_tau(experiment):
+  chosen = {"own_head+logit_adjustment": Choice(tau=0.25), "real+csl": Choice(tau=3.0)}
+  assert feature_experiment.own_tau(experiment, chosen) == 0.25
+  assert feature_experiment.own_tau(experiment, {}) == TAUS[0]
 
 
 def test_constant_columns_are_said_in_one_line_or_none():
@@ -367,14 +397,18 @@ def test_a_recommended_head_is_in_the_units_of_the_encoder(method, tmp_path):
   }
   counts = np.array([20, 8, 2])
   e = SimpleNamespace(
-    dataset=SimpleNamespace(train_counts=counts), workdir=SimpleNamespace(path=tmp_path)
+    dataset=SimpleNamespace(train_counts=counts, class_names=("x", "y", "z")),
+    workdir=SimpleNamespace(path=tmp_path),
+    config=SimpleNamespace(head=SimpleNamespace(taus=TAUS)),
   )
   runs = SimpleNamespace(head=inside, standardizer=jax.tree.map(lambda x: x[None], standardizer))
   trained = {"memdiff+csl": jax.tree.map(lambda x: 2 * x, inside)}
-  scored = evaluation.Scored([], {}, trained)
-  evaluation.save_recommended_head(e, SimpleNamespace(runs=runs), scored, method)
+  scored = evaluation.Scored([], {}, trained, np.array([0]), "accuracy", ())
+  choices = {"own_head+logit_adjustment": Choice(tau=0.5)}
+  evaluation.save_recommended_head(e, SimpleNamespace(runs=runs), scored, method, choices)
   saved = arrays_of(tmp_path / "recommended_head.npz")
-  expected = own["bias"] - (np.log(counts / 30) if method.endswith("adjustment") else 0)
+  assert saved["class_names"].tolist() == ["x", "y", "z"]
+  expected = own["bias"] - (0.5 * np.log(counts / 30) if method.endswith("adjustment") else 0)
   factor = 2 if method == "memdiff+csl" else 1
   np.testing.assert_allclose(saved["kernel"], factor * own["kernel"], rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(saved["bias"], factor * expected, rtol=1e-3, atol=1e-3)
@@ -423,7 +457,10 @@ def check(config, data):
     ({"generators.confidence.name": "probability"}, None, "use cosine or none"),
     ({"selection.encoder": "retrained"}, None, "embeddings have no encoder to train"),
     ({"generators.fill_to": (2,)}, None, r"no class .* tail_below=10 .* fill_to=2"),
-    ({"generators.tail_below": 2}, None, r"no class .* the counts are \[12, 6, 3, 2\]"),
+    ({"generators.tail_below": 2}, None, r"no class .*smallest class has 2, the largest 12\); set"),
+    ({"generators.tail_below": 5}, (40, 9), "set tail_below above 9 and fill_to above that"),
+    ({}, (20, 20, 20), "all classes have 20, so there is no tail to fill; cut one"),
+    ({"head.training.start": "encoder", "selection.folds": 0}, None, "come without a head"),
     ({}, (1, 1, 1, 1), "no class has two examples; set it to 0"),
   ],
 )
@@ -441,6 +478,7 @@ def test_without_folds_classes_of_one_example_are_fine():
   check(config, data_of((1, 1, 1)))
 
 
+BEGIN = {"head.training.start": "encoder", "selection.folds": 0}
 TAPS = {"encoder.backbone.taps": ("2:2",)}
 READ = {"classifier.num_epochs": 0.0}
 
@@ -448,8 +486,9 @@ READ = {"classifier.num_epochs": 0.0}
 @pytest.mark.parametrize(
   ("changes", "data", "words"),
   [
-    (TAPS, {}, "start is encoder, but these features come without a head"),
-    (READ | {"encoder.init_head": False}, {}, "start is encoder, but these features come without"),
+    (TAPS | BEGIN, {}, "start is encoder, but these features come without a head"),
+    (READ | BEGIN | {"encoder.init_head": False}, {}, "but these features come without a head"),
+    ({"head.training.start": "encoder"}, {}, "set start to zeros, or config.selection.folds to 0"),
     (
       TAPS | {"head.training.start": "zeros", "generators.confidence.name": "probability"},
       {},
@@ -469,6 +508,21 @@ def test_settings_that_do_not_fit_an_encoder_are_refused(changes, data, words):
   config.update_from_flattened_dict(changes)
   with pytest.raises(ConfigError, match=words):
     check(config, data_of(**data))
+
+
+def test_frozen_folds_do_not_begin_with_a_head_that_knows_what_they_are_judged_on():
+  """One sentence; heads may begin with the encoder's where folds train their own, or are none."""
+  config = digits_lt.get_config("smoke")
+  config.head.training.start = "encoder"
+  with pytest.raises(ConfigError) as refused:
+    check(config, data_of())
+  words = str(refused.value)
+  assert "config.head.training.start" in words and "config.selection.encoder" in words
+  assert words.endswith(".") and words.count(". ") == 0
+  for changes in ({"selection.encoder": "retrained"}, {"selection.folds": 0}):
+    allowed = config.copy_and_resolve_references()
+    allowed.update_from_flattened_dict(changes)
+    check(allowed, data_of())
 
 
 def test_what_only_the_retrained_encoder_or_the_head_lacks_is_no_obstacle_without_them():
@@ -504,14 +558,151 @@ def test_an_unknown_kind_is_refused_with_those_that_exist():
 
 
 def test_candidates_are_all_settings_with_the_plain_ones_first(experiment):
-  plain = feature_experiment.candidates(experiment, "real")
-  assert plain == [Choice(0.0, 0, 1.0), Choice(0.0, 0, 0.5)]
-  made = feature_experiment.candidates(experiment, "memdiff")
-  assert made == [Choice(1.0, f, x) for f in (7, FILL) for x in (1.0, 0.5)]
-  jittered = feature_experiment.candidates(experiment, "kernel_jitter")
-  assert len(jittered) == len(set(jittered)) == 5 * 2 * 2
-  published = feature_experiment.candidates(experiment, "ldmlr_published")
+  plain = feature_experiment.candidates(experiment, "real", "cross_entropy")
+  assert plain == [Choice(0.0, 0, x, l2, 1.0) for x in EXPONENTS for l2 in L2]
+  adjusted = feature_experiment.candidates(experiment, "real", "logit_adjustment")
+  assert adjusted == [dataclasses.replace(c, tau=tau) for tau in TAUS for c in plain]
+  made = feature_experiment.candidates(experiment, "memdiff", "csl")
+  assert made == [Choice(1.0, f, x, l2, 1.0) for f in (7, FILL) for x in EXPONENTS for l2 in L2]
+  jittered = feature_experiment.candidates(experiment, "kernel_jitter", "logit_adjustment")
+  assert len(jittered) == len(set(jittered)) == 3 * 5 * 2 * 2 * 2
+  published = feature_experiment.candidates(experiment, "ldmlr_published", "csl")
   assert {c.fill for c in published} == {feature_experiment.generators.ALL}
+
+
+# --- folds -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def selected(experiment, monkeypatch):
+  """name -> (folds, settings, stage, parameters of the heads, predictions) of its selection.
+
+  Heads are not trained but drawn, each by itself.
+  """
+  made = {}
+
+  def watched(name, config, data, settings, mesh):
+    made.update(settings=settings, stage=make_stage(name, config, data, settings, mesh))
+    return made["stage"]
+
+  def draw(stage, run, folder):
+    rng = np.random.default_rng(1)
+    shapes = jax.tree.map(np.shape, stage.own["start"], is_leaf=lambda x: hasattr(x, "shape"))
+    made["params"] = {
+      name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()
+    }
+    return SimpleNamespace(params=made["params"])
+
+  make_stage = heads.make_stage
+  folds = feature_experiment.make_folds(experiment)
+  monkeypatch.setattr(heads, "make_stage", watched)
+  monkeypatch.setattr(loop, "train", draw)
+
+  def select(name):
+    predictions = feature_experiment._predict_with(experiment, folds, name)
+    return folds, made["settings"], made["stage"], made["params"], predictions
+
+  return select
+
+
+@pytest.mark.parametrize("name", ["real", "duplicate"])
+def test_every_candidate_is_judged_by_its_own_heads_and_the_prior_of_its_fold(
+  selected, experiment, name
+):
+  folds, settings, stage, params, predictions = selected(name)
+  assert list(predictions) == list(LOSSES)
+  features, prior = np.asarray(folds.features), np.asarray(stage.own["mixture"].prior)
+  for loss in LOSSES:
+    choices = feature_experiment.candidates(experiment, name, loss)
+    assert len(predictions[loss]) == len(choices)
+    for choice, found in zip(choices, predictions[loss], strict=True):
+      expected = []
+      for run in range(2):
+        (head,) = [
+          i for i, s in enumerate(settings)
+          if (s.run, s.fill, s.exponent, s.l2) == (run, choice.fill, choice.exponent, choice.l2)
+        ]  # fmt: skip
+        logits = features[run] @ params["kernel"][head] + params["bias"][head]
+        if loss == "logit_adjustment":
+          logits = logits - choice.tau * np.log(prior[head])
+        expected.append(logits.argmax(axis=-1)[folds.held_out[run] >= 0])
+      np.testing.assert_array_equal(found, np.concatenate(expected))
+
+
+def test_folds_know_what_they_train_on_and_their_prior_is_that(selected, experiment):
+  folds, settings, stage, *_ = selected("real")
+  labels = experiment.dataset.train_labels
+  for run in range(2):
+    held = labels[folds.held_out[run][folds.held_out[run] >= 0]]
+    np.testing.assert_array_equal(folds.counts[run], COUNTS - np.bincount(held, minlength=CLASSES))
+  assert (folds.counts[0] != folds.counts[1]).any()
+  for setting, prior in zip(settings, np.asarray(stage.own["mixture"].prior), strict=True):
+    drawn = folds.counts[setting.run] ** setting.exponent
+    np.testing.assert_allclose(prior, drawn / drawn.sum(), rtol=1e-5)
+
+
+def test_folds_are_filled_as_far_as_their_share_of_the_training_set_goes(selected):
+  """So that the largest class stays the largest, and real and synthetic rows mix alike."""
+  folds, settings, stage, *_ = selected("duplicate")
+  made = np.where(COUNTS < 10, np.maximum(FILL - COUNTS, 0), 0)
+  assert {s.fill for s in settings} == {7, FILL}
+  for setting, used in zip(settings, np.asarray(stage.own["mixture"].used), strict=True):
+    counts = folds.counts[setting.run]
+    share = counts.sum() / COUNTS.sum()
+    assert setting.share == pytest.approx(share)
+    whole = np.clip(setting.fill - COUNTS, 0, made)
+    np.testing.assert_allclose(counts + used, share * (COUNTS + whole), atol=1.5)
+    assert (counts + used).argmax() == 0
+
+
+def test_folds_have_random_streams_of_their_own(selected, experiment):
+  """Fold r is no copy of seed r: neither its bank, nor what is made for it, nor its heads."""
+  folds, _, stage, *_ = selected("real")
+  assert folds.run.seeds == experiment.run.seeds == (0, 1)
+  for name in ("memory_bank", "sample/memdiff", "diffusion/memdiff"):
+    keys = [jax.random.key_data(run.keys(name)) for run in (folds.run, experiment.run)]
+    assert len(np.unique(np.concatenate(keys), axis=0)) == 4
+  space = feature_experiment.load_space(experiment)
+  choices, _ = feature_experiment.load_selection(experiment)
+  own = feature_experiment.head_training(experiment, space, choices, "real").stage.own
+  assert not set(np.asarray(own["stream"]).tolist()) & set(np.asarray(stage.own["stream"]).tolist())
+
+
+def test_heads_do_not_depend_on_the_number_or_order_of_seeds_and_losses(experiment):
+  space = feature_experiment.load_space(experiment)
+  choices, _ = feature_experiment.load_selection(experiment)
+
+  def of(seeds, losses):
+    rows = np.array(seeds)
+    config = dataclasses.replace(
+      experiment.config,
+      seeds=seeds,
+      head=dataclasses.replace(experiment.config.head, losses=losses),
+    )
+    part = dataclasses.replace(
+      space,
+      runs=jax.tree.map(lambda x: x[rows], space.runs),
+      left_out=space.left_out[rows],
+      test=space.test[rows],
+    )
+    e = dataclasses.replace(experiment, config=config)
+    trained = feature_experiment.head_training(e, part, choices, "real")
+    own = {name: v for name, v in trained.stage.own.items() if name != "run"}
+    return {
+      (loss, config.seeds[s.run]): jax.tree.map(lambda x, i=i: np.asarray(x[i]), own)
+      for i, (loss, s) in enumerate(zip(trained.losses, trained.settings, strict=True))
+    }
+
+  everything = of((0, 1), LOSSES)
+  assert len(everything) == 4
+  for part in (of((1,), LOSSES), of((1, 0), LOSSES[::-1]), of((0,), LOSSES[1:])):
+    for key, own in part.items():
+      jax.tree.map(np.testing.assert_array_equal, own, everything[key])
+  own = everything["cross_entropy", 0], everything["cross_entropy", 1]
+  assert own[0]["seed"] != own[1]["seed"]
+
+
+# --- choices ---------------------------------------------------------------------------------
 
 
 def test_a_broken_choice_is_named_with_what_to_remove(experiment, monkeypatch, tmp_path):

@@ -25,6 +25,7 @@ from memdiff.feature_diffusion import DiffusionConfig
 from memdiff.generators import DESCRIPTIONS, DIFFUSIONS, LDMLR, GeneratorsConfig, Workshop
 from memdiff.hallucination import SamplerConfig
 from memdiff.memory_bank import BankConfig
+from memdiff.runtime.random import base_keys
 from memdiff.runtime.train_state import OptimizerConfig
 from memdiff.synthetic import ConfidenceConfig
 from tests import support
@@ -109,9 +110,32 @@ def test_tail_classes_are_filled_up_to_the_largest_target_and_no_others(
   if sum(expected) == 0:
     with pytest.raises(ConfigError, match=f"tail_below={tail_below} .*fill_to={max(fill_to)}"):
       generators.plan(np.array(counts), config)
+    # What the sentence advises is enough, and no less is.
+    below = min(counts) + 1
+    advised = dataclasses.replace(config, tail_below=below, fill_to=(below + 1,))
+    assert (generators.plan(np.array(counts), advised) > 0).tolist() == [
+      n == min(counts) for n in counts
+    ]
   else:
     made = generators.plan(np.array(counts), config)
     assert made.tolist() == expected and made.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+  ("counts", "tail_below", "words"),
+  [
+    ((60, 9), 5, "the smallest class has 9, the largest 60); set tail_below above 9 and fill_to"),
+    ((90, 50, 40), 20, "set tail_below above 40 and fill_to above that"),
+    ((12, 12, 12), 20, "all classes have 12, so there is no tail to fill; cut one with"),
+    ((30, 30), 20, "all classes have 30, so there is no tail to fill; cut one with"),
+  ],
+)
+def test_where_nothing_needs_filling_one_sentence_says_what_to_set(counts, tail_below, words):
+  config = dataclasses.replace(CONFIG, tail_below=tail_below, fill_to=(10,))
+  with pytest.raises(ConfigError) as refused:
+    generators.plan(np.array(counts), config)
+  text = str(refused.value)
+  assert words in text and text.endswith(".") and ". " not in text
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -180,7 +204,8 @@ def make_runs(mesh, data_seeds, bank_from=None):
   """Runs of such features; the bank may be one of other features."""
   raw, labels = map(np.stack, zip(*map(make_raw, data_seeds), strict=True))
   stored = raw if bank_from is None else np.stack([make_raw(seed)[0] for seed in bank_from])
-  bank = feature_space.fill_bank(stored, labels, CLASSES, (0,) * len(labels), BANK, mesh)
+  keys = base_keys((0,) * len(labels), "memory_bank")
+  bank = feature_space.fill_bank(stored, labels, CLASSES, keys, BANK, mesh)
   head = {
     "kernel": np.stack([np.eye(DIM, CLASSES, dtype=np.float32)] * len(labels)),
     "bias": np.zeros((len(labels), CLASSES), np.float32),
@@ -197,8 +222,9 @@ def runs(mesh):
 SEEDS = (5, 6, 5)
 
 
-def train_and_make(name, runs, mesh, folder, seeds=SEEDS, shop=SHOP, chosen=None):
-  run, chosen = support.make_run(mesh, seeds, 4), chosen or generators.strengths(name, shop)[:2]
+def train_and_make(name, runs, mesh, folder, seeds=SEEDS, shop=SHOP, chosen=None, streams=""):
+  run = support.make_run(mesh, seeds, 4, streams=streams)
+  chosen = chosen or generators.strengths(name, shop)[:2]
   own = folder / "diffusion" / name  # names the random streams too
   generators.train(name, shop, runs, run, own)
   return generators.make(name, shop, runs, run, own, MADE, chosen)
@@ -246,6 +272,13 @@ def test_seeds_decide_what_is_made(made, runs, mesh, tmp_path, name):
   np.testing.assert_array_equal(other.features[:2], features[:2])
   differ = (np.asarray(other.features[2]) != features[2]).any(axis=-1)
   assert differ.mean() > 0.3  # a class of two has two duplicates
+
+
+@pytest.mark.parametrize("name", ["class_only", "duplicate", "fasa", "kernel_jitter"])
+def test_streams_keep_folds_and_seeds_of_one_number_apart(made, runs, mesh, tmp_path, name):
+  folds = train_and_make(name, runs, mesh, tmp_path, streams="folds/")
+  differ = (np.asarray(folds.features) != np.asarray(made(name).features)).any(axis=-1)
+  assert differ.mean() > 0.3
 
 
 @pytest.mark.parametrize("name", sorted({*GENERATORS, "fasa"} - {"distribution_calibration"}))
@@ -394,7 +427,8 @@ def test_memdiff_may_begin_at_exemplars(runs, mesh, workdir):
 def test_trust_of_fasa_multiplies_the_confidence(runs, mesh, tmp_path, monkeypatch):
   trust = np.array([0.9, 0.5, 1.0, 0.25], np.float32)
   monkeypatch.setattr(fasa, "class_weights", lambda adapted: jnp.asarray(trust))
-  result = train_and_make("fasa", runs, mesh, tmp_path)
+  shop = dataclasses.replace(SHOP, config=dataclasses.replace(CONFIG, ldmlr_share=7.0))
+  result = train_and_make("fasa", runs, mesh, tmp_path, shop=shop)  # programs stay, by their shop
   judge = jax.jit(functools.partial(synthetic.confidence, config=CONFIG.confidence))
   for run in range(3):
     exemplars, head = jax.tree.map(lambda leaf, run=run: leaf[run], (runs.exemplars, runs.head))

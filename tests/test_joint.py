@@ -18,8 +18,9 @@ from memdiff import config as config_lib
 from memdiff import joint, memory_bank, pipeline
 from memdiff.classifier import backbones
 from memdiff.errors import ConfigError
-from memdiff.feature_experiment import MemdiffConfig
+from memdiff.feature_experiment import MemdiffConfig, workshop
 from memdiff.joint import Pool
+from tests import support
 
 CLASSES, DIM = 3, 4
 
@@ -184,6 +185,24 @@ def test_synthetic_features_move_with_their_class(experiment):
     )
   ]
   assert losses[0] == pytest.approx(losses[1], rel=1e-5) and abs(losses[0] - losses[2]) > 1e-4
+
+
+def test_every_refresh_draws_anew(experiment, mesh, tmp_path):
+  """Of encoders that have not moved, the features of two rounds still differ."""
+  run = support.make_run(mesh, experiment.seeds, 5)
+  e = SimpleNamespace(**vars(experiment), run=run)
+  config = e.config
+  stage = joint.make_stage(e, config.joint, config.head.training, "j", 0, 7, None, None)
+  state = jax.vmap(lambda key: stage.init(key, {"start": None, "pool": None}))(run.keys("test"))
+  shop = workshop(e)
+  pools = [
+    joint.make_pool(e, shop, "kernel_jitter", state, tmp_path / name)
+    for name in ("round_1", "round_2", "round_1")
+  ]
+  np.testing.assert_array_equal(pools[0].features, pools[2].features)
+  differ = (np.asarray(pools[0].features) != np.asarray(pools[1].features)).any(axis=-1)
+  assert differ.mean() > 0.3
+  np.testing.assert_array_equal(pools[0].labels, pools[1].labels)
 
 
 # --- whole runs ------------------------------------------------------------------------------

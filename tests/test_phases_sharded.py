@@ -56,14 +56,16 @@ def train_classifier(settings, data, mesh):
 def make_runs(settings, data, mesh):
   """Of made features, the same on any number of devices."""
   from memdiff import feature_space
+  from memdiff.runtime.random import base_keys
 
   rng, labels = np.random.default_rng(0), data.train_labels
   centres = rng.normal(size=(data.num_classes, DIM))
   shape = (len(settings.seeds), len(labels), DIM)
   features = np.asarray(centres[labels] + rng.normal(size=shape), np.float32)
   labels = np.broadcast_to(labels, shape[:2])
+  keys = base_keys(settings.seeds, "memory_bank")
   bank = feature_space.fill_bank(
-    features, labels, data.num_classes, settings.seeds, settings.memory_bank, mesh
+    features, labels, data.num_classes, keys, settings.memory_bank, mesh
   )
   return feature_space.make_runs(features, labels, bank, None, data.num_classes, mesh)
 
@@ -87,8 +89,7 @@ def train_on_features(settings, data, mesh):
     settings.generators, settings.diffusion, settings.hallucination, data.num_classes
   )
   labels = np.repeat(np.arange(data.num_classes, dtype=np.int32), MADE)
-  sampler = generators.diffusion_sampler("memdiff", shop, DIM, labels, mesh)
-  program = generators.sampling_program(sampler, labels, settings.generators.confidence, mesh)
+  program = generators.sampling_program("memdiff", shop, DIM, (MADE,) * data.num_classes, mesh)
   strengths = generators.strengths("memdiff", shop)
   features, confidence = program(
     base_keys(settings.seeds, "sample"), jnp.asarray(strengths, jnp.float32), runs, state.ema_params
@@ -108,7 +109,9 @@ def train_on_features(settings, data, mesh):
     test_features=mesh_lib.replicate(mesh, test),
     test_labels=mesh_lib.replicate(mesh, np.arange(40, dtype=np.int32)[None] % 10),
   )
-  every = [heads.Setting(n, 0, generators.ALL, 1.0, "csl") for n in range(len(settings.seeds))]
+  every = [
+    heads.Setting(run=n, seed=n, stream="heads", loss="csl") for n in range(len(settings.seeds))
+  ]
   stage = heads.make_stage("heads", settings.head.training, head_data, every, mesh)
   head_state, head_metrics = steps_of(stage, settings, mesh)
   return {

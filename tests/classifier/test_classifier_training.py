@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from memdiff.classifier.encoder import EncoderConfig, InputConfig
 from memdiff.classifier.losses import LossConfig
 from memdiff.classifier.training import ClassifierConfig
 from memdiff.errors import ConfigError
+from memdiff.experiment import forward_images
 from memdiff.memory_bank import BankConfig
 from memdiff.runtime import loop
 from memdiff.runtime import mesh as mesh_lib
@@ -82,13 +84,15 @@ def data_of(train_images=None, holdout=0):
   )  # fmt: skip
 
 
-def make(mesh, loss="cross_entropy", config=CONFIG, data=None, bank=None, encoder_config=ENCODER):
+def make(
+  mesh, loss="cross_entropy", config=CONFIG, data=None, bank=None, encoder_config=ENCODER, rows=None
+):
   data = data or data_of()
   shared = encoder.device_data(encoder_config.input, data, mesh)
-  return training.make_stage(config, encoder_config, bank, loss, data, shared, mesh)
+  return training.make_stage(config, encoder_config, bank, loss, data, shared, mesh, rows)
 
 
-def steps(stage, number=1):
+def steps(stage, number=1, fold=()):
   """States 0 to `number` of one seed, and the metrics of the steps between."""
   everywhere = stage.shared["pixel_mean"].sharding  # as in the loop: one compilation for all steps
   states = [jax.jit(lambda key: stage.init(key, ()), out_shardings=everywhere)(KEY)]
@@ -96,7 +100,7 @@ def steps(stage, number=1):
   metrics = []
   feed = stage.batches and stage.batches(0, 0)
   for _ in range(number):
-    state, values = step(states[-1], ((), next(feed)) if feed else ())
+    state, values = step(states[-1], ((), next(feed)) if feed else fold)
     states.append(state)
     metrics.append({name: float(value) for name, value in values.items()})
   if feed:
@@ -396,6 +400,95 @@ def test_the_loss_falls_and_the_test_set_is_learnt(loss, mesh):
   assert metrics[-1]["accuracy"] == 1.0
   assert metrics[29]["loss"] < 0.5 * metrics[0]["loss"]  # before the weights set in
   assert len(states) == 61
+
+
+# --- folds -----------------------------------------------------------------------------------
+
+# Two that see different shares of the classes, of images that are not alike.
+ROWS = np.array([[0, 2, 3, 4, 5, 6, 8, 9, 12, 13], [1, 7, 3, 8, 9, 10, 11, 13, 12, 5]])
+
+
+def part_of(data, rows):
+  return dataclasses.replace(
+    data, train_images=data.train_images[rows], train_labels=data.train_labels[rows]
+  )
+
+
+def uneven():
+  """Images that grow brighter, so that parts of them have statistics of their own."""
+  data = data_of()
+  images = (data.train_images * np.linspace(0.2, 1, 14)[:, None, None, None]).astype(np.uint8)
+  return dataclasses.replace(data, train_images=images)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "balanced_softmax", "csl", "ldam"])
+def test_a_fold_trains_as_if_there_was_nothing_but_its_part(mesh, loss):
+  """By its own class counts and pixel statistics, whatever the rest of the set is like."""
+  data, config = uneven(), changed(CONFIG, batch_size=5, num_epochs=1.0)
+  stage = make(mesh, loss, config, data, rows=ROWS)
+  for run, rows in enumerate(ROWS):
+    ours, ours_metrics = steps(stage, 2, jax.tree.map(lambda x, run=run: x[run], stage.own))
+    alone = make(mesh, loss, config, part_of(data, rows))
+    theirs, theirs_metrics = steps(alone, 2)
+    assert stage.num_steps == alone.num_steps == 2
+    for a, b in zip(ours_metrics, theirs_metrics, strict=True):
+      assert a == pytest.approx(b, rel=1e-4)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+      (ours[-1].params, ours[-1].model_state),
+      (theirs[-1].params, theirs[-1].model_state),
+    )
+
+
+def test_what_is_known_of_a_fold_is_of_its_own_images_alone():
+  data = uneven()
+  rows = np.array([[3, 0, 8, 12, -1, -1], [1, 2, 9, 13, 11, 4]])
+  known = training.fold_data(ENCODER, data, rows)
+  np.testing.assert_array_equal(known["rows"][1], rows[1])
+  np.testing.assert_array_equal(known["rows"][0], [3, 0, 8, 12, 3, 3])  # padding is drawn too
+  np.testing.assert_array_equal(known["counts"], [[2, 1, 1], [3, 2, 1]])  # but is not counted
+  for run, own in enumerate((rows[0, :4], rows[1])):
+    images = data.train_images[own]
+    for name, function in (("pixel_mean", np.mean), ("pixel_std", np.std)):
+      np.testing.assert_allclose(
+        known["statistics"][name][run], function(images, axis=(0, 1, 2)), rtol=1e-4
+      )
+  given = dataclasses.replace(ENCODER, input=InputConfig((0.5,) * 3, (0.25,) * 3, "rgb"))
+  statistics = training.fold_data(given, data, rows)["statistics"]
+  np.testing.assert_allclose(statistics["pixel_mean"], np.full((2, 3), 127.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", losses.LOSSES)
+def test_every_loss_of_the_table_trains_in_folds(loss, mesh):
+  row = losses.LOSSES[loss]
+  stage = make(
+    mesh, loss, changed(CONFIG, batch_size=5), bank=BANK if row.needs_bank else None, rows=ROWS
+  )
+  own = jax.tree.map(lambda x: x[0], stage.own)
+  state = jax.eval_shape(stage.init, KEY, own)
+  after, _ = jax.eval_shape(stage.step, state, stage.shared, own)
+  assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, after)
+  assert stage.evaluate is None
+
+
+def test_images_pass_each_encoder_by_the_statistics_of_its_fold(mesh):
+  data = uneven()
+  stage = make(mesh, data=data, config=changed(CONFIG, batch_size=5), rows=ROWS)
+  states = jax.vmap(stage.init)(jax.random.split(KEY, 2), stage.own)
+  e = SimpleNamespace(config=SimpleNamespace(encoder=ENCODER), dataset=data, mesh=mesh)
+  images = data.test_images
+  statistics = stage.own["statistics"]
+  logits, features = forward_images(e, "cross_entropy", states, images, statistics)
+  whole, _ = forward_images(e, "cross_entropy", states, images)
+  model = encoder.make_model(ENCODER, "cross_entropy", 3)
+  for run, rows in enumerate(ROWS):
+    state = jax.tree.map(lambda x, run=run: x[run], states)
+    for seen, found in ((data.train_images[rows], logits), (data.train_images, whole)):
+      mean, std = (f(seen, axis=(0, 1, 2)) for f in (np.mean, np.std))
+      inputs = ((images - mean) / std).astype(np.float32)
+      expected = jax.jit(lambda s, x: encoder.apply_eval(model, s, x))(state, inputs)
+      np.testing.assert_allclose(found[run], expected[0], rtol=1e-3, atol=1e-4)
+  assert np.abs(logits - whole).max() > 1e-2 and features.shape[:2] == (2, len(images))
 
 
 # --- scores, weights to start from, streams --------------------------------------------------
