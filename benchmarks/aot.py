@@ -337,36 +337,35 @@ def _on_features(settings: Any, data: Any, run: Any) -> Iterator[Program]:
 
   yield Program("hallucination", sample, runs.bank)
 
-  def head_data(start):
-    """Shapes of what heads learn from; `start` is an array, since states begin there."""
-    number, test = len(run.seeds), len(data.test_labels)
-    dim, added = runs.exemplars.features.shape[-1], (number, len(strengths), int(made.sum()))
-    return heads.HeadData(
-      exemplars=runs.exemplars,
-      added=heads.Added(
-        *_described(jax.eval_shape(lambda: (jnp.zeros((*added, dim)), jnp.zeros(added))), mesh),
-        _described(jax.eval_shape(lambda: jnp.zeros(len(made), jnp.int32)), mesh),
-      ),
-      start=start,
-      **_described(
-        jax.eval_shape(
-          lambda: {
-            "test_features": jnp.zeros((number, test, dim)),
-            "test_labels": jnp.zeros((number, test), jnp.int32),
-          }
+  number, test = len(run.seeds), len(data.test_labels)
+  dim, added = runs.exemplars.features.shape[-1], (number, len(strengths), int(made.sum()))
+  shapes = _described(
+    jax.eval_shape(
+      lambda: {
+        "added": heads.Added(
+          jnp.zeros((*added, dim)), jnp.zeros(added), jnp.zeros(len(made), jnp.int32)
         ),
-        mesh,
-      ),
-    )
+        "test_features": jnp.zeros((number, test, dim)),
+        "test_labels": jnp.zeros((number, test), jnp.int32),
+      }
+    ),
+    mesh,
+  )
+  learned_from = heads.HeadData(exemplars=runs.exemplars, start=runs.head, **shapes)
+  # A stage is made of numbers; features stay shapes.
+  small = (runs.exemplars.by_class, runs.head, learned_from.added.replace(features=()))
+  by_class, start, trusted = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), small)
+  begun_with = learned_from.replace(
+    exemplars=runs.exemplars.replace(by_class=by_class), start=start, added=trusted
+  )
 
   every = [
     heads.Setting(run=seed, seed=seed, stream=loss, loss=heads.trained_loss(loss))
     for loss in settings.head.losses
     for seed in range(len(run.seeds))
   ]
-  start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), runs.head)
-  stage = heads.make_stage("heads", settings.head.training, head_data(start), every, mesh)
-  stage = dataclasses.replace(stage, shared=head_data(runs.head))
+  stage = heads.make_stage("heads", settings.head.training, begun_with, every, mesh)
+  stage = dataclasses.replace(stage, shared=learned_from)
   yield _stage_program(stage, dataclasses.replace(run, seeds=tuple(range(len(every)))))
 
 

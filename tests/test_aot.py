@@ -24,6 +24,7 @@ def child() -> None:
   jax.config.update("jax_disable_most_optimizations", True)  # what travels is settled before
   config = digits_lt.get_config("smoke")
   config.seeds = (0,)
+  config.classifier.loss = "semantic_scale"  # it keeps a bank while it trains
   config.classifier.references = ()
   config.classifier.batch_size = config.diffusion.batch_size = BATCH  # fewer rows than the bank has
   config.hallucination.chunk_size = config.head.training.batch_size = BATCH
@@ -41,11 +42,11 @@ def phases():
 
 
 def test_every_phase_that_repeats_is_compiled(phases):
-  assert list(phases) == ["classifier/csl", "diffusion", "hallucination", "heads"]
+  assert list(phases) == ["classifier/semantic_scale", "diffusion", "hallucination", "heads"]
 
 
 def test_every_device_holds_its_part_of_the_bank(phases):
-  for name in ("classifier/csl", "diffusion", "hallucination"):
+  for name in ("classifier/semantic_scale", "diffusion", "hallucination"):
     bank = phases[name]["bank"]
     assert bank["whole"] == 4 * ROWS * ((SLOTS + 1) * DIM + 1)  # slots, a mean, a count
     assert bank["per_device"] == bank["whole"] / DEVICES
