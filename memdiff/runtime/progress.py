@@ -38,12 +38,13 @@ class CompileClock:
 
 
 def release_memory() -> None:
-  """Gives memory back to the system.
-
-  Finished stages hold their arrays in cycles of references, and glibc keeps hundreds of MB that the
-  compiler has freed.
-  """
+  """Gives memory back to the system: finished stages hold their arrays in cycles of references."""
   gc.collect()
+  _trim()
+
+
+def _trim() -> None:
+  """Gives back what the compiler has freed, of which glibc keeps hundreds of MB; in no time."""
   trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
   if trim is not None:
     trim(0)
@@ -84,7 +85,7 @@ class Progress:
     self.say(f"compiling {what} ...")
     start = time.perf_counter()
     yield
-    release_memory()
+    _trim()
     self.say(f"compiled {what} in {time.perf_counter() - start:.1f} s")
 
   def start_stage(self, step: int) -> None:
