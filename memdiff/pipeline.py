@@ -102,7 +102,7 @@ KINDS = {
 def kind_of(config: Mapping[str, Any]) -> Kind:
   """The kind that `config.experiment` names."""
   name = config.get("experiment")
-  if name not in KINDS:
+  if not isinstance(name, str) or name not in KINDS:
     raise ConfigError(f"config.experiment is {name!r}, but must be one of {', '.join(KINDS)}.")
   return KINDS[name]
 

@@ -11,7 +11,7 @@ import pytest
 import threadpoolctl
 from PIL import Image
 
-from input_pipeline import dataset
+from input_pipeline import dataset, identity
 from input_pipeline.lazy_images import LazyImages
 from input_pipeline.source import Source
 from memdiff import config as config_lib
@@ -134,6 +134,9 @@ class Reader:
   def __getitem__(self, index):
     edges = ((index % 3, 2), (1, index % 5), (0, 0))
     return Image.fromarray(np.pad(self.images[index], edges, mode="edge"))
+
+  def fingerprint(self, indices):
+    return identity.digest(self.images[indices])
 
 
 def patterns(labels, channels, seed):

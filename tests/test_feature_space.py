@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from memdiff import feature_space, memory_bank
 from memdiff.feature_space import Standardizer, fit_standardizer, logits_of
 from memdiff.memory_bank import BankConfig
+from memdiff.runtime.random import base_keys
 
 CLASSES, DIM = 3, 5
 BANK = BankConfig(num_slots=4, horizon=10_000)
@@ -192,8 +193,8 @@ def fill(features, labels, seeds, mesh, config=BANK):
   return jax.tree.map(
     np.asarray,
     feature_space.fill_bank(
-      np.broadcast_to(features, shape), np.broadcast_to(labels, shape[:2]), CLASSES, seeds, config,
-      mesh,
+      np.broadcast_to(features, shape), np.broadcast_to(labels, shape[:2]), CLASSES,
+      base_keys(seeds, "memory_bank"), config, mesh,
     ),
   )  # fmt: skip
 
@@ -246,7 +247,8 @@ def make_runs(sizes, width, mesh, head):
     rows.append(np.concatenate([make_features(size, run), np.full((padding, DIM), -1e6)]))
     labels.append(np.concatenate([np.arange(size) % CLASSES, np.full(padding, CLASSES)]))
   rows, labels = np.stack(rows).astype(np.float32), np.stack(labels)
-  bank = feature_space.fill_bank(rows, labels, CLASSES, tuple(range(len(sizes))), BANK, mesh)
+  keys = base_keys(tuple(range(len(sizes))), "memory_bank")
+  bank = feature_space.fill_bank(rows, labels, CLASSES, keys, BANK, mesh)
   return rows, labels, feature_space.make_runs(rows, labels, bank, head, CLASSES, mesh)
 
 
@@ -311,7 +313,7 @@ def test_runs_of_shared_features_are_those_of_copies(mesh):
   ):
     labels = np.stack(of_runs)
     banks = [
-      feature_space.fill_bank(x, labels, CLASSES, (3, 4), BANK, mesh)
+      feature_space.fill_bank(x, labels, CLASSES, base_keys((3, 4), "memory_bank"), BANK, mesh)
       for x in (rows[None], np.stack([rows] * 2))
     ]
     shared = feature_space.make_runs(rows[None], labels, banks[0], None, CLASSES, mesh)

@@ -313,7 +313,9 @@ def test_runs_that_share_exemplars_make_what_runs_with_copies_make(mesh, tmp_pat
   raw, labels = make_raw(0)
   labels, made = np.stack([labels] * 3), []
   for features in (raw[None], np.stack([raw] * 3)):
-    bank = feature_space.fill_bank(features, labels, CLASSES, (0,) * 3, BANK, mesh)
+    bank = feature_space.fill_bank(
+      features, labels, CLASSES, base_keys((0,) * 3, "memory_bank"), BANK, mesh
+    )
     runs = feature_space.make_runs(features, labels, bank, None, CLASSES, mesh)
     assert runs.alike == (len(features) == 1)
     made.append(train_and_make(name, runs, mesh, tmp_path))
@@ -336,9 +338,8 @@ def test_samples_of_all_strengths_are_in_memory_once(mesh):
     standardizer=feature_space.Standardizer(*[shape(num_runs, dim)] * 3),
     head={"kernel": shape(num_runs, dim, CLASSES), "bias": shape(num_runs, CLASSES)},
   )
-  labels = jnp.zeros(number, jnp.int32)
-  sampler = generators._plain_sampler("kernel_jitter", labels)
-  program = generators.sampling_program(sampler, labels, CONFIG.confidence, mesh)
+  numbers = (number, *(0,) * (CLASSES - 1))
+  program = generators.sampling_program("kernel_jitter", SHOP, dim, numbers, mesh)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_runs))
   lowered = program.lower(keys, shape(num_strengths), runs, shape(num_runs, dim, dim))
   memory = lowered.compile().memory_analysis()
