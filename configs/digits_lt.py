@@ -45,6 +45,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.selection.folds = 2
     config.selection.encoder = "frozen"
     config.head.training.start = "zeros"  # as frozen folds ask
+    config.head.l2, config.head.taus = (5e-4,), (1.0,)
     config.generators.names = ("kernel_jitter", "memdiff")
     config.evaluation.map_per_class = 5
     config.loop.steps_per_dispatch = 5

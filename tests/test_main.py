@@ -156,6 +156,7 @@ def smoke_run(interrupted_run):
   return run
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_at_once_and_the_run_goes_on_when_there_is_room(interrupted_run):
   run, first, second = interrupted_run
   expect_sentence(first, 1, "0.0 MiB are free", "make room there", str(run))
@@ -163,6 +164,7 @@ def test_a_full_disk_is_said_at_once_and_the_run_goes_on_when_there_is_room(inte
   assert (run / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_second_call_repeats_nothing(smoke_run):
   before = {p: p.stat().st_mtime_ns for p in smoke_run.rglob("*.npz")}
   result = call(SMOKE, f"--workdir={smoke_run}", "--notensorboard")
@@ -173,12 +175,14 @@ def test_a_second_call_repeats_nothing(smoke_run):
   assert before == {p: p.stat().st_mtime_ns for p in smoke_run.rglob("*.npz")}
 
 
+@pytest.mark.slow
 def test_a_changed_config_for_a_finished_phase_is_refused_with_the_field_named(smoke_run):
   override = "--config.head.training.num_steps=31"
   result = call(SMOKE, f"--workdir={smoke_run}", "--notensorboard", override)
   expect_sentence(result, 1, "Phase selection", "head.training.num_steps was 30 and is now 31")
 
 
+@pytest.mark.slow
 def test_damaged_files_of_finished_phases_are_named(smoke_run):
   run = smoke_run
   damaged = run / "hallucination" / "memdiff.npz"

@@ -197,6 +197,7 @@ def sample(config, params, labels, seed=0):
   return np.asarray(draw(jax.random.key(seed), params))
 
 
+@pytest.mark.slow
 def test_the_mended_row_learns_the_mean_of_every_class_and_dimension(mesh):
   optimizer = dataclasses.replace(ROWS["ldmlr"].optimizer, learning_rate=3e-3)
   fields = {"optimizer": optimizer, "ema_decay": 0.9, "sample_steps": 10}
