@@ -63,7 +63,8 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.classifier.references = ()
     config.classifier.num_epochs = 76.2  # 400 steps
     config.diffusion.denoiser.width = 128
-    config.diffusion.num_steps = 500
+    config.diffusion.num_steps = 500  # too few for samples from noise alone ...
+    config.hallucination.start = (0.25, 0.1)  # ... so they begin at noised exemplars
     config.generators.names = ("kernel_jitter", "memdiff")
     config.head.training.num_steps = 300
 
