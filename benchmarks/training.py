@@ -1,5 +1,6 @@
 """A training stage as the training loop runs it, for timing."""
 
+import contextlib
 import pathlib
 from typing import Any
 
@@ -40,10 +41,9 @@ class Training:
     self.state = programs.make_init(stage, run)()
     self._alive = mesh_lib.replicate(mesh, np.ones(len(seeds), bool))
     self._count = mesh_lib.replicate(mesh, np.int32(steps))
-    lowered = programs.make_dispatch(stage, run).lower(
-      self.state, self._alive, stage.shared, stage.own, None, self._count, at_most=steps
-    )
-    self._compiled = lowered.compile()
+    arguments = (self.state, self._alive, stage.shared, stage.own, None, self._count)
+    dispatch = programs.make_dispatch(stage, run)
+    self._compiled = dispatch.compile(arguments, steps, contextlib.nullcontext())
 
   def __call__(self) -> Any:
     self.state, self._alive, metrics = self._compiled(

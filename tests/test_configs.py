@@ -363,15 +363,17 @@ def check_choice(config, report, methods):
   oracle = f"oracle+{comparison['method'].split('+')[1]}"
   assert comparison["reference"] == (oracle if oracle in methods else None)
   names = ("real", *config.generators.names)
-  assert set(report["choices"]) == {m for m in methods if m.split("+")[0] in names}
+  retrained = config.selection.folds and config.selection.encoder == "retrained"
+  own = own_heads(config)[-2:] if retrained else []
+  assert set(report["choices"]) == {*own, *(m for m in methods if m.split("+")[0] in names)}
   for method, choice in report["choices"].items():
-    assert choice["exponent"] in config.head.exponents
-    assert choice["fill"] == (0 if method.startswith("real+") else 16)
+    assert choice["exponent"] in (*config.head.exponents, 1.0)
+    assert choice["fill"] == (16 if method.split("+")[0] in config.generators.names else 0)
+    assert choice["tau"] in (*config.head.taus, 1.0)
   if config.selection.folds == 0:
     assert found is None
     return
-  own = own_heads(config)[-2:] if config.selection.encoder == "retrained" else []
-  assert set(found["scores"]) == {*own, *report["choices"]}
+  assert set(found["scores"]) == set(report["choices"])
   assert found["method"] in (found["best"], found["control"])
   assert found["control"].split("+")[0] in ("real", "own_head")
   assert found["control"] == comparison["control"]

@@ -225,7 +225,7 @@ def test_the_report_has_the_control_and_the_paired_gain(finished):
   rows = {row["method"]: row for row in report["classification"]}
   control, method = "joint:real+csl", "joint:kernel_jitter+csl"
   assert set(rows) >= {control, method} and report["joint"][0]["method"] == method
-  gain = rows[method]["top1"]["mean"] - rows[control]["top1"]["mean"]
+  gain = rows[method]["balanced_accuracy"]["mean"] - rows[control]["balanced_accuracy"]["mean"]
   np.testing.assert_allclose(report["joint"][0]["gain"]["mean"], gain, atol=1e-12)
   with np.load(workdir / "joint" / "logits.npz") as logits:
     labels = dataset_lib.load(config_lib.build(MemdiffConfig, settings_of()).dataset).test_labels
