@@ -136,7 +136,7 @@ def undisturbed(tmp_path_factory):
   assert codes == [0, 0], texts
   for number, text in enumerate(texts):
     assert f"memdiff: process {number} of 2, with 2 of 4 devices (cpu)" in text
-  assert "[1/8 classifier]" in texts[0] and "[1/8 classifier]" not in texts[1]
+  assert "[1/7 classifier]" in texts[0] and "[1/7 classifier]" not in texts[1]
   return workdir
 
 
