@@ -499,7 +499,7 @@ def select(e: Experiment) -> dict:
 
   def take(method, settings, predictions):
     """Chooses among settings [J] by their predictions [J, E]."""
-    choices[method] = settings[selection.choose(folds.judged.score(predictions))]
+    choices[method] = settings[selection.choose(predictions, folds.judged)]
     fitted[method] = selection.cross_fitted(predictions, folds.judged)
     numbers[method] = len(settings)
 

@@ -94,11 +94,15 @@ class Judged:
   criterion: str
   num_classes: int
 
-  def score(self, predictions: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """The criterion of predictions [..., E], or of some of the `rows`. [...]."""
-    return criteria.score(
-      predictions[..., rows], self.label[rows], self.criterion, self.num_classes
+  def only(self, rows: np.ndarray) -> "Judged":
+    """Some of the examples; `rows` is a mask [E]."""
+    return dataclasses.replace(
+      self, label=self.label[rows], example=self.example[rows], run=self.run[rows]
     )
+
+  def score(self, predictions: np.ndarray) -> np.ndarray:
+    """The criterion of predictions [..., E]. [...]."""
+    return criteria.score(predictions, self.label, self.criterion, self.num_classes)
 
 
 def judged_examples(
@@ -110,9 +114,24 @@ def judged_examples(
   return Judged(labels[example], example, run, criterion, num_classes)
 
 
-def choose(scores: np.ndarray) -> int:
-  """The setting with the best score [J]; the first of equals."""
-  return int(np.argmax(np.round(scores, 9)))
+def choose(predictions: np.ndarray, judged: Judged) -> int:
+  """The first setting that scores within one standard error of the best.
+
+  Rare classes have a handful of judged examples, so the best of many settings is often the best by
+  luck. Settings come in order of preference, and an earlier one gives way only to evidence: the
+  one-standard-error rule of Breiman et al., "Classification and regression trees", 1984, section
+  3.4.3. The error is that of a paired difference if both settings are equally good, as in
+  McNemar's test: each example that tells them apart could as well have spoken for the other.
+
+  Args:
+    predictions: [J, E] of J settings, the one to take without cross-validation first.
+    judged: the examples.
+  """
+  scores = judged.score(predictions)
+  best = int(np.argmax(np.round(scores, 9)))
+  parts = _by_example(predictions, judged)
+  errors = np.sqrt(np.square(parts[best] - parts).sum(axis=1))
+  return int(np.argmax(np.round(scores + errors, 9) >= np.round(scores[best], 9)))
 
 
 def cross_fitted(predictions: np.ndarray, judged: Judged) -> np.ndarray:
@@ -129,7 +148,8 @@ def cross_fitted(predictions: np.ndarray, judged: Judged) -> np.ndarray:
   for run in np.unique(judged.run):
     inside = judged.run == run
     others = ~np.isin(judged.example, judged.example[inside])
-    outcome[inside] = predictions[choose(judged.score(predictions, others)), inside]
+    chosen = choose(predictions[:, others], judged.only(others))
+    outcome[inside] = predictions[chosen, inside]
   return outcome
 
 
@@ -140,14 +160,18 @@ def paired_gain(predictions: np.ndarray, control: np.ndarray, judged: Judged) ->
   together. It does not know that folds share training examples.
   """
   mean = judged.score(predictions) - judged.score(control)
-  difference = criteria.contributions(
-    predictions, judged.label, judged.criterion, judged.num_classes
-  ) - criteria.contributions(control, judged.label, judged.criterion, judged.num_classes)
-  examples, first, inverse = np.unique(judged.example, return_index=True, return_inverse=True)
+  _, first = np.unique(judged.example, return_index=True)
   label = judged.label[first]
   weights = criteria.example_weights(label, criteria.linear(judged.criterion))
-  of_example = np.bincount(inverse, difference, minlength=len(examples))
-  return criteria.Estimate(float(mean), *criteria.stratified_error(of_example, weights, label))
+  difference = np.subtract(*_by_example(np.stack([predictions, control]), judged))
+  return criteria.Estimate(float(mean), *criteria.stratified_error(difference, weights, label))
+
+
+def _by_example(predictions: np.ndarray, judged: Judged) -> np.ndarray:
+  """What each example, its repeats together, adds to the score of predictions [J, E]. [J, X]."""
+  _, inverse = np.unique(judged.example, return_inverse=True)
+  parts = criteria.contributions(predictions, judged.label, judged.criterion, judged.num_classes)
+  return np.stack([np.bincount(inverse, part) for part in parts])
 
 
 def recommend(

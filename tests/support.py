@@ -6,11 +6,14 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from memdiff.runtime import loop
 from memdiff.runtime.preemption import Preemption
 from memdiff.runtime.progress import Progress
 from memdiff.runtime.writers import TensorBoard
 
+SLOW = [pytest.param("", marks=pytest.mark.slow)]  # `params` of a fixture whose tests are slow
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -20,6 +23,7 @@ def on_fake_devices(script: str, *arguments: str, devices: int = 8, timeout: int
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # what travels is settled before them
   }
   done = subprocess.run(
     [sys.executable, script, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True,

@@ -21,7 +21,6 @@ def child() -> None:
   """Runs where eight fake devices are; prints every phase's bank and compiled program."""
   from configs import digits_lt
 
-  jax.config.update("jax_disable_most_optimizations", True)  # what travels is settled before
   config = digits_lt.get_config("smoke")
   config.seeds = (0,)
   config.classifier.loss = "semantic_scale"  # it keeps a bank while it trains
@@ -36,7 +35,7 @@ def child() -> None:
   print(json.dumps(found))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=support.SLOW)
 def phases():
   return json.loads(support.on_fake_devices(__file__, devices=DEVICES).splitlines()[-1])
 

@@ -19,6 +19,7 @@ from memdiff import classification, pipeline
 from memdiff import config as config_lib
 from memdiff.classifier import decoupled, posthoc
 from memdiff.errors import ConfigError, WorkdirError
+from tests import support
 
 ROOT = pathlib.Path(__file__).parent.parent
 OVERRIDES = {
@@ -76,7 +77,7 @@ def run(workdir, environment):
   return json.loads((workdir / "report.json").read_text()), result
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=support.SLOW)
 def undisturbed(tmp_path_factory, environment):
   workdir = tmp_path_factory.mktemp("classification") / "run"
   return workdir, *run(workdir, environment)

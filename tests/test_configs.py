@@ -305,10 +305,13 @@ def test_published_weights_run_on_pixels_as_they_were_trained_on(variant, tmp_pa
     np.testing.assert_allclose(file["logits"][0], logits, rtol=1e-4, atol=1e-4)
 
 
+# One of every kind of data: arrays, streamed images, a folder, published weights.
+QUICK = {("cifar100_lt", "default"), ("imagenet_lt", "resnet10"), ("folder", "default"),
+         ("pretrained_cifar", "ldmlr_cifar100")}  # fmt: skip
+
+
 def in_time(name, variant):
-  """Whole experiments on features take long."""
-  whole = module_of(name).get_config(variant).experiment != "classification"
-  marks = [pytest.mark.slow] if whole else []
+  marks = [] if (name, variant) in QUICK else [pytest.mark.slow]
   return pytest.param(name, variant, marks=marks)
 
 

@@ -731,6 +731,7 @@ def test_the_synthetic_embeddings_are_those_of_the_first_seed(finished):
   np.testing.assert_array_equal(made["num_exemplars"], COUNTS[saved["labels"]])
 
 
+@pytest.mark.slow
 def test_a_folder_of_parquet_in_parquet_out_with_a_class_of_one_row(tmp_path):
   """The class of one is never held out, trains, and gets synthetic rows; the file can be read."""
   rng = np.random.default_rng(0)

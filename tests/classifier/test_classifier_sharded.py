@@ -56,7 +56,7 @@ def child() -> None:
   print(json.dumps(programs))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=support.SLOW)
 def programs():
   return json.loads(support.on_fake_devices(__file__).splitlines()[-1])
 
