@@ -4,7 +4,8 @@ On accelerators it is `lax.conv_general_dilated`. XLA's CPU backend is fast at p
 alone: the gradient of a kernel is hundreds of times slower inside `lax.scan`, and a convolution
 under `vmap`, which becomes a grouped one, several times (python -m benchmarks.convolution). There
 both gradients are built of what is fast, plain convolutions and matrix products, and a batch of
-kernels is one convolution after the other.
+kernels is one convolution after the other. Images whose patches fit into the cache are convolved as
+one matrix product, which is twice as fast again.
 """
 
 import functools
@@ -16,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from memdiff.runtime.random import normal
+
+_CACHED = 2**20  # numbers in the patches of all images, at most; above, copying them takes longer
 
 
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
@@ -29,8 +32,11 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
   Returns:
     [B, ceil(H / stride), ceil(W / stride), out].
   """
-  on_cpu = jax.default_backend() == "cpu"
-  return _conv_on_cpu(x, kernel, stride) if on_cpu else _conv(x, kernel, stride)
+  if jax.default_backend() != "cpu":
+    return _conv(x, kernel, stride)
+  if kernel.shape[0] ** 2 * x.size // stride**2 <= _CACHED:
+    return _patches_times_kernel(x, kernel, stride)
+  return _conv_on_cpu(x, kernel, stride)
 
 
 def _conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -42,6 +48,20 @@ def _conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     ((half, half), (half, half)),
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
   )
+
+
+def _patches_times_kernel(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+  """`_conv` as one matrix product of all patches, side by side, with the kernel."""
+  (size, _, channels, features), (_, height, width, _) = kernel.shape, x.shape
+  half = size // 2
+  padded = jnp.pad(x, ((0, 0), (half, half), (half, half), (0, 0)))
+  shifted = [
+    padded[:, i : i + height : stride, j : j + width : stride]
+    for i in range(size)
+    for j in range(size)
+  ]
+  patches = jnp.concatenate(shifted, axis=-1)
+  return patches @ kernel.reshape(size * size * channels, features)
 
 
 def _one_by_one(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:

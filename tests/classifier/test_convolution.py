@@ -1,11 +1,14 @@
-"""The CPU convolution against XLA's, values and gradients."""
+"""The CPU convolutions against XLA's, values and gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memdiff.classifier.convolution import Conv, _conv_on_cpu, conv2d
+from memdiff.classifier import convolution
+from memdiff.classifier.convolution import Conv, _conv_on_cpu, _patches_times_kernel, conv2d
+
+OURS = (_conv_on_cpu, _patches_times_kernel)
 
 
 def reference(x, kernel, stride):
@@ -23,10 +26,11 @@ def arrays(size, height=7, width=10, channels=3, features=5, lead=()):
   return jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
 
 
+@pytest.mark.parametrize("ours", OURS)
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize(("height", "width"), [(7, 10), (8, 8), (9, 5)])
-def test_values_and_gradients_are_those_of_xla(size, stride, height, width):
+def test_values_and_gradients_are_those_of_xla(ours, size, stride, height, width):
   x, kernel = arrays(size, height, width)
   weight = jnp.asarray(np.random.default_rng(1).normal(size=reference(x, kernel, stride).shape))
 
@@ -36,16 +40,25 @@ def test_values_and_gradients_are_those_of_xla(size, stride, height, width):
     )(x, kernel)
 
   np.testing.assert_allclose(
-    _conv_on_cpu(x, kernel, stride), reference(x, kernel, stride), rtol=1e-5, atol=2e-5
+    ours(x, kernel, stride), reference(x, kernel, stride), rtol=1e-5, atol=2e-5
   )
-  (value, gradients), (expected, of_xla) = total(_conv_on_cpu), total(reference)
+  (value, gradients), (expected, of_xla) = total(ours), total(reference)
   np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
-  for ours, theirs in zip(gradients, of_xla, strict=True):
-    assert ours.shape == theirs.shape
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+  for found, theirs in zip(gradients, of_xla, strict=True):
+    assert found.shape == theirs.shape
+    np.testing.assert_allclose(found, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_several_kernels_at_once_inside_a_scan():
+@pytest.mark.parametrize(("images", "convolved"), [(56, False), (57, True)])
+def test_small_images_are_one_matrix_product(images, convolved):
+  """Of 56 there are 56 * 16 * 16 * 8 * 9 = 1,032,192 numbers in patches."""
+  x, kernel = jnp.zeros((images, 16, 16, 8)), jnp.zeros((3, 3, 8, 4))
+  assert convolution._CACHED == 2**20
+  assert ("conv_general_dilated" in str(jax.make_jaxpr(conv2d)(x, kernel))) == convolved
+
+
+@pytest.mark.parametrize("ours", OURS)
+def test_several_kernels_at_once_inside_a_scan(ours):
   """As the training loop does it: seeds under vmap, steps under scan."""
   x, kernel = arrays(3, lead=(4,), features=3)
 
@@ -62,8 +75,8 @@ def test_several_kernels_at_once_inside_a_scan():
 
     return jax.jit(jax.vmap(run))(x, kernel)
 
-  for ours, theirs in zip(steps(conv2d), steps(reference), strict=True):
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+  for found, theirs in zip(steps(ours), steps(reference), strict=True):
+    np.testing.assert_allclose(found, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
