@@ -127,7 +127,7 @@ def _forward_program(
       return encoder.apply_eval(model, state, encoder.normalize(input_config, images, statistics))
 
     own = (state, statistics) if statistics_of_runs else state
-    return programs.over_seeds(of_run, training.one_by_one(mesh))(own, statistics)
+    return programs.over_seeds(of_run, mesh_lib.one_by_one(mesh))(own, statistics)
 
   return jax.jit(forward)
 

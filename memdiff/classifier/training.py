@@ -104,11 +104,6 @@ def host_batches(
   return make
 
 
-def one_by_one(mesh: Mesh) -> bool:
-  """Whether encoders run seed by seed: CPUs convolve kernel by kernel anyhow."""
-  return jax.default_backend() == "cpu" and mesh.size == 1
-
-
 def fold_data(
   encoder_config: EncoderConfig, dataset: LongTailDataset, rows: np.ndarray
 ) -> dict[str, Any]:
@@ -186,7 +181,7 @@ def make_stage(
     own=() if rows is None else mesh_lib.replicate(mesh, fold_data(encoder_config, dataset, rows)),
     batch_size=config.batch_size,
     batches=host_batches(dataset, config, name),
-    one_by_one=one_by_one(mesh),
+    one_by_one=mesh_lib.one_by_one(mesh),
   )
 
 

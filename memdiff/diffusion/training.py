@@ -159,6 +159,7 @@ def make_stage(
     shared=shared,
     own=own,
     batch_size=example.x0.shape[0],
+    one_by_one=mesh_lib.one_by_one(mesh),
   )
 
 

@@ -103,9 +103,10 @@ def save(e: Experiment, result: Mapping[str, Any], figures: Mapping[str, "Figure
   from memdiff.evaluation import plots  # matplotlib takes a second
 
   folder = e.workdir.folder("evaluation")
-  for name, figure in figures.items():
-    write_atomically(folder / f"{name}.png", plots.to_png(figure, dpi=150))
-  summaries.write(e, result, figures)
+  pictures = {name: plots.to_png(figure, dpi=150) for name, figure in figures.items()}
+  for name, picture in pictures.items():
+    write_atomically(folder / f"{name}.png", picture)
+  summaries.write(e, result, pictures)
   write_json(folder / "result.json", result)
   return {row["method"]: row["top1"] for row in result["classification"]}
 

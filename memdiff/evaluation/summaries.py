@@ -3,20 +3,19 @@
 Its tags begin with `1_` and `2_`, so that they stand above the curves of the trainings.
 """
 
+import io
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from memdiff import config as config_lib
 from memdiff.evaluation import tables
 from memdiff.evaluation.answer import answer
 from memdiff.evaluation.lookup import mean_of, row_of
 from memdiff.experiment import Experiment
-
-if TYPE_CHECKING:
-  from matplotlib.figure import Figure
 
 _RESULT, _METHODS = "1_result", "2_methods"
 
@@ -40,10 +39,8 @@ MAX_POINTS = 2000  # of each kind in the projector
 _MAX_WIDTH = 64  # wider features are reduced by PCA; the browser loads them as text
 
 
-def write(e: Experiment, result: Mapping[str, Any], figures: Mapping[str, "Figure"]) -> None:
-  """Writes answer, scores, hyper-parameters and figures of a result, as it is in result.json."""
-  from memdiff.evaluation import plots  # matplotlib takes a second
-
+def write(e: Experiment, result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
+  """Writes answer, scores, hyper-parameters and PNG files of a result, as it is in result.json."""
   board = e.run.tensorboard
   if not board.enabled:
     return
@@ -56,9 +53,14 @@ def write(e: Experiment, result: Mapping[str, Any], figures: Mapping[str, "Figur
   for row in tables.short(result):
     known = [key for key, _ in tables.columns(result) if mean_of(row, key) is not None]
     board.scalars(0, {f"{_METHODS}/{row['method']}/{key}": mean_of(row, key) for key in known})
-  for name, figure in figures.items():
-    board.pictures(0, {f"{_RESULT}/{name}": plots.to_rgb(figure, dpi=100)})
+  for name, picture in pictures.items():
+    board.pictures(0, {f"{_RESULT}/{name}": _pixels(picture)})
   board.hparams(hyper_parameters(result), [f"{_RESULT}/{key}" for key in _SCORES])
+
+
+def _pixels(png: bytes) -> np.ndarray:
+  """uint8 [H, W, 3]."""
+  return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def hyper_parameters(result: Mapping[str, Any]) -> dict[str, Any]:

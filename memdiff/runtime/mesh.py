@@ -28,6 +28,14 @@ def make_mesh(devices=None) -> Mesh:
   return jax.make_mesh((number,), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def one_by_one(mesh: Mesh) -> bool:
+  """Whether seeds train one by one, each in a thread, rather than as one batch.
+
+  XLA's CPU backend keeps one core busy with a network that is small enough to train there.
+  """
+  return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
 # --- rules -----------------------------------------------------------------------------------
 
 

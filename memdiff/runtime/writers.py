@@ -95,8 +95,13 @@ class TensorBoard:
     """Whether anything is written, so that what is costly to make need not be made."""
     return self._enabled
 
+  def prepare(self) -> None:
+    """Imports what writes events, which takes seconds; by itself, the first point does."""
+    if self._enabled:
+      _import_tensorflow()
+
   def _writer(self, stage: str):
-    """Made when first written to: the import takes seconds."""
+    """Made when first written to."""
     if stage not in self._writers:
       _import_tensorflow()
       from clu import metric_writers

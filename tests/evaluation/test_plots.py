@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
 from matplotlib.image import imread
+from PIL import Image
 
 from memdiff.evaluation import plots
 
@@ -32,6 +33,11 @@ def tick_names(figure) -> list[str]:
 
 def legend_names(figure) -> list[str]:
   return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def pixels(figure, dpi: int) -> np.ndarray:
+  """uint8 [H, W, 3]."""
+  return np.asarray(Image.open(io.BytesIO(plots.to_png(figure, dpi))).convert("RGB"))
 
 
 class TestLongTailProfile:
@@ -319,7 +325,7 @@ def test_every_figure_draws_at_every_size(num_classes):
     plots.per_class_accuracy(names(num_classes), counts, [("memdiff", accuracy, 0.1 * accuracy)]),
     plots.confidence_histogram(confidence, labels, names(num_classes)),
   ):
-    assert plots.to_rgb(figure, 40).std() > 0
+    assert pixels(figure, 40).std() > 0
 
 
 def test_names_are_drawn_as_they_are():
@@ -330,15 +336,12 @@ def test_names_are_drawn_as_they_are():
   assert tick_names(figure)[4] == "a very long name …"
 
 
-def test_to_rgb_has_the_size_of_the_figure_and_keeps_its_dpi():
+def test_a_picture_has_the_size_of_the_figure():
   figure = plots.long_tail_profile(names(2), [2, 1], [0, 1], ["many", "few"])
-  before = figure.dpi
-  pixels = plots.to_rgb(figure, 50)
   width, height = figure.get_size_inches()
-  assert pixels.shape == (int(height * 50), int(width * 50), 3)
-  assert pixels.dtype == np.uint8
-  assert pixels.max() == 255 and pixels.min() < 100
-  assert figure.dpi == before
+  drawn = pixels(figure, 50)
+  assert drawn.shape == (int(height * 50), int(width * 50), 3)
+  assert drawn.max() == 255 and drawn.min() < 100
 
 
 def test_to_png_is_a_png_and_reproducible():

@@ -45,9 +45,9 @@ def experiment(board, class_names=("cat", "dog")):
 
 def written(report, figures=()) -> dict:
   board = Board()
-  figure = plots.gap_closed([("real", 0.0, (0.0, 0.0))])
+  picture = plots.to_png(plots.gap_closed([("real", 0.0, (0.0, 0.0))]))
   result = report | {"config": digits_lt.get_config().to_dict()}
-  summaries.write(experiment(board), result, dict.fromkeys(figures, figure))
+  summaries.write(experiment(board), result, dict.fromkeys(figures, picture))
   return board.told
 
 
@@ -57,7 +57,9 @@ def test_the_answer_and_its_scores_stand_first():
   assert told["scalars"]["1_result/few"] == pytest.approx(0.82)
   assert told["scalars"]["1_result/balanced_accuracy"] == pytest.approx(0.86)
   tags = [tag for kind in ("texts", "scalars", "pictures") for tag in told[kind]]
-  assert "1_result/gap_closed" in tags and all(tag < "a" for tag in tags)
+  drawn = told["pictures"]["1_result/gap_closed"]
+  assert drawn.dtype == np.uint8 and drawn.shape[2] == 3 and drawn.std() > 0
+  assert all(tag < "a" for tag in tags)
 
 
 def test_only_the_short_table_is_written():
@@ -106,7 +108,7 @@ def test_kinds_of_experiment_have_the_same_columns():
 
 def test_switched_off_nothing_is_drawn(tmp_path):
   e = experiment(TensorBoard(tmp_path / "tb", enabled=False))
-  summaries.write(e, make_report(), {"not drawn": None})
+  summaries.write(e, make_report(), {"not decoded": None})
   summaries.project(e, {"real": (None, None)})
   assert not (tmp_path / "tb").exists()
 

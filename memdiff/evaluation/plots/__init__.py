@@ -1,15 +1,14 @@
 """The pictures of a run: pure functions from arrays to matplotlib figures in one shared style.
 
 Colours come from palettes that stay apart for colour-blind readers, and no kind or method is told
-by its colour alone. `to_png` and `to_rgb` turn a figure into bytes for the report and into an array
-for TensorBoard.
+by its colour alone. `to_png` turns a figure into a file.
 """
 
 from memdiff.evaluation.plots.accuracy import gap_closed, long_tail_profile, per_class_accuracy
 from memdiff.evaluation.plots.confidence import confidence_histogram, reliability
 from memdiff.evaluation.plots.curves import training_curves
 from memdiff.evaluation.plots.maps import feature_map
-from memdiff.evaluation.plots.style import REAL, SYNTHETIC, style, to_png, to_rgb
+from memdiff.evaluation.plots.style import REAL, SYNTHETIC, style, to_png
 
 __all__ = [
   "REAL",
@@ -22,6 +21,5 @@ __all__ = [
   "reliability",
   "style",
   "to_png",
-  "to_rgb",
   "training_curves",
 ]

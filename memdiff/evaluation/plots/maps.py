@@ -22,6 +22,7 @@ from memdiff.evaluation.plots.style import (
 
 _MAX_MAP_COLORS = len(CLASS_COLORS)
 _MAX_BACKGROUND_POINTS = 1500
+_TSNE_STEPS = 500  # of which 250 with early exaggeration; later ones hardly move the picture
 
 
 def feature_map(
@@ -135,7 +136,8 @@ def _tsne(rows: np.ndarray, seed: int) -> np.ndarray:
   init = "pca" if rows.shape[1] >= 2 else "random"
   # On a machine with other work, its threads wait for each other 30 times as long as one takes.
   with threadpoolctl.threadpool_limits(1, "openmp"):
-    return TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform(rows)
+    tsne = TSNE(perplexity=perplexity, init=init, max_iter=_TSNE_STEPS, random_state=seed)
+    return tsne.fit_transform(rows)
 
 
 def _draw_map(

@@ -83,18 +83,6 @@ def to_png(figure: Figure, dpi: int = 160) -> bytes:
   return buffer.getvalue()
 
 
-def to_rgb(figure: Figure, dpi: int = 100) -> np.ndarray:
-  """Renders a figure as uint8 pixels [H, W, 3], the size in inches times `dpi`."""
-  previous = figure.dpi
-  figure.set_dpi(dpi)
-  canvas = FigureCanvasAgg(figure)
-  with style(), _quiet_about_glyphs():
-    canvas.draw()
-  pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-  figure.set_dpi(previous)
-  return pixels
-
-
 @contextlib.contextmanager
 def _quiet_about_glyphs() -> Iterator[None]:
   """Class names in a script that the font lacks are drawn as boxes, not reported as warnings."""
