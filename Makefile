@@ -26,7 +26,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -70,6 +70,7 @@ def start(workdir, number=None, count=2, port=0, *arguments):
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 if number is None else 2}",
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
   }
   return subprocess.Popen(
     command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
