@@ -5,7 +5,8 @@
 
 RUN is a finished run of any experiment on features whose `head.losses` name csl. Its synthetic
 features stay as they are, and every row draws the same minibatches; what is compared is how far
-they are trusted and how classes weigh. Writes FILE and the table beside it, FILE.md.
+they are trusted and how classes weigh. A row that moves neither weights nor logits has tested
+nothing, so the table says how far both move. Writes FILE and the table beside it, FILE.md.
 """
 
 import argparse
@@ -70,8 +71,16 @@ def possible(e: Experiment) -> list[Variant]:
   return [v for v in VARIANTS if own or v.confidence.get("name") not in synthetic.NEED_A_HEAD]
 
 
-def accuracies(e: Experiment, generator: str) -> dict[str, np.ndarray]:
-  """Title of each variant -> [S] top-1 of its heads on the test set."""
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What a variant came to."""
+
+  weights: np.ndarray | None  # [S, M] of synthetic features in the loss, of mean 1; None: without
+  logits: np.ndarray  # [S, T, C] of the test set, of mean 0 over classes
+
+
+def outcomes(e: Experiment, generator: str) -> dict[str, Outcome]:
+  """Title of each variant -> what its heads came to."""
   space = feature_experiment.load_space(e)
   choices, _ = feature_experiment.load_selection(e)
   trained = feature_experiment.head_training(e, space, choices, generator)
@@ -93,8 +102,9 @@ def accuracies(e: Experiment, generator: str) -> dict[str, np.ndarray]:
     )
 
   @jax.jit
-  def predict(params, features):
-    return jax.vmap(feature_space.logits_of)(params, features).argmax(axis=-1)
+  def logits_of(params, features):
+    logits = jax.vmap(feature_space.logits_of)(params, features)
+    return logits - logits.mean(axis=-1, keepdims=True)
 
   found = {}
   for variant in possible(e):
@@ -103,23 +113,45 @@ def accuracies(e: Experiment, generator: str) -> dict[str, np.ndarray]:
     settings = [trained.settings[i] for i in rows]
     if not variant.filled:
       settings = [dataclasses.replace(setting, fill=0) for setting in settings]
-    added = trained.data.added.replace(confidence=mesh_lib.replicate(e.mesh, trust(confidence)))
+    trusted = mesh_lib.replicate(e.mesh, trust(confidence))
+    added = trained.data.added.replace(confidence=trusted)
     stage = heads.make_stage(
       trained.stage.name, config, trained.data.replace(added=added), settings, e.mesh
     )
     run = dataclasses.replace(trained.run, seeds=tuple(range(len(rows))))
     with tempfile.TemporaryDirectory() as folder:
       state = loop.train(stage, run, pathlib.Path(folder))
-    predicted = mesh_lib.fetch(predict(state.params, space.test))
-    found[variant.title] = (predicted == e.dataset.test_labels).mean(axis=1)
+    weights = None
+    if variant.filled:
+      of_setting = np.stack([mesh_lib.fetch(trusted)[s.run, s.strength] for s in settings])
+      weights = of_setting * mesh_lib.fetch(stage.own["gamma"])[:, mesh_lib.fetch(labels)]
+      weights /= weights.mean(axis=1, keepdims=True)
+    found[variant.title] = Outcome(weights, mesh_lib.fetch(logits_of(state.params, space.test)))
   return found
 
 
-def summarise(found: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-  """A row per variant: top-1, and the difference from the run's own setting, paired by seed."""
-  rows = []
-  for title, top1 in found.items():
-    scores = {"top1": top1, "difference": top1 - found[AS_RUN.title]}
+def summarise(found: Mapping[str, Outcome], test_labels: np.ndarray) -> list[dict[str, Any]]:
+  """A row per variant: top-1, and what has moved from the run's own setting, paired by seed.
+
+  Returns:
+    {"variant", "top1_by_seed", "top1", "difference", "weights_moved": mean relative change of the
+    weights of synthetic features, "logits_moved": root mean square of their change relative to that
+    of the logits, "predictions_moved": share of test examples}.
+  """
+  first, rows = found[AS_RUN.title], []
+  predicted, size = first.logits.argmax(axis=-1), np.square(first.logits).mean(axis=(1, 2))
+  reference = (predicted == test_labels).mean(axis=1)
+  for title, outcome in found.items():
+    theirs = outcome.logits.argmax(axis=-1)
+    top1 = (theirs == test_labels).mean(axis=1)
+    scores = {
+      "top1": top1,
+      "difference": top1 - reference,
+      "logits_moved": np.sqrt(np.square(outcome.logits - first.logits).mean(axis=(1, 2)) / size),
+      "predictions_moved": (theirs != predicted).mean(axis=1),
+    }
+    if outcome.weights is not None:
+      scores["weights_moved"] = np.abs(outcome.weights / first.weights - 1).mean(axis=1)
     summary = {name: mean_std(values) for name, values in scores.items()}
     rows.append({"variant": title, "top1_by_seed": top1.tolist()} | summary)
   return rows
@@ -127,11 +159,20 @@ def summarise(found: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
 
 def markdown(result: Mapping[str, Any]) -> str:
   """The page, with the table."""
-  lines = ["| `csl` with ... | top-1 % | difference, points |", "|---|---|---|"]
+  lines = [
+    "| `csl` with ... | weights move, % | logits move, % | predictions move, % | top-1 % |"
+    " difference, points |",
+    "|---|---|---|---|---|---|",
+  ]
   for row in result["rows"]:
     same = row["variant"] == AS_RUN.title
+    moved = [
+      "" if same else isolating.percent(row.get(f"{name}_moved"), 2)
+      for name in ("weights", "logits", "predictions")
+    ]
     difference = "" if same else isolating.percent(row["difference"], 2)
-    lines.append(f"| {row['variant']} | {isolating.percent(row['top1'], 2)} | {difference} |")
+    cells = [row["variant"], *moved, isolating.percent(row["top1"], 2), difference]
+    lines.append(f"| {' | '.join(cells)} |")
   hardware, versions = result["hardware"], result["versions"]
   return "\n".join(
     [
@@ -168,7 +209,7 @@ def main() -> None:
     report["config"], str(arguments.run), tensorboard=False, command=report["command"]
   )
   try:
-    rows = summarise(accuracies(e, arguments.generator))
+    rows = summarise(outcomes(e, arguments.generator), e.dataset.test_labels)
   finally:
     e.workdir.close()
   result = {

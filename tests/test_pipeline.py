@@ -354,11 +354,12 @@ def test_pieces_of_the_loss_are_compared_to_the_heads_of_the_run(undisturbed):
   workdir, report, _ = undisturbed
   _, e = pipeline.open_experiment(report["config"], str(workdir), tensorboard=False, command="")
   try:
-    found = confidence.accuracies(e, "memdiff")
+    found = confidence.outcomes(e, "memdiff")
+    labels = e.dataset.test_labels
   finally:
     e.workdir.close()
   assert list(found) == [variant.title for variant in confidence.VARIANTS]
-  rows = {row["variant"]: row for row in confidence.summarise(found)}
+  rows = {row["variant"]: row for row in confidence.summarise(found, labels)}
   own = rows[confidence.AS_RUN.title]
   assert own["top1"]["mean"] == pytest.approx(rows_of(report)["memdiff+csl"]["top1"]["mean"])
   assert own["difference"] == {"mean": 0.0, "std": 0.0}
@@ -366,10 +367,14 @@ def test_pieces_of_the_loss_are_compared_to_the_heads_of_the_run(undisturbed):
     by_seed = np.subtract(row["top1_by_seed"], own["top1_by_seed"])
     assert row["difference"]["mean"] == pytest.approx(by_seed.mean())
     assert row["difference"]["std"] == pytest.approx(by_seed.std(ddof=1))
-  assert len({tuple(row["top1_by_seed"]) for row in rows.values()}) > 5
+  for name in ("weights", "logits", "predictions"):
+    assert own[f"{name}_moved"] == {"mean": 0.0, "std": 0.0}
+  entropy = rows["its entropy, the letter of the design"]
+  assert entropy["weights_moved"]["mean"] > 0.1 and entropy["logits_moved"]["mean"] > 0.01
+  assert "weights_moved" not in rows["no synthetic features"]
   result = {"name": "digits", "generator": "memdiff", "num_seeds": 2, "rows": list(rows.values())}
   page = confidence.markdown(result | timing.environment())
-  assert f"| as in the run | {isolating.percent(own['top1'], 2)} |  |" in page
+  assert f"| as in the run |  |  |  | {isolating.percent(own['top1'], 2)} |  |" in page
   assert all(f"| {title} |" in page for title in found)
 
 
