@@ -134,9 +134,9 @@ def summarise(found: Mapping[str, Outcome], test_labels: np.ndarray) -> list[dic
   """A row per variant: top-1, and what has moved from the run's own setting, paired by seed.
 
   Returns:
-    {"variant", "top1_by_seed", "top1", "difference", "weights_moved": mean relative change of the
-    weights of synthetic features, "logits_moved": root mean square of their change relative to that
-    of the logits, "predictions_moved": share of test examples}.
+    {"variant", "top1_by_seed", "top1", "difference", "weights_moved": mean change of the
+    weights of synthetic features, whose mean is 1, "logits_moved": root mean square of their change
+    relative to the logits, "predictions_moved": share of test examples}.
   """
   first, rows = found[AS_RUN.title], []
   predicted, size = first.logits.argmax(axis=-1), np.square(first.logits).mean(axis=(1, 2))
@@ -151,7 +151,7 @@ def summarise(found: Mapping[str, Outcome], test_labels: np.ndarray) -> list[dic
       "predictions_moved": (theirs != predicted).mean(axis=1),
     }
     if outcome.weights is not None:
-      scores["weights_moved"] = np.abs(outcome.weights / first.weights - 1).mean(axis=1)
+      scores["weights_moved"] = np.abs(outcome.weights - first.weights).mean(axis=1)
     summary = {name: mean_std(values) for name, values in scores.items()}
     rows.append({"variant": title, "top1_by_seed": top1.tolist()} | summary)
   return rows
