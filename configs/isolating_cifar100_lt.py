@@ -48,8 +48,9 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.dataset.profile = "list"
     config.encoder.input.mean = (0.5071, 0.4867, 0.4408)
     config.encoder.input.std = (0.2675, 0.2565, 0.2761)
-    config.head.training.start = "zeros"  # not with a head that knows what folds hold out; the
-    # features of held-out images are known by heart as well, so that folds say little here
+    # Not with a head that knows what folds hold out. The encoder knows these images by heart as
+    # well, so that folds say little here.
+    config.head.training.start = "zeros"
 
   base.choose(variant, {"foreign": foreign, "memorised": memorised})
   return config

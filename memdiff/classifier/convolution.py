@@ -5,7 +5,7 @@ alone: the gradient of a kernel is hundreds of times slower inside `lax.scan`, a
 under `vmap`, which becomes a grouped one, several times (python -m benchmarks.convolution). There
 both gradients are built of what is fast, plain convolutions and matrix products, and a batch of
 kernels is one convolution after the other. Images whose patches fit into the cache are convolved as
-one matrix product, which is twice as fast again.
+one matrix product, which is faster still.
 """
 
 import functools
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from memdiff.runtime.random import normal
 
-_CACHED = 2**20  # numbers in the patches of all images, at most; above, copying them takes longer
+_MAX_PATCH_NUMBERS = 2**20  # in the patches of all images; with more, copying them takes longer
 
 
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
@@ -34,7 +34,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
   """
   if jax.default_backend() != "cpu":
     return _conv(x, kernel, stride)
-  if kernel.shape[0] ** 2 * x.size // stride**2 <= _CACHED:
+  if kernel.shape[0] ** 2 * x.size // stride**2 <= _MAX_PATCH_NUMBERS:
     return _patches_times_kernel(x, kernel, stride)
   return _conv_on_cpu(x, kernel, stride)
 

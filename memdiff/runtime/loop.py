@@ -1,9 +1,9 @@
 """The one training loop: classifier, feature diffusion and (later) pixel diffusion run on it.
 
 A stage gives an initial state, a pure step and optionally an evaluation, all written for one seed.
-The loop runs every seed at once under `vmap`, several steps per dispatch in a compiled loop, over
-data that already lies on the devices or over batches that a host iterator gives, and fetches the
-metrics and the next batches while a dispatch works.
+The loop runs every seed at once, under `vmap` or, on one CPU, each in a thread. It takes several
+steps per dispatch in a compiled loop, over data that already lies on the devices or over batches
+that a host iterator gives, and fetches the metrics and the next batches while a dispatch works.
 The order is fixed, so that state, history and checkpoint agree: restore, evaluate, save, step,
 write. What was evaluated at a checkpoint is not evaluated again after a resume.
 """

@@ -27,8 +27,8 @@ def choose_cache(environment: MutableMapping[str, str]) -> None:
   """Has JAX keep compiled programs in the user's home folder, unless the user has said otherwise.
 
   JAX reads the variables when it is imported. Small programs are kept as well, since a run has
-  hundreds of them. Users without a home folder that can be written, as
-  in a container that runs under any number, have no cache.
+  hundreds of them. Users without a home folder that can be written, as in a container that runs
+  under any number, have no cache.
   """
   environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
   if "JAX_COMPILATION_CACHE_DIR" in environment:

@@ -96,7 +96,7 @@ class TensorBoard:
     return self._enabled
 
   def prepare(self) -> None:
-    """Imports what writes events, which takes seconds; by itself, the first point does."""
+    """Imports what writes events, which takes seconds, before the first point needs it."""
     if self._enabled:
       _import_tensorflow()
 

@@ -53,7 +53,7 @@ def test_values_and_gradients_are_those_of_xla(ours, size, stride, height, width
 def test_small_images_are_one_matrix_product(images, convolved):
   """Of 56 there are 56 * 16 * 16 * 8 * 9 = 1,032,192 numbers in patches."""
   x, kernel = jnp.zeros((images, 16, 16, 8)), jnp.zeros((3, 3, 8, 4))
-  assert convolution._CACHED == 2**20
+  assert convolution._MAX_PATCH_NUMBERS == 2**20
   assert ("conv_general_dilated" in str(jax.make_jaxpr(conv2d)(x, kernel))) == convolved
 
 
