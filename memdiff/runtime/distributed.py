@@ -4,8 +4,10 @@ Joining happens on request only, and never falls back to separate runs: where pr
 each other, each of them ends with a sentence.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import itertools
 import os
 import sys
 import threading
@@ -126,7 +128,9 @@ def join(cluster: Cluster) -> None:
     file=sys.stderr,
     flush=True,
   )
-  _Watch(min(_SILENCE, cluster.timeout)).start()
+  watch = _Watch(min(_SILENCE, cluster.timeout))
+  watch.start()
+  atexit.register(watch.stop)
 
 
 def _first_line(error: Exception) -> str:
@@ -145,9 +149,15 @@ class _Watch(threading.Thread):
     self._timeout = timeout
     self._client = global_state.client
     self._last: dict[str, tuple[str, float]] = {}
+    self._over = threading.Event()
+
+  def stop(self) -> None:
+    """Before Python ends: it kills daemon threads, and one inside the client takes all along."""
+    self._over.set()
+    self.join()
 
   def run(self) -> None:
-    for beat in range(sys.maxsize):
+    for beat in itertools.count():
       try:
         self._client.key_value_set(f"memdiff/alive/{jax.process_index()}", str(beat), True)
         signs = self._client.key_value_dir_get("memdiff/alive/")
@@ -164,7 +174,8 @@ class _Watch(threading.Thread):
               f" life for {self._timeout:.0f} s; {_AGAIN}"
             )
           )
-      time.sleep(_BEAT)
+      if self._over.wait(_BEAT):
+        return
 
 
 def abandon(error: MemdiffError) -> None:

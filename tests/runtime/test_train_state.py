@@ -1,5 +1,6 @@
 """Learning-rate schedules and optimisers against the rules they are named after."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -20,7 +21,7 @@ LDAM = {
 def rates(num_steps, **changes):
   config = build(OptimizerConfig, LDAM | changes)
   schedule = train_state.learning_rate(config, num_steps)
-  return np.array([float(schedule(step)) for step in range(num_steps)])
+  return np.asarray(jax.vmap(schedule)(jnp.arange(num_steps)))
 
 
 def test_the_ldam_recipe_at_the_end_of_every_epoch():
