@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from memdiff.runtime import loop
@@ -17,17 +18,24 @@ SLOW = [pytest.param("", marks=pytest.mark.slow)]  # `params` of a fixture whose
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def on_fake_devices(script: str, *arguments: str, devices: int = 8, timeout: int = 300) -> str:
-  """What a script prints in a process of its own with so many CPU devices; it must succeed."""
-  environment = os.environ | {
+def environment_of_children(devices: int = 1) -> dict[str, str]:
+  """Of processes with so many CPU devices that compile quickly, and nothing twice."""
+  return os.environ | {
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # what travels is settled before them
+    "MPLBACKEND": "Agg",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
+
+
+def on_fake_devices(script: str, *arguments: str, devices: int = 8, timeout: int = 300) -> str:
+  """What a script prints in a process of its own with so many CPU devices; it must succeed."""
   done = subprocess.run(
-    [sys.executable, script, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True,
-    timeout=timeout,
+    [sys.executable, script, *arguments], env=environment_of_children(devices), cwd=ROOT,
+    capture_output=True, text=True, timeout=timeout,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stdout

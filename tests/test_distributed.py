@@ -1,7 +1,6 @@
 """Two processes on one machine, two devices each: one run, also after a kill and a SIGTERM."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -9,19 +8,21 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 
 from memdiff.errors import ConfigError
 from memdiff.runtime.distributed import Cluster, from_environment
+from tests import support
 
 ROOT = pathlib.Path(__file__).parent.parent
 PATIENCE = 12  # seconds until a silent process is given up
 # Every phase once, and little to compile: only process 0 may write to the cache of programs.
 SMALL = (
-  "--config.classifier.references=()", "--config.generators.names=('memdiff',)",
-  "--config.head.losses=('csl',)", "--config.selection.folds=0",
+  "--config.classifier.references=()", "--config.classifier.num_epochs=3.8",  # 20 steps
+  "--config.generators.names=('memdiff',)", "--config.diffusion.num_steps=20",
+  "--config.head.losses=('csl',)", "--config.head.training.num_steps=10",
+  "--config.selection.folds=0",
 )  # fmt: skip
 
 # --- how processes find each other -----------------------------------------------------------
@@ -64,17 +65,10 @@ def start(workdir, number=None, count=2, port=0, *arguments):
     command += [
       *(f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={number}"),
     ]
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "MPLBACKEND": "Agg",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 if number is None else 2}",
-    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-  }
   return subprocess.Popen(
-    command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-  )
+    command, cwd=ROOT, env=support.environment_of_children(4 if number is None else 2), text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )  # fmt: skip
 
 
 def start_both(workdir):
@@ -97,6 +91,10 @@ def end(processes, timeout=300):
   """(exit codes, what they said) of processes that must end in time."""
   outputs = [process.communicate(timeout=timeout) for process in processes]
   return [p.returncode for p in processes], [err for _, err in outputs]
+
+
+def ends_of(texts):
+  return "\n".join(text[-2000:] for text in texts)
 
 
 def said(text):
@@ -126,7 +124,7 @@ def one_process(tmp_path_factory):
   """The same run in one process with as many devices."""
   workdir = tmp_path_factory.mktemp("one") / "run"
   codes, texts = end([start(workdir)], timeout=500)
-  assert codes == [0], texts
+  assert codes == [0], ends_of(texts)
   return workdir
 
 
@@ -134,7 +132,7 @@ def one_process(tmp_path_factory):
 def undisturbed(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("two") / "run"
   codes, texts = end(start_both(workdir), timeout=500)
-  assert codes == [0, 0], texts
+  assert codes == [0, 0], ends_of(texts)
   for number, text in enumerate(texts):
     assert f"memdiff: process {number} of 2, with 2 of 4 devices (cpu)" in text
   assert "[1/7 classifier]" in texts[0] and "[1/7 classifier]" not in texts[1]
@@ -172,38 +170,43 @@ def test_two_processes_train_as_one_does(undisturbed, one_process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_and_both_go_on(undisturbed, tmp_path, victim):
+def test_a_run_killed_and_stopped_again_and_again_ends_with_the_same_numbers(undisturbed, tmp_path):
+  """Each process is killed once, in two phases; then SIGTERM reaches one of them, and both."""
   workdir = tmp_path / "run"
-  processes = start_both(workdir)
-  wait_for(processes, workdir / "classifier" / "csl" / "checkpoints" / "10")
+  stopped_after = (
+    (kill, 1, "classifier/csl/checkpoints/10"),
+    (kill, 0, "classifier/csl/checkpoints/20"),
+    (stop, (1,), "diffusion/memdiff/checkpoints/10"),
+    (stop, (0, 1), "heads/real/metrics.jsonl"),
+  )
+  for end_early, whom, moment in stopped_after:
+    processes = start_both(workdir)
+    wait_for(processes, workdir / moment)
+    end_early(processes, whom)
+  codes, texts = end(start_both(workdir), timeout=500)
+  assert codes == [0, 0], ends_of(texts)
+  check_same(workdir, undisturbed)
+
+
+def kill(processes, victim):
+  """Kills one process; the other ends with a sentence."""
   processes[victim].send_signal(signal.SIGKILL)
   killed = time.monotonic()
   codes, texts = end(processes, timeout=120)
   assert time.monotonic() - killed < 60
   assert codes[victim] == -signal.SIGKILL and codes[1 - victim] != 0
   other = texts[1 - victim]
-  # Where the coordinator is gone, JAX itself may be faster to say so.
+  # If the coordinator is gone, JAX itself may be faster to say so.
   assert said(other)[-1].endswith("goes on from the last checkpoint.") or (
     victim == 0 and "another task died" in other
   )
-  codes, texts = end(start_both(workdir), timeout=500)
-  assert codes == [0, 0], texts
-  check_same(workdir, undisturbed)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("receivers", [(0, 1), (1,)])
-def test_a_sigterm_to_any_saves_all_and_the_run_goes_on(undisturbed, tmp_path, receivers):
-  workdir = tmp_path / "run"
-  processes = start_both(workdir)
-  wait_for(processes, workdir / "classifier" / "csl" / "metrics.jsonl")
+def stop(processes, receivers):
+  """Sends SIGTERM to some; all end with a sentence."""
   for number in receivers:
     processes[number].send_signal(signal.SIGTERM)
   codes, texts = end(processes, timeout=200)
-  assert codes == [143, 143], texts
+  assert codes == [143, 143], ends_of(texts)
   for text in texts:
     assert "Stopped by SIGTERM" in said(text)[-1] and "Traceback" not in text
-  codes, texts = end(start_both(workdir), timeout=500)
-  assert codes == [0, 0], texts
-  check_same(workdir, undisturbed)

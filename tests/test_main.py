@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -12,13 +11,15 @@ import numpy as np
 import pytest
 
 from memdiff import pipeline
+from tests import support
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMOKE = "--config=configs/digits_lt.py:smoke"
 
 
 def call(*arguments, environment=None, **kwargs):
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"} | (environment or {})
+  environment = support.environment_of_children() | (environment or {})
+  environment = {name: value for name, value in environment.items() if value is not None}
   return subprocess.run(
     [sys.executable, "main.py", *arguments],
     cwd=ROOT,
@@ -123,8 +124,9 @@ def call_patched(patch, workdir, *arguments):
   code = f"import runpy, sys\n{patch}\nsys.argv = {argv!r}\n"
   code += "runpy.run_path('main.py', run_name='__main__')"
   return subprocess.run(
-    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-  )
+    [sys.executable, "-c", code], env=support.environment_of_children(), cwd=ROOT,
+    capture_output=True, text=True, timeout=300, check=False,
+  )  # fmt: skip
 
 
 def test_a_missing_tensorflow_is_said_before_any_work(tmp_path):
@@ -200,11 +202,12 @@ def test_a_run_in_poor_surroundings(tmp_path):
   """No home folder, an ASCII locale, brackets in the workdir, a tuple given twice, no clipping."""
   environment = {
     "HOME": "/nonexistent", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": None,
   }  # fmt: skip
   command = [
     SMOKE, f"--workdir={tmp_path}/[lr=*] {{a?}}", "--notensorboard",
     "--config.seeds=(5,6,7)", "--config.seeds", "(1,2)", "--config.hallucination.x0_limit=0",
+    "--config.classifier.references=()", "--config.generators.names=('memdiff',)",
   ]  # fmt: skip
   first = call(*command, environment=environment)
   assert first.returncode == 0, first.stderr[-3000:]

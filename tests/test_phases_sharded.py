@@ -1,4 +1,4 @@
-"""Every training step and the sampler on 1, 2, 4 and 8 fake devices: the same numbers."""
+"""Every training step and the sampler on one and on eight fake devices: the same numbers."""
 
 import dataclasses
 import sys
@@ -11,7 +11,7 @@ import pytest
 
 from tests import support
 
-DEVICES = (1, 2, 4, 8)
+DEVICES = (1, 8)
 STEPS, BATCH, MADE, DIM = 3, 32, 4, 64
 PHASES = ("classifier", "bank", "diffusion", "sampler", "heads", "joint", "joint_bank")
 pytestmark = pytest.mark.slow
@@ -177,9 +177,8 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("number", DEVICES[1:])
-def test_the_number_of_devices_changes_nothing(found, number, phase):
-  one, several = found[1][phase], found[number][phase]
+def test_the_number_of_devices_changes_nothing(found, phase):
+  one, several = found[1][phase], found[8][phase]
   assert one and set(one) == set(several)
   for name, array in one.items():
     np.testing.assert_allclose(several[name], array, rtol=2e-3, atol=2e-4, err_msg=name)

@@ -18,6 +18,7 @@ from benchmarks.faults.evidence import EXACT
 from memdiff import feature_space, memory_bank, pipeline
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.checkpoint import Checkpointer, abstract
+from tests import support
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent
@@ -46,23 +47,11 @@ def command(workdir, *arguments):
   ]
 
 
-def environment(devices=1):
-  flags = f"--xla_force_host_platform_device_count={devices}"
-  return os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "MPLBACKEND": "Agg",
-    "XLA_FLAGS": flags,
-    # A run that goes on compiles nothing twice; nor does the next run of the tests.
-    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
-
-
 def run(workdir, devices=1):
   result = subprocess.run(
     command(workdir),
     cwd=ROOT,
-    env=environment(devices),
+    env=support.environment_of_children(devices),
     capture_output=True,
     text=True,
     timeout=500,
@@ -297,7 +286,7 @@ def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(undisturbed, tmp
     process = subprocess.Popen(
       command(workdir),
       cwd=ROOT,
-      env=environment(),
+      env=support.environment_of_children(),
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
     )
