@@ -1,4 +1,4 @@
-"""Whole runs: kill and resume, one device and eight, without TensorFlow."""
+"""Whole runs: kill and resume, one device and two, without TensorFlow."""
 
 import json
 import os
@@ -315,11 +315,11 @@ def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(undisturbed, tmp
       np.testing.assert_array_equal(array, theirs[name], err_msg=f"{path} {name}")
 
 
-def test_eight_devices_give_the_same_bank_split_and_curves(undisturbed, tmp_path):
+def test_two_devices_give_the_same_bank_split_and_curves(undisturbed, tmp_path):
   workdir = tmp_path / "run"
-  report, _ = run(workdir, devices=8)
+  report, _ = run(workdir, devices=2)
   one, expected, _ = undisturbed
-  assert report["hardware"]["devices"] == 8
+  assert report["hardware"]["devices"] == 2
   assert report["dataset"] == expected["dataset"]
 
   def curve(folder, stage):
