@@ -63,10 +63,11 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.classifier.references = ()
     config.classifier.batch_size = 32
     config.classifier.num_epochs = 38.1  # 400 steps
-    config.diffusion.denoiser.width = 128
-    config.diffusion.num_steps = 500  # too few for samples from noise alone ...
+    config.diffusion.denoiser.update(width=128, num_blocks=1, embedding_dim=32)
+    config.diffusion.num_steps = 400  # too few for samples from noise alone ...
     config.hallucination.start = (0.25, 0.1)  # ... so they begin at noised exemplars
     config.generators.names = ("kernel_jitter", "memdiff")
+    config.head.training.batch_size = 128
     config.head.training.num_steps = 300
 
   def full():
