@@ -3,6 +3,8 @@
 The same command again goes on where the last one stopped. All the work is in memdiff.pipeline.
 """
 
+import atexit
+import gc
 import logging
 import os
 import re
@@ -107,6 +109,7 @@ def main(_) -> None:
 
     if not _DEBUG.value:
       checkpoint.keep_quiet()
+    gc.freeze()  # what was imported stays, so that nobody looks for garbage in it
     pipeline.run(
       _CONFIG.value.to_dict(), _WORKDIR.value, tensorboard=_TENSORBOARD.value, command=command
     )
@@ -119,4 +122,5 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   startup.print_anything()
+  atexit.register(gc.freeze)  # a last search for garbage would take seconds
   app.run(main, flags_parser=_parse)

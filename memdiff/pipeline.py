@@ -192,8 +192,7 @@ def _run_phases(e: Experiment, phases: tuple[Phase, ...]) -> dict:
       e.workdir.begin(phase.name, phase_config(e, phases, phase))
   unfinished = [p for p in phases if not (e.workdir.manifest(p.name) or {}).get("finished")]
   # What the next phase needs is compiled by that phase.
-  tasks = [e.run.tensorboard.prepare] if unfinished else []
-  tasks += [functools.partial(p.compile_ahead, e) for p in unfinished[1:] if p.compile_ahead]
+  tasks = [functools.partial(p.compile_ahead, e) for p in unfinished[1:] if p.compile_ahead]
   with ahead.compiling_ahead(tasks, e.mesh):
     _work(e, phases, clock)
   manifests = {phase.name: e.workdir.manifest(phase.name) for phase in phases}

@@ -1,7 +1,5 @@
 """Compiling ahead: programs of later phases are compiled while earlier ones compile and train.
 
-Other slow preparations, such as imports, can be tasks as well.
-
 XLA compiles on one core, and small networks train on little more than one, so that on a CPU the
 time of a short run falls by what is compiled beside it.
 """

@@ -183,8 +183,9 @@ class _Threads:
     def train(of_seed):
       return jax.block_until_ready(self.executable(*of_seed, shared, count))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-      return self.join(*pool.map(train, self.split((state, alive, own, batches))))
+    seeds = self.split((state, alive, own, batches))
+    with ThreadPoolExecutor(min(len(seeds), 2 * os.cpu_count())) as pool:  # 3 seeds fill 2 cores
+      return self.join(*pool.map(train, seeds))
 
   def cost_analysis(self):
     return self.executable.cost_analysis()

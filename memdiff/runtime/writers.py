@@ -4,13 +4,15 @@ The only file that knows clu's metric writers, and with them TensorFlow; both ar
 first TensorBoard writer is made.
 """
 
+import collections
 import functools
 import importlib.util
 import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -73,7 +75,9 @@ class TensorBoard:
   """Curves, pictures and hyper-parameters of one run, or nothing where it is switched off.
 
   Every stage has a folder of its own, a run in TensorBoard's list, so that the curves of stages lie
-  over each other and a resumed stage can take back its own.
+  over each other and a resumed stage can take back its own. A thread writes, one call after the
+  other, so that training waits neither for TensorFlow's import, which takes seconds, nor for the
+  disk. What fails there is raised by the next call.
 
   Raises:
     ConfigError: where it is switched on and TensorFlow or clu is missing.
@@ -83,6 +87,8 @@ class TensorBoard:
     self._directory = directory
     self._enabled = enabled and distributed.is_main()
     self._writers: dict[str, Any] = {}
+    self._thread = ThreadPoolExecutor(1, "TensorBoard")
+    self._calls: collections.deque[Future] = collections.deque()
     for package in ("tensorflow", "tensorboard", "clu"):
       if enabled and importlib.util.find_spec(package) is None:
         raise ConfigError(
@@ -95,10 +101,12 @@ class TensorBoard:
     """Whether anything is written, so that what is costly to make need not be made."""
     return self._enabled
 
-  def prepare(self) -> None:
-    """Imports what writes events, which takes seconds, before the first point needs it."""
+  def _later(self, write: Callable, *arguments: Any) -> None:
+    """Has the thread call `write`; raises what an earlier call has met."""
+    while self._calls and self._calls[0].done():
+      self._calls.popleft().result()
     if self._enabled:
-      _import_tensorflow()
+      self._calls.append(self._thread.submit(write, *arguments))
 
   def _writer(self, stage: str):
     """Made when first written to."""
@@ -111,7 +119,10 @@ class TensorBoard:
 
   def rewind(self, stage: str, step: int) -> None:
     """Takes back what a killed process had written of a stage beyond `step`."""
-    files = sorted((self._directory / stage).glob("*.tfevents.*")) if self._enabled else []
+    self._later(self._rewind, stage, step)
+
+  def _rewind(self, stage: str, step: int) -> None:
+    files = sorted((self._directory / stage).glob("*.tfevents.*"))
     if not files:
       return
     _import_tensorflow()
@@ -128,18 +139,16 @@ class TensorBoard:
         writer.write(event.SerializeToString())
 
   def scalars(self, step: int, values: Mapping[str, float], stage: str = "") -> None:
-    if self._enabled:
-      self._writer(stage).write_scalars(step, values)
+    self._later(lambda: self._writer(stage).write_scalars(step, values))
 
   def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
     """Writes uint8 pictures [H, W, 3]."""
-    if self._enabled:
-      self._writer("").write_images(step, {name: p[None] for name, p in pictures.items()})
+    every = {name: p[None] for name, p in pictures.items()}
+    self._later(lambda: self._writer("").write_images(step, every))
 
   def texts(self, step: int, texts: Mapping[str, str]) -> None:
     """Writes Markdown."""
-    if self._enabled:
-      self._writer("").write_texts(step, texts)
+    self._later(lambda: self._writer("").write_texts(step, texts))
 
   def hparams(self, values: Mapping[str, object], metrics: Sequence[str] = ()) -> None:
     """Writes hyper-parameters, None for one that a run does not have.
@@ -148,8 +157,9 @@ class TensorBoard:
       values: the columns of the table of runs.
       metrics: names of scalars that become its columns too; without any, all scalars do.
     """
-    if not self._enabled:
-      return
+    self._later(self._write_hparams, values, metrics)
+
+  def _write_hparams(self, values: Mapping[str, object], metrics: Sequence[str]) -> None:
     writer = self._writer("")
     plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values.items()}
     writer.write_hparams({k: v for k, v in plain.items() if values[k] is not None})
@@ -170,9 +180,13 @@ class TensorBoard:
       projector.write(self._directory, name, features, metadata)
 
   def close(self) -> None:
+    """Waits for what is still to be written."""
+    self._thread.shutdown()
     for writer in self._writers.values():
       writer.flush()
       writer.close()
+    for call in self._calls:
+      call.result()
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -100,3 +101,21 @@ def test_hyper_parameters_have_the_columns_that_were_asked_for(tmp_path):
   assert {k: v.string_value for k, v in values.items()} == {"loss": "csl", "seeds": "(0, 1)"}
   (text,) = tensor_util.make_ndarray(events.Tensors("1_result/answer")[0].tensor_proto).reshape(-1)
   assert text == b"Use *it*."
+
+
+def test_writing_makes_nobody_wait_and_what_fails_is_raised_later(tmp_path):
+  (tmp_path / "file").write_text("no folder")
+  board, begin = TensorBoard(tmp_path / "file", enabled=True), threading.Event()
+  board._thread.submit(begin.wait)  # as an import that takes long
+  board.scalars(0, {"train/loss": 1.0}, "first")
+  begin.set()
+  with pytest.raises(Exception, match="file"):
+    board.close()
+
+
+def test_calls_are_written_in_their_order_by_the_time_of_closing(tmp_path):
+  board = TensorBoard(tmp_path, enabled=True)
+  for step in range(20):
+    board.scalars(step, {"train/loss": float(step)}, "first")
+  board.close()
+  assert curves(tmp_path / "first")["train/loss"] == [(step, step) for step in range(20)]
