@@ -109,7 +109,7 @@ def main(_) -> None:
 
     if not _DEBUG.value:
       checkpoint.keep_quiet()
-    gc.freeze()  # what was imported stays, so that nobody looks for garbage in it
+    gc.freeze()  # what was imported stays; the garbage collector need not look at it
     pipeline.run(
       _CONFIG.value.to_dict(), _WORKDIR.value, tensorboard=_TENSORBOARD.value, command=command
     )
@@ -122,5 +122,5 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   startup.print_anything()
-  atexit.register(gc.freeze)  # a last search for garbage would take seconds
+  atexit.register(gc.freeze)  # the garbage collector's last pass would take more than a second
   app.run(main, flags_parser=_parse)

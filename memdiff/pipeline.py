@@ -181,8 +181,10 @@ def run(config: Mapping[str, Any], workdir: str, *, tensorboard: bool, command: 
     with e.run.preemption.listening(), distributed.noticing():
       return _run_phases(e, kind.phases_of(e.config))
   finally:
-    e.run.tensorboard.close()
-    e.workdir.close()
+    try:
+      e.run.tensorboard.close()  # raises what its thread has met
+    finally:
+      e.workdir.close()
 
 
 def _run_phases(e: Experiment, phases: tuple[Phase, ...]) -> dict:

@@ -152,7 +152,11 @@ class _Watch(threading.Thread):
     self._over = threading.Event()
 
   def stop(self) -> None:
-    """Before Python ends: it kills daemon threads, and one inside the client takes all along."""
+    """Ends the thread.
+
+    Python kills daemon threads when it exits. If that happens inside JAX's client, the whole process
+    aborts.
+    """
     self._over.set()
     self.join()
 

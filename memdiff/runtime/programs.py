@@ -184,7 +184,8 @@ class _Threads:
       return jax.block_until_ready(self.executable(*of_seed, shared, count))
 
     seeds = self.split((state, alive, own, batches))
-    with ThreadPoolExecutor(min(len(seeds), 2 * os.cpu_count())) as pool:  # 3 seeds fill 2 cores
+    # More threads than cores: two at a time, the third of three seeds would have one core to itself.
+    with ThreadPoolExecutor(min(len(seeds), 2 * os.cpu_count())) as pool:
       return self.join(*pool.map(train, seeds))
 
   def cost_analysis(self):
