@@ -154,8 +154,8 @@ class _Watch(threading.Thread):
   def stop(self) -> None:
     """Ends the thread.
 
-    Python kills daemon threads when it exits. If that happens inside JAX's client, the whole process
-    aborts.
+    Python kills daemon threads when it exits. If that happens inside JAX's client, the whole
+    process aborts.
     """
     self._over.set()
     self.join()

@@ -184,7 +184,7 @@ class _Threads:
       return jax.block_until_ready(self.executable(*of_seed, shared, count))
 
     seeds = self.split((state, alive, own, batches))
-    # More threads than cores: two at a time, the third of three seeds would have one core to itself.
+    # More threads than cores: with two at a time, the third of three seeds would leave a core idle.
     with ThreadPoolExecutor(min(len(seeds), 2 * os.cpu_count())) as pool:
       return self.join(*pool.map(train, seeds))
 
