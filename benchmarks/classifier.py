@@ -47,10 +47,10 @@ _MATMUL = 2048
 _STEPS = 2  # per call
 
 
-def random_data() -> LongTailDataset:
-  """Random pixels in the shape of CIFAR-100-LT."""
+def random_data(largest: int = 500) -> LongTailDataset:
+  """Random pixels in the shape of CIFAR-100-LT, with `largest` in its largest class."""
   rng = np.random.default_rng(0)
-  counts = long_tail.class_counts(500, 100, 100, "exponential")
+  counts = long_tail.class_counts(largest, 100, 100, "exponential")
   labels = np.repeat(np.arange(100), counts).astype(np.int32)
   images = rng.integers(0, 256, (len(labels), 32, 32, 3), np.uint8)
   nothing = {"images": images[:0], "labels": labels[:0]}

@@ -1,11 +1,15 @@
-"""One CPU device, strict promotion of ranks, quick compiling, and repeatable hypothesis."""
+"""One CPU device, strict promotion of ranks, quick compiling, and repeatable hypothesis.
+
+MEMDIFF_TEST_PLATFORM=cuda runs the same tests on a GPU; those that ask for several devices or for
+processes of their own stay on the CPU.
+"""
 
 import os
 import pathlib
 import tempfile
 
 _CACHE = pathlib.Path(tempfile.gettempdir()) / f"memdiff-tests-{os.getuid()}"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("MEMDIFF_TEST_PLATFORM", "cpu")
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(_CACHE / "hypothesis"))
 
@@ -16,7 +20,8 @@ import pytest  # noqa: E402
 from memdiff.runtime import mesh as mesh_lib  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)  # tests compile much, compute little
+if os.environ["JAX_PLATFORMS"] == "cpu":  # tests compile much, compute little
+  jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", str(_CACHE / f"jax-{jax.__version__}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

@@ -15,12 +15,9 @@ import jax
 
 from memdiff.runtime.workdir import write_json
 
-# Dense bfloat16 peak per chip, FLOP/s, from the makers' data sheets.
+# Dense bfloat16 peak per chip, FLOP/s, from the data sheets. No GPUs: what cuDNN computes for XLA
+# is missing from the count of operations.
 _PEAKS = {
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
-  "NVIDIA L4": 121e12,
   "TPU v3": 123e12 / 2,  # a JAX device is a core, two to a chip
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
