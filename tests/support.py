@@ -16,12 +16,13 @@ from memdiff.runtime.writers import TensorBoard
 
 SLOW = [pytest.param("", marks=pytest.mark.slow)]  # `params` of a fixture whose tests are slow
 ROOT = pathlib.Path(__file__).parent.parent
+FLAGS = os.environ.get("XLA_FLAGS", "")  # of conftest.py
 
 
 def environment_of_children(devices: int = 1) -> dict[str, str]:
   """Of processes with so many CPU devices that compile quickly, and nothing twice."""
   return os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}",
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
     "MPLBACKEND": "Agg",

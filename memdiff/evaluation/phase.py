@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -18,6 +20,9 @@ from memdiff.feature_space import raw_head
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.progress import release_memory
 from memdiff.runtime.workdir import write_arrays
+
+if TYPE_CHECKING:
+  from memdiff.evaluation.plots import FeaturePlane
 
 JOINT = "joint"  # joint:<generator>+<loss>
 _MAX_CURVES = 6  # trainings in one picture
@@ -320,6 +325,7 @@ def draw(
   comparison: Mapping,
   shown: Mapping,
   features: Mapping[str, tuple[np.ndarray, np.ndarray]],
+  plane: "Future[FeaturePlane]",
 ):
   """The report's figures by name.
 
@@ -328,7 +334,8 @@ def draw(
     scored: the table.
     comparison: of `compare`.
     shown: what the generator made that the comparison is about.
-    features: of the first seed, for the map.
+    features: of the first seed.
+    plane: where they lie on the map.
   """
   from memdiff.evaluation import plots  # matplotlib takes a second
 
@@ -340,14 +347,6 @@ def draw(
       data.class_names, data.train_counts, made, result.group_of_class(e)
     ),
     "per_class_accuracy": result.accuracy_by_class(e, scored.rows, named),
-    "feature_map": plots.feature_map(
-      *features["real"],
-      *features["left out"],
-      *features["synthetic"],
-      data.class_names,
-      seed=0,
-      max_per_class=e.config.evaluation.map_per_class,
-    ),
     "confidence_histogram": plots.confidence_histogram(
       shown["confidence"][0], shown["labels"], data.class_names
     ),
@@ -364,7 +363,22 @@ def draw(
   if len(data.left_out_labels):
     near = quality.nearness(*features["synthetic"], *features["left out"])
     figures["confidence_reliability"] = plots.reliability(shown["confidence"][0], near)
-  return figures
+  return figures | {"feature_map": plots.feature_map(plane.result(), data.class_names)}
+
+
+def place_on_map(
+  e: Experiment, features: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> "FeaturePlane":
+  """The first seed's features on a plane; takes seconds, most of them without Python's lock."""
+  from memdiff.evaluation import plots  # matplotlib takes a second
+
+  return plots.embed(
+    *features["real"],
+    *features["left out"],
+    *features["synthetic"],
+    e.dataset.num_classes,
+    max_per_class=e.config.evaluation.map_per_class,
+  )
 
 
 def save_recommended_head(
@@ -414,33 +428,36 @@ def evaluate(e: Experiment) -> dict:
     name: of_strength(experiment.load_synthetic(e, name), choices[f"{name}+{loss}"])
     for name in e.config.generators.names
   }
-  judged, shown = judge(e, space, made), made[generator]
-  del made  # the features of all generators: much memory
-  chosen = recommendation["method"] if recommendation else comparison["method"]
-  save_recommended_head(e, space, scored, chosen, choices)
-  if isinstance(e.dataset, embeddings.LongTailEmbeddings):
-    # The recommended generator's; where that is none, those of the one that was compared.
-    known = chosen.split("+")[0] in e.config.generators.names
-    name, _, loss = (chosen if known else comparison["method"]).partition("+")
-    choice = choices[f"{name}+{loss}"]
-    export_embeddings(e, name, of_strength(experiment.load_synthetic(e, name), choice))
-  if recommendation:
-    recommendation = recommendation | {"agreement": agreement(scored, recommendation)}
-  first = headline(e, scored, plain_training(e, space), comparison, recommendation)
-  mark_shown(scored, first, comparison)
-  outcome = result.record(e, scored.rows) | {
-    "criterion": scored.criterion,
-    "headline": first,
-    "comparison": comparison,
-    "joint": compare_joint(e, scored),
-    "recommendation": recommendation,
-    "choices": {method: dataclasses.asdict(choice) for method, choice in choices.items()},
-    "features": judged[generator],
-    "generators": judged,
-    "generator_seconds": seconds(e),
-    "synthetic_counts": np.bincount(shown["labels"], minlength=e.dataset.num_classes).tolist(),
-  }
-  e.run.progress.say("drawing")
+  shown = made[generator]
   features = features_of_first_seed(e, space, shown)
-  summaries.project(e, features)
-  return result.save(e, outcome, draw(e, scored, comparison, shown, features))
+  with ThreadPoolExecutor(1) as pool:
+    plane = pool.submit(place_on_map, e, features)  # beside all that follows
+    judged = judge(e, space, made)
+    del made  # the features of all generators: much memory
+    chosen = recommendation["method"] if recommendation else comparison["method"]
+    save_recommended_head(e, space, scored, chosen, choices)
+    if isinstance(e.dataset, embeddings.LongTailEmbeddings):
+      # The recommended generator's; where that is none, those of the one that was compared.
+      known = chosen.split("+")[0] in e.config.generators.names
+      name, _, loss = (chosen if known else comparison["method"]).partition("+")
+      choice = choices[f"{name}+{loss}"]
+      export_embeddings(e, name, of_strength(experiment.load_synthetic(e, name), choice))
+    if recommendation:
+      recommendation = recommendation | {"agreement": agreement(scored, recommendation)}
+    first = headline(e, scored, plain_training(e, space), comparison, recommendation)
+    mark_shown(scored, first, comparison)
+    outcome = result.record(e, scored.rows) | {
+      "criterion": scored.criterion,
+      "headline": first,
+      "comparison": comparison,
+      "joint": compare_joint(e, scored),
+      "recommendation": recommendation,
+      "choices": {method: dataclasses.asdict(choice) for method, choice in choices.items()},
+      "features": judged[generator],
+      "generators": judged,
+      "generator_seconds": seconds(e),
+      "synthetic_counts": np.bincount(shown["labels"], minlength=e.dataset.num_classes).tolist(),
+    }
+    e.run.progress.say("drawing")
+    summaries.project(e, features)
+    return result.save(e, outcome, draw(e, scored, comparison, shown, features, plane))

@@ -26,7 +26,7 @@ CONFIG = DenoiserConfig("mlp", width=16, num_blocks=2, embedding_dim=8, num_head
 
 
 def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def make_memory(seed=0, stored=3):
@@ -57,15 +57,11 @@ class Made:
 def made(request):
   model = DENOISERS[request.param](CLASSES, DIM, dataclasses.replace(CONFIG, name=request.param))
 
-  @jax.jit
-  def make():
-    tree = model.init(jax.random.key(0), X, T, LABEL, make_memory())["params"]
-    leaves, treedef = jax.tree.flatten(tree)
-    noisy = [x + 0.3 * normal(i, *x.shape) for i, x in enumerate(leaves)]
-    return jax.tree.unflatten(treedef, noisy)
-
+  shapes = jax.eval_shape(model.init, jax.random.key(0), X, T, LABEL, make_memory())["params"]
+  leaves, treedef = jax.tree.flatten(shapes)
+  params = jax.tree.unflatten(treedef, [0.4 * normal(i, *x.shape) for i, x in enumerate(leaves)])
   predict = jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs))
-  return Made(model, make(), predict)
+  return Made(model, params, predict)
 
 
 def noise_of(made, memory, label=LABEL, x=X, t=T, params=None):

@@ -403,7 +403,7 @@ def test_the_first_seeds_features_stand_in_one_space_with_their_labels():
   assert [len(labels) for _, labels in found.values()] == [3, 4, 5]
 
 
-def test_the_projector_shows_the_first_seeds_features(monkeypatch):
+def test_the_map_and_the_projector_show_the_first_seeds_features(monkeypatch):
   told, e, made = {}, experiment(("memdiff",)), scored()
   choices = {f"memdiff+{loss}": phase.Choice(strength=1.0) for loss in LOSSES}
   e.dataset, e.run = SimpleNamespace(num_classes=2), SimpleNamespace(
@@ -423,7 +423,8 @@ def test_the_projector_shows_the_first_seeds_features(monkeypatch):
       "save_recommended_head": lambda *_: None,
       "seconds": lambda e: {},
       "features_of_first_seed": lambda e, space, shown: {"synthetic": shown},
-      "draw": lambda *arguments: {"drawn": arguments[-1]},
+      "place_on_map": lambda e, features: features,
+      "draw": lambda *arguments: {"drawn": arguments[-2], "mapped": arguments[-1].result()},
     },
     phase.result: {"record": lambda e, rows: {}, "save": lambda e, outcome, figures: figures},
     summaries: {"project": lambda e, features: told.update(features)},
@@ -431,5 +432,6 @@ def test_the_projector_shows_the_first_seeds_features(monkeypatch):
   for module, functions in replaced.items():
     for name, function in functions.items():
       monkeypatch.setattr(module, name, function)
-  drawn = phase.evaluate(e)["drawn"]
-  assert drawn == told == {"synthetic": arrays | {"of": "memdiff"}}
+  figures = phase.evaluate(e)
+  expected = {"synthetic": arrays | {"of": "memdiff"}}
+  assert figures["drawn"] == figures["mapped"] == told == expected

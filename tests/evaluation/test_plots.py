@@ -119,9 +119,16 @@ def scatters(figure) -> list[PathCollection]:
   return [c for c in drawn if len(c.get_offsets())]
 
 
+def map_of(*arguments, **options):
+  """The map of three kinds of features with labels and the classes' names."""
+  *kinds, class_names = arguments[:7]
+  plane = plots.embed(*kinds, len(class_names), *arguments[7:], **options)
+  return plots.feature_map(plane, class_names)
+
+
 class TestFeatureMap:
   def test_one_cloud_per_kind_and_class_thinned_to_the_limit(self):
-    figure = plots.feature_map(
+    figure = map_of(
       *features([30, 4]), *features([0, 20]), *features([0, 25]), names(2), max_per_class=10
     )
     sizes = sorted(len(cloud.get_offsets()) for cloud in scatters(figure))
@@ -132,7 +139,7 @@ class TestFeatureMap:
   def test_same_seed_same_map(self):
     arguments = (*features([30, 4]), *features([0, 20]), *features([0, 25]), names(2))
     first, second, third = (
-      np.concatenate([c.get_offsets() for c in scatters(plots.feature_map(*arguments, seed, 10))])
+      np.concatenate([c.get_offsets() for c in scatters(map_of(*arguments, seed, 10))])
       for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, second)
@@ -141,13 +148,13 @@ class TestFeatureMap:
   def test_does_not_touch_the_global_random_state(self):
     np.random.seed(3)
     before = np.random.get_state()[1].copy()
-    plots.feature_map(*features([9, 9]), *features([0, 0]), *features([0, 5]), names(2))
+    map_of(*features([9, 9]), *features([0, 0]), *features([0, 5]), names(2))
     np.testing.assert_array_equal(np.random.get_state()[1], before)
 
   def test_many_classes_colour_the_rarest_with_synthetic_features(self):
     counts = np.arange(40, 0, -1)
     made = np.where(np.arange(40) % 2, 3, 0)
-    figure = plots.feature_map(
+    figure = map_of(
       *features(counts), *features([0] * 40), *features(made), names(40), max_per_class=5
     )
     shown = [text.get_text() for text in figure.axes[0].texts]
@@ -157,18 +164,18 @@ class TestFeatureMap:
   @pytest.mark.parametrize("counts", [[0, 0], [1, 0], [1, 1], [2, 1], [3, 2], [9, 0]])
   def test_very_few_features(self, counts):
     empty = features([0, 0])
-    figure = plots.feature_map(*features(counts), *empty, *empty, names(2))
+    figure = map_of(*features(counts), *empty, *empty, names(2))
     assert sum(len(cloud.get_offsets()) for cloud in scatters(figure)) == sum(counts)
     assert plots.to_png(figure)
 
   def test_identical_one_dimensional_and_non_finite_features(self):
     empty = features([0, 0], dim=1)
     same = (np.ones((20, 1)), np.zeros(20, int))
-    assert plots.to_png(plots.feature_map(*same, *empty, *empty, names(2)))
+    assert plots.to_png(map_of(*same, *empty, *empty, names(2)))
     line = (np.arange(20.0)[:, None], np.zeros(20, int))
-    assert plots.to_png(plots.feature_map(*line, *empty, *empty, names(2)))
+    assert plots.to_png(map_of(*line, *empty, *empty, names(2)))
     broken = (np.where(np.arange(20) < 5, np.nan, np.arange(20.0))[:, None], np.zeros(20, int))
-    figure = plots.feature_map(*broken, *empty, *empty, names(2))
+    figure = map_of(*broken, *empty, *empty, names(2))
     assert sum(len(cloud.get_offsets()) for cloud in scatters(figure)) == 15
 
 

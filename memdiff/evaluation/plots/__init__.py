@@ -7,13 +7,15 @@ by its colour alone. `to_png` turns a figure into a file.
 from memdiff.evaluation.plots.accuracy import gap_closed, long_tail_profile, per_class_accuracy
 from memdiff.evaluation.plots.confidence import confidence_histogram, reliability
 from memdiff.evaluation.plots.curves import training_curves
-from memdiff.evaluation.plots.maps import feature_map
+from memdiff.evaluation.plots.maps import FeaturePlane, embed, feature_map
 from memdiff.evaluation.plots.style import REAL, SYNTHETIC, style, to_png
 
 __all__ = [
   "REAL",
   "SYNTHETIC",
+  "FeaturePlane",
   "confidence_histogram",
+  "embed",
   "feature_map",
   "gap_closed",
   "long_tail_profile",

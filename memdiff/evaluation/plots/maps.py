@@ -1,5 +1,6 @@
 """The map of features: real, left-out and synthetic ones on one plane."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -25,28 +26,38 @@ _MAX_BACKGROUND_POINTS = 1500
 _TSNE_STEPS = 500  # of which 250 with early exaggeration; later ones hardly move the picture
 
 
-def feature_map(
+@dataclasses.dataclass(frozen=True)
+class FeaturePlane:
+  """Features of three kinds, real, left out and synthetic, and a background, on one plane."""
+
+  points: list[np.ndarray]  # [N_i, 2] of each kind, the background last
+  labels: list[np.ndarray]  # [N_i] of the three kinds
+  classes: np.ndarray  # those that are in colour
+
+
+def embed(
   real: ArrayLike,
   real_labels: ArrayLike,
   left_out: ArrayLike,
   left_out_labels: ArrayLike,
   synthetic: ArrayLike,
   synthetic_labels: ArrayLike,
-  class_names: Sequence[str],
+  num_classes: int,
   seed: int = 0,
   max_per_class: int = 60,
-) -> Figure:
-  """A joint t-SNE map of real, left-out and synthetic features, coloured by class.
+) -> FeaturePlane:
+  """A joint t-SNE of real, left-out and synthetic features.
 
   Each kind of each class is thinned to `max_per_class` features; the same arguments give the same
-  map. With more than ten classes, colour goes to the ten with the fewest real features among those
-  that have synthetic ones, and a sample of the other classes' real features stays as background.
+  plane. With more than ten classes, colour goes to the ten with the fewest real features among
+  those that have synthetic ones, and a sample of the other classes' real features stays as
+  background.
 
   Args:
     real, real_labels: [N, D] features of training examples and their classes [N].
     left_out, left_out_labels: [M, D], [M], real features that training never saw.
     synthetic, synthetic_labels: [S, D], [S].
-    class_names: [C].
+    num_classes: C.
     seed: chooses the features that are shown and starts t-SNE.
     max_per_class: the most features shown per kind and class.
   """
@@ -58,18 +69,21 @@ def feature_map(
       (synthetic, synthetic_labels),
     )
   ]
-  num_classes = len(class_names)
   shown = _classes_in_colour(kinds[0][1], kinds[2][1], num_classes)
   chosen = [_thin(y, shown, max_per_class, (seed, kind)) for kind, (_, y) in enumerate(kinds)]
   background = _background(kinds[0][1], shown, seed)
   picked = [x[rows] for (x, _), rows in zip(kinds, chosen, strict=True)]
   points = _embed([*picked, kinds[0][0][background]], seed)
-  labels = [y[rows] for (_, y), rows in zip(kinds, chosen, strict=True)]
+  return FeaturePlane(points, [y[rows] for (_, y), rows in zip(kinds, chosen, strict=True)], shown)
+
+
+def feature_map(plane: FeaturePlane, class_names: Sequence[str]) -> Figure:
+  """The picture of `embed`, coloured by class."""
   with style():
     figure, axes = new_figure(height=7.2)
-    _draw_map(axes, points, labels, shown, class_names)
+    _draw_map(axes, plane.points, plane.labels, plane.classes, class_names)
     axes.set_title("t-SNE map of the features")
-    handles = _map_handles([len(y) for y in labels], len(background))
+    handles = _map_handles([len(y) for y in plane.labels], len(plane.points[-1]))
     if handles:
       legend_below(axes, handles)
   return figure
