@@ -25,6 +25,7 @@ DEFAULT_RUN = "digits_default"
 _SETTINGS = {
   "foreign": "isolating_foreign",
   "memorised": "isolating_memorised",
+  "trained": "isolating_trained",
   "digits": "isolating_digits",
 }
 
