@@ -1,5 +1,5 @@
 # make run    the main job: long-tailed digits, a few minutes on two cores
-# make test   the test suite, WORKERS=2 files at a time; make test-slow: whole runs of many kinds
+# make test   the test suite, WORKERS=3 files at a time; make test-slow: whole runs of many kinds
 # make bench  speed of feature diffusion; BENCH=classifier: of classifiers
 # make aot    compiles a config for TPUs that are not here: does it fit? Makes .venv-aot
 # The others make .venv from the lock of the Python at hand; choose another with PYTHON=python3.12.
@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BENCH ?= feature_diffusion
-WORKERS ?= 2
+WORKERS ?= 3
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK := requirements/py$(subst .,,$(VERSION)).txt

@@ -1,4 +1,4 @@
-"""The memory bank on 1, 2, 4 and 8 fake devices: the same bank, and only the batch travels."""
+"""The memory bank on 1, 2 and 8 fake devices: the same bank, and only the batch travels."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import pytest
 
 from tests import support
 
-DEVICES = (1, 2, 4, 8)
+DEVICES = (1, 2, 8)
 CLASSES, ROWS, SLOTS, DIM, BATCH, SEEDS = 10, 16, 3, 4, 24, 2
 UNEVEN = 9  # rows of a batch that no number of devices divides
 
