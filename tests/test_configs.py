@@ -43,6 +43,12 @@ def variants_of(name):
 ALL = [(name, variant) for name in MODULES for variant in variants_of(name)]
 # Those that other files run: test_pipeline.py and test_classification_run.py.
 RUN_ELSEWHERE = {("digits_lt", "smoke"), ("digits_lt", "classification")}
+# What they run another config runs as well, on other data or in other numbers.
+ALIKE = {
+  ("cifar10_lt", "memdiff"), ("digits_lt", "full"), ("fashion_mnist_lt", "memdiff"),
+  ("isolating_cifar100_lt", "memorised"), ("isolating_cifar10_lt", "default"),
+}  # fmt: skip
+TO_RUN = [variant for variant in ALL if variant not in RUN_ELSEWHERE | ALIKE]
 
 
 # --- as they are -----------------------------------------------------------------------------
@@ -316,7 +322,16 @@ def in_time(name, variant):
 
 
 @pytest.mark.usefixtures("_small_parts")
-@pytest.mark.parametrize(("name", "variant"), [in_time(*v) for v in ALL if v not in RUN_ELSEWHERE])
+@pytest.mark.parametrize(("name", "variant"), sorted(ALIKE))
+def test_a_config_that_is_like_another_fits_its_data(name, variant, tmp_path):
+  config = shrunken(name, variant, tmp_path)
+  _, settings, data = pipeline.prepare(config.to_dict())
+  assert settings.name == config.name
+  assert data.train_counts.tolist() == COUNTS.tolist()
+
+
+@pytest.mark.usefixtures("_small_parts")
+@pytest.mark.parametrize(("name", "variant"), [in_time(*variant) for variant in TO_RUN])
 def test_a_config_runs_from_end_to_end(name, variant, tmp_path):
   config = shrunken(name, variant, tmp_path)
   workdir = tmp_path / "run"
