@@ -10,7 +10,9 @@ import sys
 import numpy as np
 import pytest
 
+from configs import digits_lt
 from memdiff import pipeline
+from memdiff.errors import ConfigError
 from tests import support
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -67,12 +69,8 @@ def test_wrong_command_lines_are_usage_errors(arguments, parts, tmp_path):
   ("override", "parts"),
   [
     ("--config.hallucination.sampler=euler", ["hallucination.sampler", "'euler'", "ddim"]),
-    ("--config.dataset.name=cifar", ["dataset.name", "digits"]),
     ("--config.classifier.batch_size=4096", ["classifier.batch_size", "4096"]),
-    ("--config.hallucination.num_steps=2000", ["hallucination.num_steps", "2000"]),
     ("--config.generators.fill_to=(1,)", ["fill_to=1", "no class with fewer than"]),
-    ("--config.generators.names=('memdiff','gan')", ["generators.names", "'gan'", "memdiff"]),
-    ("--config.head.training.start=nowhere", ["head.training.start", "encoder, zeros"]),
     ("--config.loop.eval_every=7", ["eval_every", "multiple of steps_per_dispatch"]),
   ],
 )
@@ -80,6 +78,24 @@ def test_wrong_values_are_refused_before_any_work(override, parts, tmp_path):
   result = call(SMOKE, f"--workdir={tmp_path / 'run'}", override, "--notensorboard")
   expect_sentence(result, 2, *parts)
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("override", "parts"),
+  [
+    ({"dataset.name": "cifar"}, ["dataset.name", "digits"]),
+    ({"hallucination.num_steps": 2000}, ["hallucination.num_steps", "2000"]),
+    ({"generators.names": ("memdiff", "gan")}, ["generators.names", "'gan'", "memdiff"]),
+    ({"head.training.start": "nowhere"}, ["head.training.start", "encoder, zeros"]),
+  ],
+)
+def test_more_wrong_values_are_refused(override, parts):
+  config = digits_lt.get_config("smoke")
+  config.update_from_flattened_dict(override)
+  with pytest.raises(ConfigError) as refused:
+    pipeline.prepare(config.to_dict())
+  for part in parts:
+    assert part in str(refused.value)
 
 
 def test_an_imbalance_that_empties_a_class_is_named_with_its_limit(tmp_path):
