@@ -4,20 +4,21 @@
 
 Sizes are those of configs/cifar100_lt.py:memdiff and configs/imagenet_lt.py; images and features
 are random, nothing is read from disk. Every part runs as the training loop runs it: several steps
-per dispatch, data and augmentation on the device. Measured, round by round against one another:
+per dispatch, data and augmentation on the device. The parts:
 
-classifier   the ResNet-32 at batch 128, one seed: in float32 and in bfloat16, and with a memory
-             bank that every step updates
-seeds        the same of three seeds, in turn or as one batch, which is convolved in three ways
-             (see `_CONVOLUTIONS`)
-denoiser     the MLP on 64 features at batch 128: one seed, five as one batch, five in turn
-sampler      50 DDIM steps, 1,024 features at a time and 16,384
-resnet50     the ResNet-50 at batch 256 and 224 px, in bfloat16: one seed
-repeatable   whether classifier and denoiser come to the same bits when they are trained twice
+classifier     the ResNet-32 at batch 128, one seed: in float32 and in bfloat16, and with a memory
+               bank that every step updates
+seeds_in_turn  the same of three seeds, one after the other
+seeds_*        three seeds as one batch, convolved in one of three ways (see `_CONVOLUTIONS`)
+denoiser       the MLP on 64 features at batch 128: one seed, five as one batch, five in turn
+sampler        50 DDIM steps, 1,024 features at a time and 16,384
+repeatable     whether classifier and denoiser come to the same bits when they are trained twice
+resnet50       the ResNet-50 at batch 256 and 224 px, in bfloat16: one seed
 
-A step's share of the peak is against the rate of an 8192^3 matrix product in bfloat16 in the same
-rounds. --rounds 0 only compiles, into JAX's cache if there is one; several parts can do so side by
-side. --quick takes few steps and one round on small data: it shows that everything runs.
+Within a part the variants are timed round by round; classifier and resnet50 have the rate of an
+8192^3 matrix product in bfloat16 beside them. Run the parts in one process: many processes that
+compile on one GPU hold each other up. --quick takes small networks and few steps: it shows that
+everything runs.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from benchmarks import classifier as classifier_benchmark
 from benchmarks import timing
@@ -49,6 +51,7 @@ from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.random import base_keys
 
+_PRODUCT = "matrix product"
 _DIM = 64  # of the features that the denoiser sees
 _CONVOLUTIONS = {
   "grouped": convolution._conv,  # under vmap one grouped convolution
@@ -65,12 +68,14 @@ class Size:
   matmul: int
   samples: tuple[int, ...]
   examples_of_largest: int
-  images: int  # of 224 px
-  pixels: int
+  images: int  # of the large network
+  pixels: int  # their side
+  networks: tuple[str, str]  # small and large
+  batches: tuple[int, int]  # their batch sizes
 
 
-_FULL = Size(50, 8192, (1024, 16384), 500, 1024, 224)
-_QUICK = Size(2, 256, (128,), 100, 8, 64)
+_FULL = Size(50, 8192, (1024, 16384), 500, 1000, 224, ("resnet32", "resnet50"), (128, 256))
+_QUICK = Size(2, 256, (128,), 100, 1000, 32, ("resnet8", "resnet10"), (8, 8))
 
 
 @contextlib.contextmanager
@@ -78,26 +83,12 @@ def convolved_by(name: str) -> Iterator[None]:
   """Networks traced inside convolve in that way."""
   conv2d = convolution.conv2d
   convolution.conv2d = lambda x, kernel, stride=1: _CONVOLUTIONS[name](x, kernel, stride)
+  training._program.cache_clear()  # what was traced before convolves in another way
   try:
     yield
   finally:
     convolution.conv2d = conv2d
     training._program.cache_clear()
-    training._make_init.cache_clear()
-
-
-def random_images(number: int, side: int, num_classes: int) -> LongTailDataset:
-  """Random pixels; every class has about as many."""
-  random = np.random.default_rng(0)
-  images = random.integers(0, 256, (number, side, side, 3), np.uint8)
-  labels = (np.arange(number) % num_classes).astype(np.int32)
-  nothing = {"images": images[:0], "labels": labels[:0]}
-  return LongTailDataset(
-    name="random", class_names=tuple(map(str, range(num_classes))), profile="natural",
-    imbalance=1.0, train_images=images, train_labels=labels, test_images=images[:8],
-    test_labels=labels[:8], split_sha256="",
-    **{f"{part}_{k}": v for part in ("holdout", "left_out") for k, v in nothing.items()},
-  )  # fmt: skip
 
 
 def classifier_stage(
@@ -138,32 +129,33 @@ class Measurements:
   def add_product(self, size: int) -> None:
     matrix = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     product = jax.jit(jnp.matmul)
-    self.variants["matrix product"] = (lambda: product(matrix, matrix)), 2.0 * size**3
+    self.variants[_PRODUCT] = (lambda: product(matrix, matrix)), 2.0 * size**3
 
   def timed(self, rounds: int, unit: str, per_step: int = 1) -> dict[str, Any]:
     """name -> {units of work per second, compile_seconds, rounds in seconds per step}."""
-    if not rounds:
-      return {name: {"compile_seconds": x} for name, x in self.compile_seconds.items()}
-    times = timing.interleave(self.variants, rounds)
-    return {
-      name: {
-        f"{'operations' if name == 'matrix product' else unit}_per_second": (
-          1.0 if name == "matrix product" else per_step
-        )
-        / clock.median,
+    found = {}
+    for name, clock in timing.interleave(self.variants, rounds).items():
+      what, number = ("operations", 1) if name == _PRODUCT else (unit, per_step)
+      found[name] = {
+        f"{what}_per_second": number / clock.median,
         "compile_seconds": self.compile_seconds.get(name),
         "seconds": clock.as_dict(),
       }
-      for name, clock in times.items()
-    }
+    return found
 
 
-def _classifier() -> ClassificationConfig:
-  return config_lib.build(ClassificationConfig, cifar100_lt.get_config().to_dict())
+def classification(config: ConfigDict, network: str, batch_size: int) -> ClassificationConfig:
+  config.encoder.backbone.name = network
+  config.classifier.batch_size = batch_size
+  return config_lib.build(ClassificationConfig, config.to_dict())
+
+
+def small_classifier(size: Size) -> ClassificationConfig:
+  return classification(cifar100_lt.get_config(), size.networks[0], size.batches[0])
 
 
 def measure_classifier(size: Size, rounds: int) -> dict[str, Any]:
-  config, found = _classifier(), Measurements()
+  config, found = small_classifier(size), Measurements()
   data = classifier_benchmark.random_data(size.examples_of_largest)
   found.add_product(size.matmul)
   for dtype in ("float32", "bfloat16"):
@@ -174,17 +166,17 @@ def measure_classifier(size: Size, rounds: int) -> dict[str, Any]:
   return found.timed(rounds, "images", config.classifier.batch_size)
 
 
-def measure_seeds(size: Size, rounds: int, convolution: str) -> dict[str, Any]:
-  config, found = _classifier(), Measurements()
+def measure_seeds(size: Size, rounds: int, way: str) -> dict[str, Any]:
+  config, found = small_classifier(size), Measurements()
   data = classifier_benchmark.random_data(size.examples_of_largest)
-  with convolved_by(convolution):
+  with convolved_by(way):
     stage = classifier_stage(config, data, "float32")
     found.add("3 seeds as one batch", lambda: trained(stage, 3, size.steps))
   return found.timed(rounds, "images", config.classifier.batch_size)
 
 
 def measure_seeds_in_turn(size: Size, rounds: int) -> dict[str, Any]:
-  config, found = _classifier(), Measurements()
+  config, found = small_classifier(size), Measurements()
   data = classifier_benchmark.random_data(size.examples_of_largest)
   stage = classifier_stage(config, data, "float32")
   found.add("3 seeds in turn", lambda: trained(stage, 3, size.steps, in_turn=True))
@@ -246,7 +238,6 @@ def measure_sampler(size: Size, rounds: int) -> dict[str, Any]:
         1.0,
       )  # fmt: skip
 
-    jax.block_until_ready(sample(jax.random.key(0)))
     found.variants[f"{number} at a time"] = (
       (lambda sample=sample: sample(jax.random.key(0))),
       float(number),
@@ -255,26 +246,22 @@ def measure_sampler(size: Size, rounds: int) -> dict[str, Any]:
 
 
 def measure_resnet50(size: Size, rounds: int) -> dict[str, Any]:
-  config = config_lib.build(ClassificationConfig, imagenet_lt.get_config().to_dict())
-  batch = min(config.classifier.batch_size, size.images)
-  config = dataclasses.replace(
-    config, classifier=dataclasses.replace(config.classifier, batch_size=batch)
-  )
-  data = random_images(size.images, size.pixels, 1000)
+  config = classification(imagenet_lt.get_config(), size.networks[1], size.batches[1])
+  labels = (np.arange(size.images) % 1000).astype(np.int32)
+  data = classifier_benchmark.random_images(labels, 1000, size.pixels)
   found = Measurements()
   found.add_product(size.matmul)
   stage = classifier_stage(config, data, "bfloat16")
   found.add("one seed", lambda: trained(stage, 1, max(size.steps // 10, 1)))
-  return found.timed(rounds, "images", batch)
+  return found.timed(rounds, "images", config.classifier.batch_size)
 
 
 def measure_repeatable(size: Size, _: int) -> dict[str, Any]:
   """Whether two trainings from one seed end in the same bits, and the largest difference if not."""
-  classification = config_lib.build(ClassificationConfig, cifar100_lt.get_config().to_dict())
   memdiff = config_lib.build(MemdiffConfig, cifar100_lt.get_config("memdiff").to_dict())
   data = classifier_benchmark.random_data(size.examples_of_largest)
   stages = {
-    "classifier": classifier_stage(classification, data, "float32"),
+    "classifier": classifier_stage(small_classifier(size), data, "float32"),
     "denoiser": denoiser_stage(memdiff, size, 1),
   }
   found = {}
@@ -292,7 +279,7 @@ def measure_repeatable(size: Size, _: int) -> dict[str, Any]:
 PARTS = {
   "classifier": measure_classifier,
   "seeds_in_turn": measure_seeds_in_turn,
-  **{f"seeds_{name}": functools.partial(measure_seeds, convolution=name) for name in _CONVOLUTIONS},
+  **{f"seeds_{name}": functools.partial(measure_seeds, way=name) for name in _CONVOLUTIONS},
   "denoiser": measure_denoiser,
   "sampler": measure_sampler,
   "repeatable": measure_repeatable,
@@ -307,9 +294,7 @@ def main() -> None:
   parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
   parser.add_argument("--quick", action="store_true", help="show that everything runs")
   arguments = parser.parse_args()
-  size, rounds = (
-    (_QUICK, min(arguments.rounds, 1)) if arguments.quick else (_FULL, arguments.rounds)
-  )
+  size, rounds = (_QUICK, 1) if arguments.quick else (_FULL, arguments.rounds)
   result = timing.environment()
   for part in arguments.parts:
     start = time.perf_counter()

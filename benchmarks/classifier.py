@@ -47,19 +47,24 @@ _MATMUL = 2048
 _STEPS = 2  # per call
 
 
-def random_data(largest: int = 500) -> LongTailDataset:
-  """Random pixels in the shape of CIFAR-100-LT, with `largest` in its largest class."""
+def random_images(labels: np.ndarray, num_classes: int, side: int) -> LongTailDataset:
+  """Random pixels with these labels [N]; the test set is the first few of them."""
   rng = np.random.default_rng(0)
-  counts = long_tail.class_counts(largest, 100, 100, "exponential")
-  labels = np.repeat(np.arange(100), counts).astype(np.int32)
-  images = rng.integers(0, 256, (len(labels), 32, 32, 3), np.uint8)
+  images = rng.integers(0, 256, (len(labels), side, side, 3), np.uint8)
+  counts = np.bincount(labels, minlength=num_classes)
   nothing = {"images": images[:0], "labels": labels[:0]}
   return LongTailDataset(
-    name="random", class_names=tuple(map(str, range(100))), profile="exponential", imbalance=100.0,
-    train_images=images, train_labels=labels, test_images=images[:100], test_labels=labels[:100],
-    split_sha256="",
+    name="random", class_names=tuple(map(str, range(num_classes))), profile="exponential",
+    imbalance=float(counts.max() / counts.min()), train_images=images, train_labels=labels,
+    test_images=images[:100], test_labels=labels[:100], split_sha256="",
     **{f"{part}_{k}": v for part in ("holdout", "left_out") for k, v in nothing.items()},
   )  # fmt: skip
+
+
+def random_data(largest: int = 500) -> LongTailDataset:
+  """Random pixels in the shape of CIFAR-100-LT, with `largest` in its largest class."""
+  counts = long_tail.class_counts(largest, 100, 100, "exponential")
+  return random_images(np.repeat(np.arange(100), counts).astype(np.int32), 100, 32)
 
 
 def make_training(config: ClassificationConfig, data, mesh, seeds: int, **augment) -> Training:

@@ -1,8 +1,4 @@
-"""One CPU device, strict promotion of ranks, quick compiling, and repeatable hypothesis.
-
-MEMDIFF_TEST_PLATFORM=cuda runs the same tests on a GPU; those that ask for several devices or for
-processes of their own stay on the CPU.
-"""
+"""One CPU device, strict promotion of ranks, quick compiling, and repeatable hypothesis."""
 
 import importlib.metadata
 import os
@@ -10,10 +6,10 @@ import pathlib
 import tempfile
 
 _CACHE = pathlib.Path(tempfile.gettempdir()) / f"memdiff-tests-{os.getuid()}"
-os.environ["JAX_PLATFORMS"] = os.environ.get("MEMDIFF_TEST_PLATFORM", "cpu")
+os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-  # An older generator of code, which compiles several times faster. Later versions lack it.
+  # XLA's older emitters compile several times faster. Later versions no longer have them.
   flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(_CACHE / "hypothesis"))
@@ -25,8 +21,7 @@ import pytest  # noqa: E402
 from memdiff.runtime import mesh as mesh_lib  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-if os.environ["JAX_PLATFORMS"] == "cpu":  # tests compile much, compute little
-  jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_disable_most_optimizations", True)  # tests compile much, compute little
 jax.config.update("jax_compilation_cache_dir", str(_CACHE / f"jax-{jax.__version__}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
