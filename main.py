@@ -109,7 +109,9 @@ def main(_) -> None:
 
     if not _DEBUG.value:
       checkpoint.keep_quiet()
-    gc.freeze()  # what was imported stays; the garbage collector need not look at it
+    # What was imported stays, and every phase ends with a collection of its own.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
     pipeline.run(
       _CONFIG.value.to_dict(), _WORKDIR.value, tensorboard=_TENSORBOARD.value, command=command
     )

@@ -238,7 +238,7 @@ def evaluate(e: Experiment) -> dict:
   curves = result.training_curves(e, stages)
   if curves:
     figures["training_curves"] = plots.training_curves(curves)
-  return result.save(e, outcome, figures)
+  return result.save(e, outcome, figures.items())
 
 
 def parameter_count(e: Experiment) -> int:

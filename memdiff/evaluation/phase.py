@@ -1,7 +1,7 @@
 """The evaluation of an experiment on features: methods scored, features judged, pictures."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ from memdiff.runtime.progress import release_memory
 from memdiff.runtime.workdir import write_arrays
 
 if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
   from memdiff.evaluation.plots import FeaturePlane
 
 JOINT = "joint"  # joint:<generator>+<loss>
@@ -153,18 +155,24 @@ def _known_scores(recommendation: Mapping | None) -> dict[str, float]:
   return {method: entry["score"] for method, entry in known.items()}
 
 
-def compare(e: Experiment, scored: Scored, recommendation: Mapping | None) -> dict:
-  """What hallucination adds to the real-only control, and how much the oracle would; paired.
+def compared_methods(e: Experiment, recommendation: Mapping | None) -> tuple[str, str]:
+  """(the method that stands for memdiff, the real-only control that it is held against).
 
-  Which of the losses stands for memdiff, and which control it is held against, is chosen by
-  cross-validation, never by the test set. Every row gets its share of the gap, if there is a gap
-  that seeds and test examples can tell from none.
+  Their losses are chosen by cross-validation, never by the test set.
   """
   scores = _known_scores(recommendation)
   name = "memdiff" if "memdiff" in e.config.generators.names else e.config.generators.names[0]
   method = best_of([f"{name}+{loss}" for loss in e.config.head.losses], scores)
   controls = [m for m in scores if m.split("+")[0] in (REAL, OWN)]
-  control = best_of(controls or [f"{REAL}+{loss}" for loss in e.config.head.losses], scores)
+  return method, best_of(controls or [f"{REAL}+{loss}" for loss in e.config.head.losses], scores)
+
+
+def compare(scored: Scored, method: str, control: str) -> dict:
+  """What hallucination adds to the real-only control, and how much the oracle would; paired.
+
+  Every row gets its share of the gap, if there is a gap that seeds and test examples can tell from
+  none.
+  """
   outcome = {
     "method": method,
     "control": control,
@@ -266,6 +274,13 @@ def of_strength(synthetic: Mapping[str, np.ndarray], choice: Choice) -> dict[str
   }
 
 
+def _synthetic(
+  e: Experiment, choices: Mapping[str, Choice], name: str, loss: str
+) -> dict[str, np.ndarray]:
+  """`of_strength` of the strength that was chosen for a generator and a loss."""
+  return of_strength(experiment.load_synthetic(e, name), choices[f"{name}+{loss}"])
+
+
 def judge(e: Experiment, space: Space, made: Mapping[str, Mapping[str, np.ndarray]]) -> dict:
   """Quality of every generator's features against unseen real ones."""
   data, exemplars = e.dataset, mesh_lib.fetch(space.runs.exemplars.features)
@@ -326,8 +341,8 @@ def draw(
   shown: Mapping,
   features: Mapping[str, tuple[np.ndarray, np.ndarray]],
   plane: "Future[FeaturePlane]",
-):
-  """The report's figures by name.
+) -> Iterator[tuple[str, "Figure"]]:
+  """The report's figures and their names; the one that takes longest to compute is the last.
 
   Args:
     e: the experiment.
@@ -342,28 +357,28 @@ def draw(
   data = e.dataset
   made = np.bincount(shown["labels"], minlength=data.num_classes)
   named = [comparison[key] for key in ("control", "method", "reference") if comparison[key]]
-  figures = {
-    "long_tail_profile": plots.long_tail_profile(
-      data.class_names, data.train_counts, made, result.group_of_class(e)
-    ),
-    "per_class_accuracy": result.accuracy_by_class(e, scored.rows, named),
-    "confidence_histogram": plots.confidence_histogram(
-      shown["confidence"][0], shown["labels"], data.class_names
-    ),
-    "training_curves": plots.training_curves(result.training_curves(e, stages(e))),
-  }
+  yield (
+    "long_tail_profile",
+    plots.long_tail_profile(data.class_names, data.train_counts, made, result.group_of_class(e)),
+  )
+  yield "per_class_accuracy", result.accuracy_by_class(e, scored.rows, named)
+  confidence = shown["confidence"][0]
+  yield (
+    "confidence_histogram",
+    plots.confidence_histogram(confidence, shown["labels"], data.class_names),
+  )
+  yield "training_curves", plots.training_curves(result.training_curves(e, stages(e)))
   if comparison["gap_closed"]:
-    figures["gap_closed"] = plots.gap_closed(
-      [
-        (row["method"], row["gap_closed"]["mean"], row["gap_closed"]["interval"])
-        for row in scored.rows
-        if row["method"].split("+")[0] not in REFERENCES
-      ]
-    )
+    gaps = [
+      (row["method"], row["gap_closed"]["mean"], row["gap_closed"]["interval"])
+      for row in scored.rows
+      if row["method"].split("+")[0] not in REFERENCES
+    ]
+    yield "gap_closed", plots.gap_closed(gaps)
   if len(data.left_out_labels):
     near = quality.nearness(*features["synthetic"], *features["left out"])
-    figures["confidence_reliability"] = plots.reliability(shown["confidence"][0], near)
-  return figures | {"feature_map": plots.feature_map(plane.result(), data.class_names)}
+    yield "confidence_reliability", plots.reliability(confidence, near)
+  yield "feature_map", plots.feature_map(plane.result(), data.class_names)
 
 
 def place_on_map(
@@ -419,19 +434,17 @@ def export_embeddings(e: Experiment, generator: str, made: Mapping[str, np.ndarr
 def evaluate(e: Experiment) -> dict:
   """Scores, measures, draws."""
   space, (choices, recommendation) = experiment.load_space(e), experiment.load_selection(e)
-  e.run.progress.say("scoring the methods on the test set")
-  scored = classify(e, space, choices)
-  release_memory()
-  comparison = compare(e, scored, recommendation)
-  generator, _, loss = comparison["method"].partition("+")
-  made = {
-    name: of_strength(experiment.load_synthetic(e, name), choices[f"{name}+{loss}"])
-    for name in e.config.generators.names
-  }
-  shown = made[generator]
+  method, control = compared_methods(e, recommendation)
+  generator, _, loss = method.partition("+")
+  shown = _synthetic(e, choices, generator, loss)
   features = features_of_first_seed(e, space, shown)
   with ThreadPoolExecutor(1) as pool:
     plane = pool.submit(place_on_map, e, features)  # beside all that follows
+    e.run.progress.say("scoring the methods on the test set")
+    scored = classify(e, space, choices)
+    release_memory()
+    comparison = compare(scored, method, control)
+    made = {name: _synthetic(e, choices, name, loss) for name in e.config.generators.names}
     judged = judge(e, space, made)
     del made  # the features of all generators: much memory
     chosen = recommendation["method"] if recommendation else comparison["method"]
@@ -440,8 +453,7 @@ def evaluate(e: Experiment) -> dict:
       # The recommended generator's; where that is none, those of the one that was compared.
       known = chosen.split("+")[0] in e.config.generators.names
       name, _, loss = (chosen if known else comparison["method"]).partition("+")
-      choice = choices[f"{name}+{loss}"]
-      export_embeddings(e, name, of_strength(experiment.load_synthetic(e, name), choice))
+      export_embeddings(e, name, _synthetic(e, choices, name, loss))
     if recommendation:
       recommendation = recommendation | {"agreement": agreement(scored, recommendation)}
     first = headline(e, scored, plain_training(e, space), comparison, recommendation)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,8 +94,8 @@ def accuracy_by_class(e: Experiment, rows: list[dict], methods: Sequence[str]) -
   return plots.per_class_accuracy(e.dataset.class_names, e.dataset.train_counts, chosen)
 
 
-def save(e: Experiment, result: Mapping[str, Any], figures: Mapping[str, "Figure"]) -> dict:
-  """Writes result.json, the figures, and what TensorBoard shows first.
+def save(e: Experiment, result: Mapping[str, Any], figures: Iterable[tuple[str, "Figure"]]) -> dict:
+  """Writes result.json, the figures by name, and what TensorBoard shows first.
 
   Returns:
     The top-1 score of every method, for the manifest.
@@ -103,7 +103,7 @@ def save(e: Experiment, result: Mapping[str, Any], figures: Mapping[str, "Figure
   from memdiff.evaluation import plots  # matplotlib takes a second
 
   folder = e.workdir.folder("evaluation")
-  pictures = {name: plots.to_png(figure, dpi=150) for name, figure in figures.items()}
+  pictures = {name: plots.to_png(figure, dpi=150) for name, figure in figures}
   for name, picture in pictures.items():
     write_atomically(folder / f"{name}.png", picture)
   summaries.write(e, result, pictures)

@@ -11,10 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 from jax.sharding import Mesh
 
+_python_is_free = threading.Event()
+
+
+def python_is_free() -> None:
+  """Says that this thread now waits for XLA, so that another may trace its programs."""
+  _python_is_free.set()
+
 
 @contextlib.contextmanager
 def compiling_ahead(tasks: Sequence[Callable[[], None]], mesh: Mesh) -> Iterator[None]:
   """Runs the tasks in a thread, one after the other, while the context is open.
+
+  They begin once the first program of the main thread is traced: two threads that trace take
+  turns, since Python has one lock, and the first program would come late.
 
   What fails is left to the phase that the programs are for, which meets it again and tells. Several
   devices or processes compile nothing ahead: their programs must be launched in one order.
@@ -22,6 +32,7 @@ def compiling_ahead(tasks: Sequence[Callable[[], None]], mesh: Mesh) -> Iterator
   stopped = threading.Event()
 
   def work():
+    _python_is_free.wait()
     for task in tasks:
       if stopped.is_set():
         return
@@ -31,10 +42,12 @@ def compiling_ahead(tasks: Sequence[Callable[[], None]], mesh: Mesh) -> Iterator
   if not tasks or mesh.size > 1 or jax.process_count() > 1:
     yield
     return
+  _python_is_free.clear()
   thread = threading.Thread(target=work, name="compiling ahead")
   thread.start()
   try:
     yield
   finally:
     stopped.set()
+    python_is_free()
     thread.join()

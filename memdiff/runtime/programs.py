@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from memdiff.runtime import ahead, guard
 from memdiff.runtime import checkpoint as checkpoint_lib
-from memdiff.runtime import guard
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.stage import Run, Stage
 
@@ -137,7 +137,9 @@ class Dispatch:
     with self._lock:
       if key not in self._executables:
         with announced:
-          self._executables[key] = self.lower(*arguments, at_most=at_most).compile()
+          lowered = self.lower(*arguments, at_most=at_most)
+          ahead.python_is_free()
+          self._executables[key] = lowered.compile()
       return self._executables[key]
 
 

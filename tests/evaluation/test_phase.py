@@ -74,8 +74,12 @@ def recommended(method="real+csl", **scores):
 # --- what is compared ------------------------------------------------------------------------
 
 
+def compare(e, made, recommendation):
+  return phase.compare(made, *phase.compared_methods(e, recommendation))
+
+
 def test_memdiff_is_held_against_the_control_seed_by_seed():
-  found = phase.compare(experiment(), scored(), recommended())
+  found = compare(experiment(), scored(), recommended())
   assert [found[key] for key in ("method", "control", "reference")] == [
     "memdiff+csl", "real+csl", "oracle+csl"
   ]  # fmt: skip
@@ -91,7 +95,7 @@ def test_cross_validation_and_not_the_test_set_chooses_the_losses():
   advice = recommended(**{
     "memdiff+cross_entropy": 0.99, "real+cross_entropy": 0.98, "duplicate+csl": 1.0
   })  # fmt: skip
-  found = phase.compare(experiment(), scored(), advice)
+  found = compare(experiment(), scored(), advice)
   assert found["method"] == "memdiff+cross_entropy"
   assert found["control"] == "real+cross_entropy"
   assert found["reference"] == "oracle+cross_entropy"
@@ -99,22 +103,22 @@ def test_cross_validation_and_not_the_test_set_chooses_the_losses():
 
 
 def test_the_encoders_own_head_is_a_control_if_it_was_judged():
-  found = phase.compare(experiment(), scored(), recommended(own_head=0.97))
+  found = compare(experiment(), scored(), recommended(own_head=0.97))
   assert found["control"] == "own_head"
   assert found["gain"]["mean"] == pytest.approx(np.mean([0.25, 0.22]))
   adjusted = {"own_head+logit_adjustment": 0.97}
   made = scored(**{"own_head+logit_adjustment": [0.7, 0.7]})
-  found = phase.compare(experiment(), made, recommended(**adjusted))
+  found = compare(experiment(), made, recommended(**adjusted))
   assert found["control"] == "own_head+logit_adjustment"
 
 
 def test_without_cross_validation_the_first_loss_stands_for_all():
-  found = phase.compare(experiment(), scored(), None)
+  found = compare(experiment(), scored(), None)
   assert (found["method"], found["control"]) == ("memdiff+cross_entropy", "real+cross_entropy")
 
 
 def test_another_generator_stands_in_if_memdiff_was_not_run():
-  found = phase.compare(experiment(("duplicate",)), scored(), recommended())
+  found = compare(experiment(("duplicate",)), scored(), recommended())
   assert found["method"] == "duplicate+cross_entropy"
 
 
@@ -123,7 +127,7 @@ STEADY = {"real+csl": [0.70, 0.72], "memdiff+csl": [0.75, 0.78], "oracle+csl": [
 
 def test_every_row_gets_its_share_of_the_gap_if_there_is_one_for_certain():
   made = scored(**STEADY)
-  found = phase.compare(experiment(), made, recommended())
+  found = compare(experiment(), made, recommended())
   assert found["headroom"]["interval"][0] > 0
   shares = {row["method"]: row["gap_closed"] for row in made.rows}
   assert set(shares) == set(RATES)
@@ -147,7 +151,7 @@ def test_every_row_gets_its_share_of_the_gap_if_there_is_one_for_certain():
 )
 def test_if_the_room_may_be_chance_no_gap_is_closed(oracle, counts):
   made = scored(counts, **{"oracle+csl": oracle})
-  found = phase.compare(experiment(), made, recommended())
+  found = compare(experiment(), made, recommended())
   assert found["gap_closed"] is None
   assert found["headroom"]["mean"] == pytest.approx(np.mean(oracle) - 0.72, abs=0.03)
   assert not any("gap_closed" in row for row in made.rows)
@@ -155,7 +159,7 @@ def test_if_the_room_may_be_chance_no_gap_is_closed(oracle, counts):
 
 def test_without_an_oracle_only_the_gain_is_known():
   made = scored(**{"oracle+csl": None, "oracle+cross_entropy": None})
-  found = phase.compare(experiment(), made, recommended())
+  found = compare(experiment(), made, recommended())
   assert found["reference"] is found["headroom"] is found["gap_closed"] is None
   assert found["gain"]["mean"] == pytest.approx(0.035)
   first = phase.headline(experiment(), made, "own_head", found, recommended())
@@ -195,7 +199,7 @@ def test_on_an_imbalanced_test_set_every_number_is_one_of_the_criterion(criterio
   assert (gain > 0) == (criterion == "balanced_accuracy")  # that is what the data are made for
   advice = recommended(method, **{method: 0.99}) | {"best": method, "control": control}
 
-  found = phase.compare(experiment(), made, advice)
+  found = compare(experiment(), made, advice)
   assert (found["method"], found["control"]) == (method, control)
   assert found["gain"]["mean"] == pytest.approx(gain)
   room = by_hand(criterion, "oracle+cross_entropy") - by_hand(criterion, control)
@@ -228,7 +232,7 @@ def test_on_an_imbalanced_test_set_every_number_is_one_of_the_criterion(criterio
 
 def test_macro_f1_decides_if_it_is_asked_for():
   made = scored((COMMON, RARE), "macro_f1", (200, 5), **IMBALANCED)
-  found = phase.compare(experiment(), made, recommended())
+  found = compare(experiment(), made, recommended())
   ours, theirs = (
     criteria.score(made.predictions[m], made.labels, "macro_f1", 2).mean()
     for m in ("memdiff+csl", "real+csl")
@@ -242,7 +246,7 @@ def test_macro_f1_decides_if_it_is_asked_for():
 
 def first_words(made=None, advice=None, plain="own_head", **changes):
   made = made or scored(**changes)
-  comparison = phase.compare(experiment(), made, advice)
+  comparison = compare(experiment(), made, advice)
   return phase.headline(experiment(), made, plain, comparison, advice)
 
 
@@ -296,7 +300,7 @@ def test_without_cross_validation_nothing_is_expected_or_recommended():
 
 def test_rows_that_are_spoken_of_are_shown():
   made, advice = scored(), recommended(**{"duplicate+csl": 0.99})
-  comparison = phase.compare(experiment(), made, advice)
+  comparison = compare(experiment(), made, advice)
   phase.mark_shown(
     made, phase.headline(experiment(), made, "own_head", comparison, advice), comparison
   )
