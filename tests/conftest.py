@@ -1,5 +1,6 @@
 """One CPU device, strict promotion of ranks, quick compiling, and repeatable hypothesis."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -20,6 +21,7 @@ import pytest  # noqa: E402
 
 from memdiff.runtime import mesh as mesh_lib  # noqa: E402
 
+gc.set_threshold(20_000, 20, 50)  # as in main.py
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # tests compile much, compute little
 jax.config.update("jax_compilation_cache_dir", str(_CACHE / f"jax-{jax.__version__}"))
