@@ -37,6 +37,7 @@ def get_config(variant: str = "default") -> ConfigDict:
 
   def smoke():
     config.seeds = (0, 1)
+    config.classifier.references = ()
     config.classifier.num_epochs = 5.7  # 30 steps
     config.diffusion.num_steps = 40
     config.diffusion.denoiser.width = 32

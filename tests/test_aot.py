@@ -24,7 +24,6 @@ def child() -> None:
   config = digits_lt.get_config("smoke")
   config.seeds = (0,)
   config.classifier.loss = "semantic_scale"  # it keeps a bank while it trains
-  config.classifier.references = ()
   config.classifier.batch_size = config.diffusion.batch_size = BATCH  # fewer rows than the bank has
   config.hallucination.chunk_size = config.head.training.batch_size = BATCH
   settings, data = aot.load(config.to_dict())

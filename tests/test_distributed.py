@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PATIENCE = 12  # seconds until a silent process is given up
 # Every phase once, and little to compile: only process 0 may write to the cache of programs.
 SMALL = (
-  "--config.classifier.references=()", "--config.classifier.num_epochs=3.8",  # 20 steps
+  "--config.classifier.num_epochs=3.8",  # 20 steps
   "--config.generators.names=('memdiff',)", "--config.diffusion.num_steps=20",
   "--config.head.losses=('csl',)", "--config.head.training.num_steps=10",
   "--config.selection.folds=0",

@@ -105,7 +105,7 @@ def settings_of(**changes):
   flat = {
     "classifier.optimizer.warmup": 0.0,
     "selection.folds": 0, "selection.encoder": "frozen", "generators.names": ("kernel_jitter",),
-    "head.losses": ("cross_entropy",), "classifier.references": (), "head.training.num_steps": 10,
+    "head.losses": ("cross_entropy",), "head.training.num_steps": 10,
     "joint.generators": ("real", "kernel_jitter"), "joint.loss": "csl",
     "classifier.batch_size": 32, "classifier.num_epochs": 2.85,
   }  # fmt: skip

@@ -24,7 +24,6 @@ def settings_and_data():
   from memdiff.feature_experiment import MemdiffConfig
 
   config = digits_lt.get_config("smoke")
-  config.classifier.references = ()
   config.classifier.batch_size = config.diffusion.batch_size = BATCH
   config.head.training.batch_size = config.hallucination.chunk_size = BATCH
   # Adam divides gradients near zero by their own size, and so shows in what order they were added.

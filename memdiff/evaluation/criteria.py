@@ -210,36 +210,42 @@ def over_seeds_and_examples(
   }
 
 
-def share_of_room(
-  ours: np.ndarray,
+def shares_of_room(
+  ours: Sequence[np.ndarray],
   control: np.ndarray,
   reference: np.ndarray,
   labels: np.ndarray,
   criterion: str,
   num_classes: int,
-) -> dict[str, Any]:
-  """The share of the way from control to reference: a ratio of means, with a bootstrap interval.
+) -> list[dict[str, Any]]:
+  """Each one's share of the way from control to reference: ratios of means, with intervals.
 
-  The bootstrap draws seeds, and test examples within their classes, and is paired: the three
-  classifiers meet the same ones. It is meant for a room that is clearly above zero.
+  The bootstrap draws seeds, and test examples within their classes, and is paired: all classifiers
+  meet the same ones. It is meant for a room that is clearly above zero.
 
   Args:
-    ours, control, reference: [S, T] int predictions.
+    ours: [S, T] int predictions of each of the classifiers.
+    control, reference: [S, T] int predictions.
     labels: [T] int.
     criterion, num_classes: of `score`.
 
   Returns:
-    {"mean", "interval"}: of 95 %.
+    {"mean", "interval"} of each; the interval is one of 95 %.
   """
-  scores = [score(p, labels, criterion, num_classes) for p in (ours, control, reference)]
-  parts = [contributions(p, labels, criterion, num_classes) for p in (ours, control, reference)]
-  differences = np.stack([parts[0] - parts[1], parts[2] - parts[1]])  # [2, S, T]
-  exact = np.array([(scores[0] - scores[1]).mean(), (scores[2] - scores[1]).mean()])
+  predictions = np.stack([*ours, reference])
+  scores = [score(p, labels, criterion, num_classes).mean() for p in (*predictions, control)]
+  exact = np.array(scores[:-1]) - scores[-1]
+  parts = contributions(predictions, labels, criterion, num_classes)
+  differences = parts - contributions(control, labels, criterion, num_classes)
   drawn = _bootstrap_means(differences, labels) - differences.sum(axis=2).mean(axis=1)
-  gain, room = (exact + drawn).T
-  ratios = gain / room
+  gains = exact + drawn
+  ratios = gains[:, :-1] / gains[:, -1:]
   tails = 100 * np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-  return {"mean": float(exact[0] / exact[1]), "interval": np.percentile(ratios, tails).tolist()}
+  intervals = np.percentile(ratios, tails, axis=0).T
+  return [
+    {"mean": float(gain / exact[-1]), "interval": interval.tolist()}
+    for gain, interval in zip(exact[:-1], intervals, strict=True)
+  ]
 
 
 def _bootstrap_means(differences: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -251,7 +257,7 @@ def _bootstrap_means(differences: np.ndarray, labels: np.ndarray) -> np.ndarray:
     own = differences[:, :, labels == label]
     size = own.shape[2]
     times = generator.multinomial(size, np.full(size, 1 / size), _DRAWS)
-    total += np.einsum("bt,kst->bks", times, own, optimize=True)
+    total += np.tensordot(times, own, axes=(1, 2))
   return np.einsum("bs,bks->bk", seeds, total)
 
 

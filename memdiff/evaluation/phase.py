@@ -69,8 +69,17 @@ class Scored:
       self._num_classes, classes,
     )  # fmt: skip
 
-  def share_of_room(self, method: str, control: str, reference: str) -> dict:
-    return self._measure(criteria.share_of_room, method, control, reference)
+  def shares_of_room(self, control: str, reference: str) -> dict[str, dict]:
+    """Of every method: its share of the way from the control to the reference."""
+    shares = criteria.shares_of_room(
+      list(self.predictions.values()),
+      self.predictions[control],
+      self.predictions[reference],
+      self.labels,
+      self.criterion,
+      self._num_classes,
+    )
+    return dict(zip(self.predictions, shares, strict=True))
 
   def _measure(self, function, *methods: str):
     predictions = [self.predictions[method] for method in methods]
@@ -185,9 +194,10 @@ def compare(scored: Scored, method: str, control: str) -> dict:
   if reference in scored.predictions:
     outcome |= {"reference": reference, "headroom": scored.gain(reference, control)}
     if outcome["headroom"]["interval"][0] > 0:
+      shares = scored.shares_of_room(control, reference)
       for row in scored.rows:
-        row["gap_closed"] = scored.share_of_room(row["method"], control, reference)
-      outcome["gap_closed"] = scored.share_of_room(method, control, reference)
+        row["gap_closed"] = shares[row["method"]]
+      outcome["gap_closed"] = shares[method]
   return outcome
 
 

@@ -332,7 +332,8 @@ def with_hits(number, size=400, classes=4):
 
 
 def shared(ours, control, reference, labels, criterion="balanced_accuracy"):
-  return criteria.share_of_room(ours, control, reference, labels, criterion, 4)
+  (found,) = criteria.shares_of_room([ours], control, reference, labels, criterion, 4)
+  return found
 
 
 def test_the_share_is_a_ratio_of_means_and_no_mean_of_ratios():
@@ -344,6 +345,17 @@ def test_the_share_is_a_ratio_of_means_and_no_mean_of_ratios():
   assert np.mean([10 / 20, 10 / 20, -6 / 1]) == pytest.approx(-5 / 3)
   assert found["mean"] == pytest.approx(14 / 41)
   assert abs(found["mean"]) < 1 and found["interval"][0] <= 14 / 41 <= found["interval"][1]
+
+
+def test_every_classifier_has_the_share_that_it_has_alone():
+  (control, labels), (reference, _) = with_hits([40, 45]), with_hits([80, 70])
+  ours = [with_hits(hits)[0] for hits in ([50, 60], [30, 45])]
+  found = criteria.shares_of_room(ours, control, reference, labels, "balanced_accuracy", 4)
+  for share, predictions in zip(found, ours, strict=True):
+    alone = shared(predictions, control, reference, labels)
+    assert share["mean"] == pytest.approx(alone["mean"])
+    assert share["interval"] == pytest.approx(alone["interval"])
+  assert found[0]["mean"] > 0 > found[1]["mean"]
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
