@@ -123,12 +123,12 @@ def _place(sharding: NamedSharding, array: np.ndarray, shape: tuple[int, ...]) -
 def replicate(mesh: Mesh, tree: Any) -> Any:
   """Places host arrays, which every process holds alike, on every device of the mesh.
 
-  Arrays that are there already stay.
+  Arrays that are there already stay, under the one sharding that programs are compiled for.
   """
 
   def place(x):
     if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(replicated(mesh), x.ndim):
-      return x
+      return jax.device_put(x, replicated(mesh))
     x = np.asarray(x)
     return _place(replicated(mesh), x, x.shape)
 

@@ -111,9 +111,12 @@ def test_large_parameters_their_average_and_their_moments_are_split(found):
   assert small and all(own == whole for whole, own in small)
 
 
-def test_what_is_on_every_device_is_not_placed_again(mesh):
-  placed = mesh_lib.replicate(mesh, {"a": np.arange(3.0)})
-  assert mesh_lib.replicate(mesh, placed)["a"] is placed["a"]
+@pytest.mark.parametrize("make", [np.arange, jnp.arange], ids=["host", "device"])
+def test_whatever_is_placed_has_one_sharding_and_is_not_placed_again(mesh, make):
+  placed = mesh_lib.replicate(mesh, {"a": make(3)})["a"]
+  assert placed.sharding == mesh_lib.replicated(mesh)  # or programs would be compiled again
+  again = mesh_lib.replicate(mesh, placed)
+  assert again.unsafe_buffer_pointer() == placed.unsafe_buffer_pointer()
 
 
 def test_the_largest_axis_that_divides_is_split(mesh):
