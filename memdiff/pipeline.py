@@ -113,6 +113,7 @@ def prepare(config: Mapping[str, Any]) -> tuple[Kind, Any, LongTailLabels]:
   Raises:
     MemdiffError: with a sentence for the user.
   """
+  environment.check_switches()
   kind = kind_of(config)
   settings = config_lib.build(kind.settings, config)
   data = kind.load(settings.dataset)

@@ -1,4 +1,4 @@
-"""What a run ran on: versions and hardware, for manifests and reports."""
+"""What a run runs on: JAX's switches are checked; versions and hardware go into reports."""
 
 import importlib.metadata
 import os
@@ -8,6 +8,28 @@ from typing import Any
 import jax
 
 import memdiff
+from memdiff.errors import ConfigError
+
+# Switches of JAX, and how they are set if a run is to work.
+_SWITCHES = {
+  "jax_enable_x64": False,
+  "jax_disable_jit": False,
+  "jax_numpy_dtype_promotion": "standard",
+}
+
+
+def check_switches() -> None:
+  """Notices what users may have in their environment and have forgotten.
+
+  Raises:
+    ConfigError: if JAX is switched to something with which no run works.
+  """
+  for name, needed in _SWITCHES.items():
+    value = getattr(jax.config, name)
+    if value != needed:
+      raise ConfigError(
+        f"{name.upper()} is {value}, but memdiff needs {needed}; unset it in the environment."
+      )
 
 
 def versions() -> dict[str, str]:
