@@ -194,10 +194,15 @@ def _run_phases(e: Experiment, phases: tuple[Phase, ...]) -> dict:
     if e.workdir.manifest(phase.name) is not None:
       e.workdir.begin(phase.name, phase_config(e, phases, phase))
   unfinished = [p for p in phases if not (e.workdir.manifest(p.name) or {}).get("finished")]
-  # What the next phase needs is compiled by that phase.
-  tasks = [functools.partial(p.compile_ahead, e) for p in unfinished[1:] if p.compile_ahead]
+  begun: set[str] = set()
+
+  def compile_ahead(phase: Phase) -> None:
+    if phase.name not in begun:  # else it compiles its programs itself
+      phase.compile_ahead(e)
+
+  tasks = [functools.partial(compile_ahead, p) for p in unfinished[1:] if p.compile_ahead]
   with ahead.compiling_ahead(tasks, e.mesh):
-    _work(e, phases, clock)
+    _work(e, phases, clock, begun)
   manifests = {phase.name: e.workdir.manifest(phase.name) for phase in phases}
   written = result.write_report(e, manifests)
   if distributed.is_main():
@@ -207,10 +212,11 @@ def _run_phases(e: Experiment, phases: tuple[Phase, ...]) -> dict:
   return written
 
 
-def _work(e: Experiment, phases: tuple[Phase, ...], clock: CompileClock) -> None:
-  """Goes through the phases, from the first that is not finished."""
+def _work(e: Experiment, phases: tuple[Phase, ...], clock: CompileClock, begun: set[str]) -> None:
+  """Goes through the phases, from the first that is not finished; adds their names to `begun`."""
   progress = e.run.progress
   for number, phase in enumerate(phases, 1):
+    begun.add(phase.name)
     progress.phase(number, phase.name)
     e.run.preemption.check(f"before the phase {phase.name}")
     if e.workdir.begin(phase.name, phase_config(e, phases, phase)):

@@ -448,6 +448,7 @@ def evaluate(e: Experiment) -> dict:
   generator, _, loss = method.partition("+")
   shown = _synthetic(e, choices, generator, loss)
   features = features_of_first_seed(e, space, shown)
+  del shown["features"]  # of all seeds: much memory
   with ThreadPoolExecutor(1) as pool:
     plane = pool.submit(place_on_map, e, features)  # beside all that follows
     e.run.progress.say("scoring the methods on the test set")

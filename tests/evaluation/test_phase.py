@@ -413,7 +413,7 @@ def test_the_map_and_the_projector_show_the_first_seeds_features(monkeypatch):
   e.dataset, e.run = SimpleNamespace(num_classes=2), SimpleNamespace(
     progress=SimpleNamespace(say=lambda text: None)
   )  # fmt: skip
-  space, arrays = SimpleNamespace(own_logits={}), {"labels": np.array([0, 1]), "mark": 7}
+  space, arrays = SimpleNamespace(own_logits={}), {"labels": np.array([0, 1]), "features": 7}
   replaced = {
     phase.experiment: {
       "load_space": lambda e: space,
@@ -426,7 +426,7 @@ def test_the_map_and_the_projector_show_the_first_seeds_features(monkeypatch):
       "judge": lambda *_: {"memdiff": {}},
       "save_recommended_head": lambda *_: None,
       "seconds": lambda e: {},
-      "features_of_first_seed": lambda e, space, shown: {"synthetic": shown},
+      "features_of_first_seed": lambda e, space, shown: {"synthetic": dict(shown)},
       "place_on_map": lambda e, features: features,
       "draw": lambda *arguments: {"drawn": arguments[-2], "mapped": arguments[-1].result()},
     },

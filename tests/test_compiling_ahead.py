@@ -1,0 +1,47 @@
+"""Which phases' programs are compiled ahead: those of phases that have not begun."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from memdiff import pipeline
+from memdiff.experiment import Phase
+from memdiff.runtime import ahead
+
+
+@pytest.fixture
+def experiment(mesh, monkeypatch):
+  """One of which no phase was begun, and whose report is left out."""
+  monkeypatch.setattr(pipeline, "phase_config", lambda *_: {})
+  monkeypatch.setattr(pipeline.result, "write_report", lambda *_: {})
+  monkeypatch.setattr(pipeline.report, "text_table", lambda _: "")
+  return SimpleNamespace(
+    mesh=mesh,
+    workdir=SimpleNamespace(
+      manifest=lambda _: None,
+      begin=lambda *_: False, finish=lambda *_: None,
+    ),
+    run=SimpleNamespace(
+      progress=SimpleNamespace(phase=lambda *_: None, say=lambda _: None),
+      preemption=SimpleNamespace(check=lambda _: None),
+    ),
+  )  # fmt: skip
+
+
+def test_a_phase_that_has_begun_compiles_its_programs_itself(experiment, tmp_path):
+  """The first phase compiles nothing, so that the second has begun when compiling ahead begins."""
+  experiment.workdir.path, compiled = tmp_path, []
+
+  def train(_):
+    ahead.python_is_free()
+    deadline = time.monotonic() + 60
+    while not compiled and time.monotonic() < deadline:
+      time.sleep(0.01)
+
+  def phase(name, work):
+    return Phase(name, name, work, (), compile_ahead=lambda _: compiled.append(name))
+
+  phases = phase("bank", lambda _: {}), phase("train", train), phase("select", lambda _: {})
+  pipeline._run_phases(experiment, phases)
+  assert compiled == ["select"]
