@@ -109,7 +109,7 @@ def main(_) -> None:
 
     if not _DEBUG.value:
       checkpoint.keep_quiet()
-    # What was imported stays, and every phase ends with a collection of its own.
+    # What was imported stays, and garbage is collected between phases anyway.
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
     pipeline.run(

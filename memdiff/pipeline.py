@@ -200,7 +200,7 @@ def _run_phases(e: Experiment, phases: tuple[Phase, ...]) -> dict:
     if phase.name not in begun:  # else it compiles its programs itself
       phase.compile_ahead(e)
 
-  tasks = [functools.partial(compile_ahead, p) for p in unfinished[1:] if p.compile_ahead]
+  tasks = [functools.partial(compile_ahead, p) for p in unfinished if p.compile_ahead]
   with ahead.compiling_ahead(tasks, e.mesh):
     _work(e, phases, clock, begun)
   manifests = {phase.name: e.workdir.manifest(phase.name) for phase in phases}

@@ -22,7 +22,7 @@ FLAGS = os.environ.get("XLA_FLAGS", "")  # of conftest.py
 def environment_of_children(devices: int = 1) -> dict[str, str]:
   """Of processes with so many CPU devices that compile nothing twice.
 
-  On one device a whole run compiles for as long as it computes; for several, far longer.
+  Programs for several devices are not optimised: that takes longer than it saves.
   """
   changed = {
     "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}",

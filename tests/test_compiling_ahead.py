@@ -11,7 +11,7 @@ from memdiff.runtime import ahead
 
 
 @pytest.fixture
-def experiment(mesh, monkeypatch):
+def experiment(mesh, tmp_path, monkeypatch):
   """One of which no phase was begun, and whose report is left out."""
   monkeypatch.setattr(pipeline, "phase_config", lambda *_: {})
   monkeypatch.setattr(pipeline.result, "write_report", lambda *_: {})
@@ -19,19 +19,18 @@ def experiment(mesh, monkeypatch):
   return SimpleNamespace(
     mesh=mesh,
     workdir=SimpleNamespace(
-      manifest=lambda _: None,
-      begin=lambda *_: False, finish=lambda *_: None,
+      path=tmp_path, manifest=lambda _: None, begin=lambda *_: False, finish=lambda *_: None
     ),
     run=SimpleNamespace(
       progress=SimpleNamespace(phase=lambda *_: None, say=lambda _: None),
       preemption=SimpleNamespace(check=lambda _: None),
     ),
-  )  # fmt: skip
+  )
 
 
-def test_a_phase_that_has_begun_compiles_its_programs_itself(experiment, tmp_path):
+def test_a_phase_that_has_begun_compiles_its_programs_itself(experiment):
   """The first phase compiles nothing, so that the second has begun when compiling ahead begins."""
-  experiment.workdir.path, compiled = tmp_path, []
+  compiled = []
 
   def train(_):
     ahead.python_is_free()
