@@ -8,6 +8,8 @@ Variants (default: foreign):
              grid and stage 3 averaged, 192 numbers
   memorised  LDMLR's ResNet-32, trained on this very split until it knew its images by heart; needs
              --config.dataset.list_path=FILE:CIFAR100_LT001, the indices of that split
+  ldmlr      foreign with LDMLR's two rows beside memdiff, three seeds, at a tenth of their training
+             steps; for a GPU, since their U-Net takes days on two cores
 """
 
 from ml_collections import ConfigDict
@@ -52,5 +54,11 @@ def get_config(variant: str = "default") -> ConfigDict:
     # well, so that folds say little here.
     config.head.training.start = "zeros"
 
-  base.choose(variant, {"foreign": foreign, "memorised": memorised})
+  def ldmlr():
+    foreign()
+    config.seeds = (0, 1, 2)  # as many as folds, so that both train by one program
+    config.generators.names = ("memdiff", "ldmlr", "ldmlr_published")
+    config.generators.ldmlr_share = 0.1
+
+  base.choose(variant, {"foreign": foreign, "memorised": memorised, "ldmlr": ldmlr})
   return config

@@ -394,29 +394,23 @@ def make_folds(e: Experiment) -> Folds:
     features = arrays["train"][:1]
     if "kernel" in arrays:
       head = {n: np.repeat(arrays[n][:1], config.num_runs, axis=0) for n in ("kernel", "bias")}
-  features = np.broadcast_to(features, (config.num_runs, *features.shape[1:]))
-
-  def take(rows):
-    """[R, n, D] of rows [R, n]; zeros if a row is -1."""
-    taken = np.take_along_axis(features, np.maximum(rows, 0)[:, :, None], axis=1)
-    taken[rows < 0] = 0.0
-    return taken
-
   run_labels = np.where(train >= 0, labels[np.maximum(train, 0)], num_classes)
-  run_features, held_features = take(train), take(held_out)
   bank = feature_space.fill_bank(
-    run_features, run_labels, num_classes, run.keys("memory_bank"), e.config.memory_bank, e.mesh
+    features, run_labels, num_classes, run.keys("memory_bank"), e.config.memory_bank, e.mesh, train
   )
-  runs = feature_space.make_runs(run_features, run_labels, bank, head, num_classes, e.mesh)
+  runs = feature_space.make_runs(features, run_labels, bank, head, num_classes, e.mesh, train)
   own_logits = None
   if config.encoder == "retrained" and head is not None:
+    held_features = np.stack(
+      [feature_space.take(features, held_out, run) for run in range(config.num_runs)]
+    )
     own_logits = held_features @ head["kernel"] + head["bias"][:, None]
   return Folds(
     runs=runs,
     run=run,
     counts=mesh_lib.fetch(runs.exemplars.by_class.counts),
     held_out=held_out,
-    features=feature_space.standardize(runs.standardizer, held_features, e.mesh),
+    features=feature_space.standardize(runs.standardizer, features, e.mesh, held_out),
     judged=selection.judged_examples(held_out, labels, config.criterion, num_classes),
     own_logits=own_logits,
   )

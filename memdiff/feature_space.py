@@ -119,16 +119,18 @@ def make_runs(
   head: dict[str, np.ndarray] | None,
   num_classes: int,
   mesh: Mesh,
+  rows: np.ndarray | None = None,
 ) -> FeatureRuns:
   """Standardises the features of R runs and places them on the devices.
 
   Args:
     features: [R, N, D] in the encoder's units, or [1, N, D] that all runs share.
-    labels: [R, N] int; C in rows that do not belong to a run.
+    labels: [R, N] int; C in rows that do not belong to a run. [R, n] if there are `rows`.
     bank: of the same features and units, leading with R.
     head: {"kernel" [R, D, C], "bias" [R, C]} on such features; None where there is none.
     num_classes: C.
     mesh: the device mesh.
+    rows: [R, n] of the features that each run takes, as in `take`; None: all of them.
   """
   num_runs, dim = len(labels), features.shape[-1]
   by_class = [group_by_class(row, num_classes) for row in labels]
@@ -139,16 +141,18 @@ def make_runs(
       "bias": np.zeros((num_runs, num_classes), np.float32),
     }
   inside = labels < num_classes
-  alike = len(features) == 1 and bool((labels == labels[:1]).all())
+  alike = len(features) == 1 and all(
+    x is None or bool((x == x[:1]).all()) for x in (labels, rows)
+  )
   fitted = [
-    fit_standardizer(features[run % len(features)], inside[run])
+    fit_standardizer(take(features, rows, run), inside[run])
     for run in range(1 if alike else num_runs)
   ]
   fitted = jax.tree.map(lambda *leaves: np.stack(leaves), *fitted * (num_runs if alike else 1))
   labels, by_class, head, standardizer = mesh_lib.replicate(
     mesh, (np.asarray(labels, np.int32), by_class, head, fitted)
   )
-  moved = standardize(standardizer, features, mesh, inside)
+  moved = standardize(standardizer, features, mesh, rows, inside)
   return FeatureRuns(
     exemplars=Exemplars(moved, labels, by_class),
     bank=jax.jit(jax.vmap(lambda b, s: memory_bank.standardize(b, s.mean, s.scale)))(
@@ -160,28 +164,44 @@ def make_runs(
   )
 
 
+def take(features: np.ndarray, rows: np.ndarray | None, run: int) -> np.ndarray:
+  """What one run takes of `features` [R or 1, N, D]: all, or its `rows` [R, n]; zeros if -1."""
+  own = features[run % len(features)]
+  if rows is None:
+    return own
+  return np.where((rows[run] >= 0)[:, None], own[rows[run]], np.zeros((), own.dtype))
+
+
 def standardize(
-  standardizer: Standardizer, features: np.ndarray, mesh: Mesh, inside: np.ndarray | None = None
+  standardizer: Standardizer,
+  features: np.ndarray,
+  mesh: Mesh,
+  rows: np.ndarray | None = None,
+  inside: np.ndarray | None = None,
 ) -> jax.Array:
   """Features of R runs on the devices, each by its own standardizer. [R, n, D].
 
   Args:
     standardizer: leads with R.
-    features: [R, n, D], or [1, n, D] that all runs share, which are placed once.
+    features: [R, N, D], or [1, N, D] that all runs share, which are placed once.
     mesh: the device mesh.
-    inside: [R, n] bool; rows that are False become zeros. None: all rows are inside.
+    rows: [R, n] of the features that each run takes; None: all of them, n = N.
+    inside: [R, n] bool; what is False becomes zeros. None: all that `rows` take, which are not -1.
   """
   shared = len(features) == 1
-  features, inside = mesh_lib.replicate(mesh, (features, inside))
+  if rows is not None and inside is None:
+    inside = rows >= 0
+  features, rows, inside = mesh_lib.replicate(mesh, (features, rows, inside))
 
-  def of_run(standardizer, features, inside):
-    moved = standardizer.forward(features)
+  def of_run(standardizer, features, rows, inside):
+    moved = standardizer.forward(features if rows is None else features[rows])
     return moved if inside is None else jnp.where(inside[:, None], moved, 0.0)
 
-  program = jax.vmap(of_run, in_axes=(0, None if shared else 0, 0))
+  program = jax.vmap(of_run, in_axes=(0, None if shared else 0, 0, 0))
   # The one array takes the place of the other.
-  program = jax.jit(program, donate_argnums=() if shared else 1)
-  return program(standardizer, features[0] if shared else features, inside)
+  replaced = 1 if rows is None and not shared else ()
+  program = jax.jit(program, donate_argnums=replaced)
+  return program(standardizer, features[0] if shared else features, rows, inside)
 
 
 def standardized_head(head: dict[str, jax.Array], standardizer: Standardizer):
@@ -234,21 +254,23 @@ def fill_bank(
   keys: jax.Array,
   config: BankConfig,
   mesh: Mesh,
+  rows: np.ndarray | None = None,
 ) -> MemoryBank:
   """A bank per run, filled with its features in a random order; leading axis of runs.
 
   Args:
     features: [R, N, D], or [1, N, D] that all runs share.
-    labels: [R, N] int; rows with C or more never enter.
+    labels: [R, N] int, [R, n] if there are `rows`; features with C or more never enter.
     num_classes: C.
     keys: [R], randomness.
     config: slots and horizon.
     mesh: the device mesh.
+    rows: [R, n] of the features that each run takes, as in `take`; None: all of them.
   """
-  program = _fill_program(features.shape[1:], num_classes, config, mesh)
   labels = np.asarray(labels, np.int32)
+  program = _fill_program((labels.shape[1], features.shape[2]), num_classes, config, mesh)
   # A run at a time, since the program holds a copy of its features.
-  banks = [program(key, features[i % len(features)], labels[i]) for i, key in enumerate(keys)]
+  banks = [program(key, take(features, rows, i), labels[i]) for i, key in enumerate(keys)]
   together = jax.jit(
     lambda *banks: jax.tree.map(lambda *leaves: jnp.stack(leaves), *banks),
     out_shardings=bank_sharding(num_classes, mesh),

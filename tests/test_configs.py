@@ -46,7 +46,8 @@ RUN_ELSEWHERE = {("digits_lt", "smoke"), ("digits_lt", "classification")}
 # What they run another config runs as well, on other data or in other numbers.
 ALIKE = {
   ("cifar10_lt", "memdiff"), ("digits_lt", "full"), ("fashion_mnist_lt", "memdiff"),
-  ("isolating_cifar100_lt", "memorised"), ("isolating_cifar10_lt", "default"),
+  ("isolating_cifar100_lt", "ldmlr"), ("isolating_cifar100_lt", "memorised"),
+  ("isolating_cifar10_lt", "default"),
 }  # fmt: skip
 TO_RUN = [variant for variant in ALL if variant not in RUN_ELSEWHERE | ALIKE]
 

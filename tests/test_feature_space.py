@@ -324,6 +324,35 @@ def test_runs_of_shared_features_are_those_of_copies(mesh):
     assert (shared.standardizer.mean[0] != shared.standardizer.mean[1]).any() == (not alike)
 
 
+@pytest.mark.parametrize("number", [1, 2], ids=["shared", "own"])
+def test_runs_of_rows_are_those_of_the_features_that_the_rows_name(number, mesh):
+  """Folds whose rows differ while their labels do not, one of them padded."""
+  features = np.stack([make_features(20, run) for run in range(number)])
+  rows = np.array([[0, 5, 2, 9, 16], [3, 8, 17, 12, -1]])
+  labels = np.array([[0, 1, 2, 0, 1], [0, 1, 2, 0, CLASSES]])
+  by_hand = np.stack([features[run % number][rows[run]] for run in range(2)])
+  by_hand[1, 4] = 0.0
+  keys, head = base_keys((3, 4), "memory_bank"), stacked_heads(2)
+  made = []
+  for x, taken in ((features, rows), (by_hand, None)):
+    bank = feature_space.fill_bank(x, labels, CLASSES, keys, BANK, mesh, taken)
+    made.append(feature_space.make_runs(x, labels, bank, head, CLASSES, mesh, taken))
+  for a, b in zip(jax.tree.leaves(made[0]), jax.tree.leaves(made[1]), strict=True):
+    np.testing.assert_array_equal(a, b)
+  placed = feature_space.standardize(made[0].standardizer, features, mesh, rows)
+  np.testing.assert_array_equal(placed, made[0].exemplars.features)
+
+
+def test_runs_of_other_rows_are_not_alike_even_if_their_labels_are(mesh):
+  features, rows = make_features(6)[None], np.array([[0, 1, 2], [3, 4, 5]])
+  labels = np.array([[0, 1, 2]] * 2)
+  keys = base_keys((3, 4), "memory_bank")
+  bank = feature_space.fill_bank(features, labels, CLASSES, keys, BANK, mesh, rows)
+  runs = feature_space.make_runs(features, labels, bank, None, CLASSES, mesh, rows)
+  assert not runs.alike
+  assert (runs.standardizer.mean[0] != runs.standardizer.mean[1]).any()
+
+
 # --- encoding --------------------------------------------------------------------------------
 
 

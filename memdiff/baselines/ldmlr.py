@@ -42,7 +42,7 @@ from memdiff.runtime.mesh import replicate
 from memdiff.runtime.train_state import OptimizerConfig
 
 UNITS = ("raw_range", "standardized")
-_CHUNK = 1024  # samples at a time
+_CHUNK = 1024  # samples at a time, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,8 +247,8 @@ def sample(
   denoiser = make_denoiser(config, num_classes, standardizer.mean.shape[0])
   variables = {"params": params["denoiser"] if config.snr_weighted else params}
   schedule = NoiseSchedule(config.schedule)
-  chunk = min(_CHUNK, labels.shape[0])
-  num_chunks = -(-labels.shape[0] // chunk)
+  num_chunks = max(-(-labels.shape[0] // _CHUNK), 1)
+  chunk = -(-labels.shape[0] // num_chunks)  # of one size, so that little is padding
   padded = jnp.pad(labels, (0, num_chunks * chunk - labels.shape[0])).reshape(num_chunks, chunk)
 
   def sample_chunk(arguments):
