@@ -141,9 +141,7 @@ def make_runs(
       "bias": np.zeros((num_runs, num_classes), np.float32),
     }
   inside = labels < num_classes
-  alike = len(features) == 1 and all(
-    x is None or bool((x == x[:1]).all()) for x in (labels, rows)
-  )
+  alike = len(features) == 1 and all(x is None or bool((x == x[:1]).all()) for x in (labels, rows))
   fitted = [
     fit_standardizer(take(features, rows, run), inside[run])
     for run in range(1 if alike else num_runs)
