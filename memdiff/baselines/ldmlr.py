@@ -18,6 +18,8 @@ one diffusion engine. Different from the code in both: features of the encoder i
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -181,6 +183,12 @@ def draw_batch(key: jax.Array, rows: TrainingRows, config: LDMLRConfig) -> Batch
   return Batch(x0=rows.features[index], label=rows.labels[index], memory=())
 
 
+@functools.lru_cache(maxsize=8)
+def _draw(config: LDMLRConfig) -> Callable:
+  """(key, shared, rows) -> Batch; the same function for seeds and folds."""
+  return lambda key, _, rows: draw_batch(key, rows, config)
+
+
 def make_denoiser(config: LDMLRConfig, num_classes: int, feature_dim: int) -> UNet1D:
   return UNet1D(num_classes, feature_dim, config.width, config.multipliers, config.positions)
 
@@ -215,7 +223,7 @@ def make_stage(
   stage = training.make_stage(
     settings,
     NoiseFromSample(denoiser, config.schedule) if config.snr_weighted else denoiser,
-    lambda key, _, rows: draw_batch(key, rows, config),
+    _draw(config),
     (),
     replicate(mesh, make_rows(config, exemplars, standardizer, num_classes)),
     mesh,

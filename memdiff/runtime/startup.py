@@ -1,4 +1,4 @@
-"""What a process settles before JAX is imported: the cache of programs, and how text is printed."""
+"""What a process settles before JAX is imported: how it compiles, and how text is printed."""
 
 import codecs
 import os
@@ -39,6 +39,15 @@ def choose_cache(environment: MutableMapping[str, str]) -> None:
     return
   if _is_usable(folder):
     environment["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+
+
+def compile_random_numbers_once(environment: MutableMapping[str, str]) -> None:
+  """Has JAX draw random numbers by one kernel on GPUs, unless the user has said otherwise.
+
+  The numbers are the same. Without it every draw is compiled by itself: the first weights of
+  LDMLR's U-Net took more than a minute on an H200. JAX reads the variable when it is imported.
+  """
+  environment.setdefault("JAX_THREEFRY_GPU_KERNEL_LOWERING", "1")
 
 
 def _is_usable(folder: pathlib.Path) -> bool:

@@ -5,10 +5,12 @@ import os
 import pwd
 import sys
 
+import jax
 import pytest
 
 from memdiff.runtime import startup
 
+KERNEL = "JAX_THREEFRY_GPU_KERNEL_LOWERING"
 CACHE, LEAST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 # --- text ------------------------------------------------------------------------------------
@@ -103,3 +105,16 @@ def test_a_cache_that_cannot_be_written_is_not_used(tmp_path, monkeypatch):
   environment = {}
   startup.choose_cache(environment)
   assert CACHE not in environment
+
+
+# --- random numbers on GPUs ------------------------------------------------------------------
+
+
+def test_random_numbers_are_one_kernel_unless_the_user_says_otherwise():
+  for environment, expected in ({}, "1"), ({KERNEL: "0"}, "0"):
+    startup.compile_random_numbers_once(environment)
+    assert environment == {KERNEL: expected}
+
+
+def test_jax_still_has_the_switch():
+  assert hasattr(jax.config, KERNEL.lower())
