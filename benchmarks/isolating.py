@@ -195,6 +195,28 @@ def settings_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
   return _table(header, lines)
 
 
+def judged_table(report: Mapping[str, Any]) -> str:
+  """A line per generator under the loss that cross-validation prefers for it, tested or not."""
+  (_, key), best = _criterion(report), {}
+  for method, entry in report["recommendation"]["scores"].items():
+    name = method.partition("+")[0]
+    if name not in best or entry["score"] > best[name][1]["score"]:
+      best[name] = method, entry
+  lines = [
+    [
+      f"`{method}`",
+      f"{100 * entry['score']:.2f}",
+      _difference({"mean": entry["gain"], "interval": entry["interval"]}),
+      percent(row_of(report, method).get(key), 2),
+    ]
+    for method, entry in best.values()
+  ]
+  control = report["recommendation"]["control"]
+  return _table(
+    ["method", "cross-validation, %", f"difference from `{control}`, points", "test, %"], lines
+  )
+
+
 def recommendations_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
   """A line per run: what was recommended, and what the test set said afterwards."""
   lines = []

@@ -25,6 +25,7 @@ DEFAULT_RUN = "digits_default"
 _SETTINGS = {
   "foreign": "isolating_foreign",
   "memorised": "isolating_memorised",
+  "memorised CIFAR-10": "isolating_cifar10",
   "trained": "isolating_trained",
   "digits": "isolating_digits",
 }
@@ -51,6 +52,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
   "docs/results/isolating.md": {
     "settings": lambda: isolating.settings_table(_settings()),
     "recommendations": lambda: isolating.recommendations_table(_settings()),
+    "ldmlr": lambda: isolating.judged_table(load("isolating_ldmlr")),
     "joint": lambda: isolating.joint_table(load("isolating_digits_joint")),
   },
   "docs/results/streaming.md": {

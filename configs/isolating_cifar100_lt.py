@@ -8,7 +8,7 @@ Variants (default: foreign):
              grid and stage 3 averaged, 192 numbers
   memorised  LDMLR's ResNet-32, trained on this very split until it knew its images by heart; needs
              --config.dataset.list_path=FILE:CIFAR100_LT001, the indices of that split
-  ldmlr      foreign with LDMLR's two rows beside memdiff, three seeds, at a tenth of their training
+  ldmlr      foreign with LDMLR's two rows beside memdiff, three seeds, at a fifth of their training
              steps; for a GPU, since their U-Net takes days on two cores
 """
 
@@ -58,7 +58,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     foreign()
     config.seeds = (0, 1, 2)  # as many as folds, so that both train by one program
     config.generators.names = ("memdiff", "ldmlr", "ldmlr_published")
-    config.generators.ldmlr_share = 0.1
+    config.generators.ldmlr_share = 0.2
 
   base.choose(variant, {"foreign": foreign, "memorised": memorised, "ldmlr": ldmlr})
   return config

@@ -121,6 +121,24 @@ def test_tables_show_the_score_by_which_the_run_was_judged(judged):
   assert line.startswith("| here, balanced accuracy | 42.00 ± 1.00 (`real+balanced_softmax`) |")
 
 
+def test_what_was_judged_stands_beside_its_test_score_if_it_has_one(judged):
+  scores = judged["recommendation"]["scores"]
+  for entry in scores.values():
+    entry |= {"gain": 0.01, "interval": [0.0, 0.02]}
+  untested = {"score": 0.5, "gain": -0.01, "interval": [-0.02, 0.0]}
+  judged["recommendation"]["scores"] = scores | {
+    "ldmlr+csl": untested, "ldmlr+cross_entropy": untested | {"score": 0.4}
+  }  # fmt: skip
+  lines = isolating.judged_table(judged).splitlines()[2:]
+  assert "| `ldmlr+csl` | 50.00 | -1.00 (-2.00 to +0.00) | – |" in lines
+  assert [line.split("+")[0] for line in lines if "ldmlr" in line] == ["| `ldmlr"]
+  best = max((m for m in scores if m.startswith("memdiff+")), key=lambda m: scores[m]["score"])
+  row = next(r for r in judged["classification"] if r["method"] == best)
+  (line,) = (line for line in lines if "memdiff" in line)
+  assert line.startswith(f"| `{best}` |")
+  assert line.endswith(f"| {isolating.percent(row['balanced_accuracy'], 2)} |")
+
+
 def test_a_share_of_the_gap_stands_with_its_interval_if_it_has_one(judged):
   table = isolating.chosen_table(judged)
   assert "| 100 (−25 to 75) |" in table

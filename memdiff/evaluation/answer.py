@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from memdiff.evaluation.lookup import description_of, is_reference, mean_of
+from memdiff.evaluation.lookup import description_of, is_reference, mean_of, row_of
 from memdiff.evaluation.numerals import bounds, is_interval, is_number, percent, place, points, to
 
 # criterion -> (name, meaning, the column of the table that holds it)
@@ -22,8 +22,8 @@ CRITERIA = {
   "macro_f1": ("macro-F1", "the F1 score of each class, averaged over classes", "macro_f1"),
 }
 
-
 _PLAIN = "plain training"
+_TOO_GOOD = 0.1  # so much more in cross-validation than on the test set is no accident
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +148,32 @@ def _explanation(
       "The methods were not compared by cross-validation; selection.folds asks for it. This run"
       f" looked at {looked_at}."
     )
-  if method == headline.get("plain"):
-    return f"{_as_sentence(described)} This is plain training; nothing is clearly better.".strip()
   overall = (headline.get("over_plain") or {}).get("overall")
   warning = f"On the test set it is worse than {_PLAIN}." if verdict(overall) == "worse" else ""
-  return f"{_as_sentence(described)} {warning}".strip()
+  if method == headline.get("plain"):
+    warning = "This is plain training; nothing is clearly better."
+  sentences = (_as_sentence(described), warning, _doubt(report, method))
+  return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _doubt(report: Mapping[str, Any], method: str) -> str:
+  """What to think of a choice by cross-validation that scored far more than the test set does."""
+  advice = report.get("recommendation") or {}
+  expected = ((advice.get("scores") or {}).get(method) or {}).get("score")
+  name, _, key = CRITERIA.get(report.get("criterion"), CRITERIA["balanced_accuracy"])
+  found = mean_of(row_of(report, method), key)
+  if expected is None or found is None or expected - found < _TOO_GOOD:
+    return ""
+  sentence = (
+    f"This choice may be wrong: in cross-validation its {name} is {percent(expected)} %, on the"
+    f" test set {percent(found)} %. Either the encoder knows the training examples by heart, or the"
+    " test set is of another kind."
+  )
+  if (advice.get("basis") or {}).get("encoder") == "frozen":
+    sentence += " Folds need an encoder that has not seen what they hold out."
+    if (report.get("config") or {}).get("experiment") == "memdiff":
+      sentence += " selection.encoder=retrained trains one for each."
+  return sentence
 
 
 def _as_sentence(text: str) -> str:

@@ -56,6 +56,31 @@ def test_a_recommendation_that_the_test_set_contradicts_says_so():
   assert words not in over_plain(overall=UNCLEAR).explanation
 
 
+@pytest.mark.parametrize(
+  ("score", "encoder", "experiment", "words"),
+  [
+    (0.97, "frozen", "memdiff", "selection.encoder=retrained trains one for each."),
+    (0.97, "frozen", "features", "Folds need an encoder that has not seen what they hold out."),
+    (0.97, "retrained", "memdiff", "or the test set is of another kind."),
+    (0.95, "frozen", "memdiff", None),  # 0.86 on the test set
+    (0.2, "frozen", "memdiff", None),
+  ],
+)
+def test_a_choice_by_scores_that_the_test_set_does_not_reach_is_doubted(
+  score, encoder, experiment, words
+):
+  report = make_report()
+  advice = report["recommendation"]
+  advice["scores"]["memdiff+csl"]["score"] = score
+  advice["basis"]["encoder"] = encoder
+  report["config"] = {"experiment": experiment}
+  said = answers.answer(report).explanation
+  assert ("This choice may be wrong" in said) == (words is not None)
+  if words:
+    assert said.endswith(words)
+    assert "in cross-validation its balanced accuracy is 97.0 %, on the test set 86.0 %." in said
+
+
 @pytest.mark.parametrize("synthetic", [BETTER, UNCLEAR, WORSE])
 def test_what_synthetic_data_are_worth_does_not_colour_the_answer(synthetic):
   given = make_report()["headline"]["synthetic"]
