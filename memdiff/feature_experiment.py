@@ -21,6 +21,7 @@ any.
 import dataclasses
 import itertools
 import json
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ from memdiff.hallucination import SamplerConfig, check_conditions
 from memdiff.runtime import loop, programs
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.checkpoint import Checkpointer, abstract
-from memdiff.runtime.progress import CompileClock, Progress
+from memdiff.runtime.progress import CompileClock, Progress, release_memory
 from memdiff.runtime.workdir import read_arrays, write_arrays, write_json
 from memdiff.runtime.writers import TensorBoard
 from memdiff.selection import SelectionConfig
@@ -531,18 +532,76 @@ def _judged_rows(predictions: np.ndarray, folds: Folds) -> np.ndarray:
 
 def _predict_with(e: Experiment, folds: Folds, name: str) -> dict[str, np.ndarray]:
   """Predictions of every setting for held-out examples, by loss. [J, E]."""
-  folder, shop = e.workdir.folder("selection"), workshop(e)
-  settings, num_runs = candidates(e, name, "cross_entropy"), len(folds.run.seeds)
-  strengths = sorted({choice.strength for choice in settings})
+  settings = candidates(e, name, "cross_entropy")
+  if name != REAL:
+    generators.train(name, workshop(e), folds.runs, folds.run, e.workdir.folder("selection") / name)
+  parts = _strengths_at_a_time(e, folds, name, sorted({choice.strength for choice in settings}))
+  found: list[Any] = [None] * len(settings)
+  for number, strengths in enumerate(parts):
+    of_part = [j for j, choice in enumerate(settings) if choice.strength in strengths]
+    label = name if len(parts) == 1 else f"{name}/{number}"
+    predictions = _predict_at(e, folds, name, label, [settings[j] for j in of_part], strengths)
+    for j, own in zip(of_part, np.moveaxis(predictions, 2, 0), strict=True):
+      found[j] = own
+    if len(parts) > 1:
+      release_memory()
+  predictions, trained = _judged_rows(np.stack(found, axis=2), folds), _trained_losses(e)
+  by_loss = {}
+  for loss in e.config.head.losses:
+    of_loss = predictions[:, trained.index(heads.trained_loss(loss))]
+    of_loss = of_loss[1:] if loss == "logit_adjustment" else of_loss[:1]
+    by_loss[loss] = of_loss.reshape(-1, of_loss.shape[-1])
+  return by_loss
+
+
+_AT_ONCE = 2**28  # bytes of synthetic features that heads are trained on at once
+
+
+def _strengths_at_a_time(
+  e: Experiment, folds: Folds, name: str, strengths: list[float]
+) -> list[list[float]]:
+  """The strengths, in parts whose features together take little memory."""
+  made = 0
+  if name != REAL:
+    made = int(generators.numbers(name, e.dataset.train_counts, e.config.generators).sum())
+  size = len(folds.run.seeds) * made * folds.features.shape[-1] * 4
+  step = max(_AT_ONCE // max(size, 1), 1)
+  return [strengths[start : start + step] for start in range(0, len(strengths), step)]
+
+
+def _trained_losses(e: Experiment) -> tuple[str, ...]:
+  return tuple(dict.fromkeys(heads.trained_loss(loss) for loss in e.config.head.losses))
+
+
+def _predict_at(
+  e: Experiment,
+  folds: Folds,
+  name: str,
+  label: str,
+  settings: list[Choice],
+  strengths: list[float],
+) -> np.ndarray:
+  """Predictions of settings of some strengths. [1 + T taus, trained losses, J, R, B].
+
+  Args:
+    e: the experiment.
+    folds: the runs.
+    name: of the generator, whose denoiser has been trained.
+    label: names the stage.
+    settings: J of them.
+    strengths: theirs.
+  """
+  folder, num_runs = e.workdir.folder("selection"), len(folds.run.seeds)
   if name == REAL:
     added = heads.nothing_added(num_runs, folds.features.shape[-1], e.dataset.num_classes)
   else:
-    generators.train(name, shop, folds.runs, folds.run, folder / name)
     made = generators.numbers(name, e.dataset.train_counts, e.config.generators)
-    features = generators.make(name, shop, folds.runs, folds.run, folder / name, made, strengths)
+    features = generators.make(
+      name, workshop(e), folds.runs, folds.run, folder / name, made, strengths
+    )
     added = heads.Added(features.features, features.confidence, made)
-  trained = tuple(dict.fromkeys(heads.trained_loss(loss) for loss in e.config.head.losses))
   share = folds.counts.sum(axis=1) / len(e.dataset.train_labels)
+  trained = _trained_losses(e)
   every = [
     _setting(folds.run, c, name, loss, run=r, seed=r, strengths=strengths, share=float(share[r]))
     for loss in trained
@@ -557,21 +616,14 @@ def _predict_with(e: Experiment, folds: Folds, name: str) -> dict[str, np.ndarra
     test_features=folds.features[:, :0],
     test_labels=mesh_lib.replicate(e.mesh, nothing),
   )
-  stage = heads.make_stage(f"selection/heads/{name}", e.config.head.training, data, every, e.mesh)
+  stage = heads.make_stage(f"selection/heads/{label}", e.config.head.training, data, every, e.mesh)
   run = dataclasses.replace(folds.run, seeds=tuple(range(len(every))))
-  state = loop.train(stage, run, folder / "heads" / name)
+  state = loop.train(stage, run, folder / "heads" / label)
   taus = np.array([0.0, *e.config.head.taus], np.float32)
   predictions = mesh_lib.fetch(
     heads.predict(state.params, stage.own["mixture"].prior, taus, stage.own["run"], folds.features)
   )
-  shape = (len(taus), len(trained), len(settings), *folds.held_out.shape)
-  predictions = _judged_rows(predictions.reshape(shape), folds)
-  found = {}
-  for loss in e.config.head.losses:
-    of_loss = predictions[:, trained.index(heads.trained_loss(loss))]
-    of_loss = of_loss[1:] if loss == "logit_adjustment" else of_loss[:1]
-    found[loss] = of_loss.reshape(-1, of_loss.shape[-1])
-  return found
+  return predictions.reshape(len(taus), len(trained), len(settings), *folds.held_out.shape)
 
 
 def _of_one_size(e: Experiment, added: heads.Added) -> heads.Added:
@@ -688,19 +740,21 @@ def _provenance(runs: FeatureRuns, features: synthetic.SyntheticFeatures) -> dic
   return {"features": raw, "nearest_index": index, "nearest_distance": distance}
 
 
-def load_synthetic(e: Experiment, name: str) -> dict[str, np.ndarray]:
-  """What `hallucinate` wrote of a generator, in the encoder's units.
+def load_synthetic(
+  e: Experiment, name: str, parts: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
+  """What `hallucinate` wrote of a generator, in the encoder's units; all of it, or some arrays.
 
   features [S, K, M, D], labels [M], confidence [S, K, M], number [M], nearest_index and
   nearest_distance [S, K, M], numbers [C], strengths [K], seeds [S].
   """
-  return read_arrays(e.workdir.folder("hallucination") / f"{name}.npz")
+  return read_arrays(e.workdir.folder("hallucination") / f"{name}.npz", parts)
 
 
 def load_added(e: Experiment, space: Space, name: str) -> tuple[heads.Added, list[float]]:
   """What a generator made, standardised, and its strengths."""
-  arrays = load_synthetic(e, name)
-  features, confidence = mesh_lib.replicate(e.mesh, (arrays["features"], arrays["confidence"]))
+  arrays = load_synthetic(e, name, ("features", "confidence", "numbers", "strengths"))
+  features, confidence = mesh_lib.replicate(e.mesh, (arrays.pop("features"), arrays["confidence"]))
   forward = jax.jit(jax.vmap(lambda s, x: jax.lax.map(s.forward, x)))
   added = heads.Added(forward(space.runs.standardizer, features), confidence, arrays["numbers"])
   return added, arrays["strengths"].tolist()

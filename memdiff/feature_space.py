@@ -267,8 +267,11 @@ def fill_bank(
   """
   labels = np.asarray(labels, np.int32)
   program = _fill_program((labels.shape[1], features.shape[2]), num_classes, config, mesh)
-  # A run at a time, since the program holds a copy of its features.
-  banks = [program(key, take(features, rows, i), labels[i]) for i, key in enumerate(keys)]
+  # A run at a time, and waiting for it, since the program holds copies of its features.
+  banks = [
+    jax.block_until_ready(program(key, take(features, rows, run), labels[run]))
+    for run, key in enumerate(keys)
+  ]
   together = jax.jit(
     lambda *banks: jax.tree.map(lambda *leaves: jnp.stack(leaves), *banks),
     out_shardings=bank_sharding(num_classes, mesh),

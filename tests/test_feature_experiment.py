@@ -629,6 +629,18 @@ def test_every_candidate_is_judged_by_its_own_heads_and_the_prior_of_its_fold(
       np.testing.assert_array_equal(found, np.concatenate(expected))
 
 
+def test_strengths_in_parts_are_judged_as_they_are_at_once(experiment, monkeypatch):
+  folds = feature_experiment.make_folds(experiment)
+  at_once = feature_experiment._predict_with(experiment, folds, "kernel_jitter")
+  monkeypatch.setattr(feature_experiment, "_AT_ONCE", 1)
+  in_parts = feature_experiment._predict_with(experiment, folds, "kernel_jitter")
+  trained = experiment.workdir.path / "selection" / "heads" / "kernel_jitter"
+  assert {path.name for path in trained.iterdir() if path.name.isdigit()} == set("01234")
+  for loss in LOSSES:
+    assert len(np.unique(at_once[loss], axis=0)) > 1
+    np.testing.assert_array_equal(in_parts[loss], at_once[loss])
+
+
 def test_folds_know_what_they_train_on_and_their_prior_is_that(selected, experiment):
   folds, settings, stage, *_ = selected("real")
   labels = experiment.dataset.train_labels

@@ -1,7 +1,7 @@
 """The evaluation of an experiment on features: methods scored, features judged, pictures."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -278,32 +278,45 @@ def stages(e: Experiment) -> list[str]:
 def of_strength(synthetic: Mapping[str, np.ndarray], choice: Choice) -> dict[str, np.ndarray]:
   """A generator's features [S, M, D] and confidences [S, M] at one strength, with their labels."""
   k = synthetic["strengths"].tolist().index(choice.strength)
-  return {name: synthetic[name] for name in ("labels", "number")} | {
-    name: synthetic[name][:, k]
-    for name in ("features", "confidence", "nearest_index", "nearest_distance")
+  alike, by_strength = (
+    ("labels", "number"), ("features", "confidence", "nearest_index", "nearest_distance")
+  )  # fmt: skip
+  return {name: synthetic[name] for name in alike if name in synthetic} | {
+    name: synthetic[name][:, k] for name in by_strength if name in synthetic
   }
 
 
 def _synthetic(
-  e: Experiment, choices: Mapping[str, Choice], name: str, loss: str
+  e: Experiment,
+  choices: Mapping[str, Choice],
+  name: str,
+  loss: str,
+  parts: Collection[str] | None = None,
 ) -> dict[str, np.ndarray]:
-  """`of_strength` of the strength that was chosen for a generator and a loss."""
-  return of_strength(experiment.load_synthetic(e, name), choices[f"{name}+{loss}"])
+  """`of_strength` of the strength that was chosen for a generator and a loss; all or some parts."""
+  if parts is not None:
+    parts = ("strengths", *parts)
+  return of_strength(experiment.load_synthetic(e, name, parts), choices[f"{name}+{loss}"])
 
 
-def judge(e: Experiment, space: Space, made: Mapping[str, Mapping[str, np.ndarray]]) -> dict:
-  """Quality of every generator's features against unseen real ones."""
+def judge(e: Experiment, space: Space, choices: Mapping[str, Choice], loss: str) -> dict:
+  """Quality of every generator's features, as chosen for a loss, against unseen real ones."""
   data, exemplars = e.dataset, mesh_lib.fetch(space.runs.exemplars.features)
   left_out, standardizer = mesh_lib.fetch((space.left_out, space.runs.standardizer))
+  names = e.config.generators.names
+
+  def made(name, seed):
+    """[M, D]; read again for every seed, since those of all seeds and generators are large."""
+    return _synthetic(e, choices, name, loss, ("features",))["features"][seed]
 
   def seeds():
     for number in range(len(e.seeds)):
       e.run.progress.say(f"measuring features, seed {number + 1} of {len(e.seeds)}")
       own = jax.tree.map(lambda x, n=number: x[n], standardizer)
-      features = {name: own.forward(arrays["features"][number]) for name, arrays in made.items()}
+      features = {name: own.forward(made(name, number)) for name in names}
       yield quality.Seed(exemplars[number], left_out[number], features)
 
-  labels = {name: arrays["labels"] for name, arrays in made.items()}
+  labels = {name: _synthetic(e, choices, name, loss, ("labels",))["labels"] for name in names}
   judged = quality.measure(
     seeds(), data.train_labels, data.left_out_labels, labels, data.num_classes
   )
@@ -455,9 +468,7 @@ def evaluate(e: Experiment) -> dict:
     scored = classify(e, space, choices)
     release_memory()
     comparison = compare(scored, method, control)
-    made = {name: _synthetic(e, choices, name, loss) for name in e.config.generators.names}
-    judged = judge(e, space, made)
-    del made  # the features of all generators: much memory
+    judged = judge(e, space, choices, loss)
     chosen = recommendation["method"] if recommendation else comparison["method"]
     save_recommended_head(e, space, scored, chosen, choices)
     if isinstance(e.dataset, embeddings.LongTailEmbeddings):

@@ -152,25 +152,25 @@ class SeedBySeed(Dispatch):
   def __init__(self, program: Callable, mesh: Mesh):
     super().__init__(program)
     self._sharding = mesh_lib.replicated(mesh)
-    self._split = jax.jit(_split, out_shardings=self._sharding)
+    self._of_seed = jax.jit(_of_seed, out_shardings=self._sharding)
     self._join = jax.jit(
       lambda *parts: jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts),
       out_shardings=self._sharding,
     )
 
   def lower(self, state, alive, shared, own, batches, count, *, at_most: int):
-    seeds = jax.eval_shape(_split, (state, alive, own, batches))
-    of_seed = checkpoint_lib.abstract(seeds[0], jax.tree.map(lambda _: self._sharding, seeds[0]))
+    shapes = jax.eval_shape(_of_seed, (state, alive, own, batches), 0)
+    of_seed = checkpoint_lib.abstract(shapes, jax.tree.map(lambda _: self._sharding, shapes))
     return self._program.lower(*of_seed, shared, count, at_most=at_most)
 
   def compile(self, arguments: tuple, at_most: int, announced) -> Callable:
     executable = super().compile(arguments, at_most, announced)
-    return _Threads(executable, self._split, self._join)
+    return _Threads(executable, self._of_seed, self._join)
 
 
-def _split(tree: Any) -> list[Any]:
-  """Arrays that lead with seeds -> a tree for every seed."""
-  return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(len(jax.tree.leaves(tree)[0]))]
+def _of_seed(tree: Any, number: jax.Array) -> Any:
+  """One seed's part of arrays that lead with seeds."""
+  return jax.tree.map(lambda x: x[number], tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,17 +178,19 @@ class _Threads:
   """An executable for one seed, called as one for all."""
 
   executable: Callable
-  split: Callable
+  of_seed: Callable
   join: Callable
 
   def __call__(self, state, alive, shared, own, batches, count):
-    def train(of_seed):
-      return jax.block_until_ready(self.executable(*of_seed, shared, count))
+    def train(number):
+      # A copy, which may be large, of what only this thread reads.
+      own_part = self.of_seed((state, alive, own, batches), np.int32(number))
+      return jax.block_until_ready(self.executable(*own_part, shared, count))
 
-    seeds = self.split((state, alive, own, batches))
+    num_seeds = alive.shape[0]
     # More threads than cores: with two at a time, the third of three seeds would leave a core idle.
-    with ThreadPoolExecutor(min(len(seeds), 2 * os.cpu_count())) as pool:
-      return self.join(*pool.map(train, seeds))
+    with ThreadPoolExecutor(min(num_seeds, 2 * os.cpu_count())) as pool:
+      return self.join(*pool.map(train, range(num_seeds)))
 
   def cost_analysis(self):
     return self.executable.cost_analysis()

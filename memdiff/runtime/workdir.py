@@ -9,13 +9,12 @@ config, under names that begin with `data/`.
 import contextlib
 import errno
 import fcntl
-import io
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -41,20 +40,23 @@ def writing(path: pathlib.Path):
     ) from error
 
 
-def write_atomically(path: pathlib.Path, data: bytes | memoryview) -> None:
-  """Writes a file so that a kill leaves either the old content or the new, never a part.
-
-  Of several processes the main one writes.
-  """
-  if not distributed.is_main():
-    return
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
+  """A file to write that becomes `path` at the end: a kill leaves the old content or the new."""
   partial = path.with_name(path.name + ".partial")
   with writing(path):
     with partial.open("wb") as file:
-      file.write(data)
+      yield file
       file.flush()
       os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def write_atomically(path: pathlib.Path, data: bytes | memoryview) -> None:
+  """Writes a file by `replacing` it. Of several processes the main one writes."""
+  if distributed.is_main():
+    with replacing(path) as file:
+      file.write(data)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -63,17 +65,17 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes a .npz file."""
-  buffer = io.BytesIO()
-  np.savez(buffer, **{name: np.asarray(value) for name, value in arrays.items()})
-  write_atomically(path, buffer.getbuffer())  # no copy: arrays may be large
+  """Writes a .npz file by `replacing` it. Of several processes the main one writes."""
+  if distributed.is_main():
+    with replacing(path) as file:
+      np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})
 
 
-def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads a .npz file; nothing in it is unpickled."""
+def read_arrays(path: pathlib.Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+  """Reads a .npz file, or the arrays of some names in it; nothing is unpickled."""
   try:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-      return dict(arrays)
+      return {name: arrays[name] for name in (arrays.files if names is None else names)}
   except Exception as error:  # zipfile and zlib raise many types for torn files
     raise WorkdirError(
       f"Cannot read {path} ({error}); remove the folder {path.parent} and run the same command"

@@ -418,7 +418,7 @@ def test_the_map_and_the_projector_show_the_first_seeds_features(monkeypatch):
     phase.experiment: {
       "load_space": lambda e: space,
       "load_selection": lambda e: (choices, None),
-      "load_synthetic": lambda e, name: {"of": name},
+      "load_synthetic": lambda e, name, parts: {"of": name},
     },
     phase: {
       "classify": lambda *_: made,
