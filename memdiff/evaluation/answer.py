@@ -171,7 +171,8 @@ def _doubt(report: Mapping[str, Any], method: str) -> str:
   )
   if (advice.get("basis") or {}).get("encoder") == "frozen":
     sentence += " Folds need an encoder that has not seen what they hold out."
-    if (report.get("config") or {}).get("experiment") == "memdiff":
+    trained = ((report.get("config") or {}).get("classifier") or {}).get("num_epochs")
+    if trained:
       sentence += " selection.encoder=retrained trains one for each."
   return sentence
 

@@ -57,23 +57,24 @@ def test_a_recommendation_that_the_test_set_contradicts_says_so():
 
 
 @pytest.mark.parametrize(
-  ("score", "encoder", "experiment", "words"),
+  ("score", "encoder", "classifier", "words"),
   [
-    (0.97, "frozen", "memdiff", "selection.encoder=retrained trains one for each."),
-    (0.97, "frozen", "features", "Folds need an encoder that has not seen what they hold out."),
-    (0.97, "retrained", "memdiff", "or the test set is of another kind."),
-    (0.95, "frozen", "memdiff", None),  # 0.86 on the test set
-    (0.2, "frozen", "memdiff", None),
+    (0.97, "frozen", {"num_epochs": 2.0}, "selection.encoder=retrained trains one for each."),
+    (0.97, "frozen", {"num_epochs": 0.0}, "an encoder that has not seen what they hold out."),
+    (0.97, "frozen", None, "an encoder that has not seen what they hold out."),  # embeddings
+    (0.97, "retrained", {"num_epochs": 2.0}, "or the test set is of another kind."),
+    (0.95, "frozen", {"num_epochs": 2.0}, None),  # 0.86 on the test set
+    (0.2, "frozen", {"num_epochs": 2.0}, None),
   ],
 )
 def test_a_choice_by_scores_that_the_test_set_does_not_reach_is_doubted(
-  score, encoder, experiment, words
+  score, encoder, classifier, words
 ):
   report = make_report()
   advice = report["recommendation"]
   advice["scores"]["memdiff+csl"]["score"] = score
   advice["basis"]["encoder"] = encoder
-  report["config"] = {"experiment": experiment}
+  report["config"] = {"classifier": classifier} if classifier else {}
   said = answers.answer(report).explanation
   assert ("This choice may be wrong" in said) == (words is not None)
   if words:
