@@ -777,7 +777,9 @@ def train_heads(e: Experiment) -> dict:
   for name in head_names(e):
     folder = e.workdir.folder("heads") / name
     trained = head_training(e, space, choices, name)
-    loop.train(trained.stage, trained.run, folder)
+    state = loop.train(trained.stage, trained.run, folder)
+    prior = trained.stage.own["mixture"].prior
+    write_arrays(folder / _HEADS, mesh_lib.fetch(state.params | {"prior": prior}))
     summary[name] = last_metrics(folder)
   return summary
 
@@ -854,19 +856,21 @@ def _unseen_exemplars(e: Experiment, space: Space):
   return space.runs.exemplars.replace(features=mesh_lib.replicate(e.mesh, features))
 
 
-def final_heads(e: Experiment, space: Space, choices: dict[str, Choice], name: str):
+_HEADS = "heads.npz"  # kernel, bias and prior, leading with losses and, varying fastest, seeds
+
+
+def final_heads(e: Experiment, choices: dict[str, Choice], name: str):
   """Loss -> {"kernel" [S, D, C], "bias" [S, C]} on standardised features, adjusted if asked."""
-  trained = head_training(e, space, choices, name)
-  state = loop.load_final(trained.stage, trained.run, e.workdir.folder("heads") / name)
-  priors = trained.stage.own["mixture"].prior
-  found = {}
-  for loss in e.config.head.losses:
-    rows = np.array([i for i, own in enumerate(trained.losses) if own == loss])
-    head = jax.tree.map(lambda x, rows=rows: x[rows], state.params)
+  arrays, found = read_arrays(e.workdir.folder("heads") / name / _HEADS), {}
+  num_seeds = len(e.seeds)
+  for number, loss in enumerate(e.config.head.losses):
+    rows = slice(number * num_seeds, (number + 1) * num_seeds)
+    own = mesh_lib.replicate(e.mesh, {key: value[rows] for key, value in arrays.items()})
+    prior = own.pop("prior")
     if loss == "logit_adjustment":
       choice = choices.get(f"{name}+{loss}") or choices[f"{REAL}+{loss}"]
-      head = jax.vmap(heads.adjusted, in_axes=(0, 0, None))(head, priors[rows], choice.tau)
-    found[loss] = head
+      own = jax.vmap(heads.adjusted, in_axes=(0, 0, None))(own, prior, choice.tau)
+    found[loss] = own
   return found
 
 

@@ -714,6 +714,25 @@ def test_heads_do_not_depend_on_the_number_or_order_of_seeds_and_losses(experime
   assert own[0]["seed"] != own[1]["seed"]
 
 
+@pytest.mark.parametrize("name", ["real", "memdiff", "oracle"])
+def test_heads_are_read_as_they_were_trained_each_loss_by_itself(experiment, name):
+  space = feature_experiment.load_space(experiment)
+  choices, _ = feature_experiment.load_selection(experiment)
+  trained = feature_experiment.head_training(experiment, space, choices, name)
+  folder = experiment.workdir.folder("heads") / name
+  params = loop.load_final(trained.stage, trained.run, folder).params
+  prior = np.asarray(trained.stage.own["mixture"].prior)
+  found = feature_experiment.final_heads(experiment, choices, name)
+  assert list(found) == list(LOSSES)
+  for i, (loss, setting) in enumerate(zip(trained.losses, trained.settings, strict=True)):
+    kernel, bias = np.asarray(params["kernel"][i]), np.asarray(params["bias"][i])
+    if loss == "logit_adjustment":
+      choice = choices.get(f"{name}+{loss}") or choices[f"real+{loss}"]
+      bias = bias - choice.tau * np.log(prior[i])
+    np.testing.assert_array_equal(found[loss]["kernel"][setting.run], kernel)
+    np.testing.assert_allclose(found[loss]["bias"][setting.run], bias, rtol=1e-6, atol=1e-6)
+
+
 # --- choices ---------------------------------------------------------------------------------
 
 

@@ -97,7 +97,7 @@ def classify(e: Experiment, space: Space, choices: Mapping[str, Choice]) -> Scor
     method = f"{JOINT}:{name}+{e.config.joint.loss}"
     described[method] = experiment.describe_joint(e, name), logits.argmax(axis=-1)
   for name in experiment.head_names(e):
-    for loss, head in experiment.final_heads(e, space, choices, name).items():
+    for loss, head in experiment.final_heads(e, choices, name).items():
       method = f"{name}+{loss}"
       logits = _logits(head, space.test)
       words = experiment.describe(e, method, choices)
