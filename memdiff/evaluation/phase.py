@@ -348,11 +348,11 @@ def features_of_first_seed(
   """
   data, first = e.dataset, jax.tree.map(lambda x: x[0], space.runs.standardizer)
   real, left_out, synthetic = mesh_lib.fetch(
-    (space.runs.exemplars.features[0], space.left_out[0], first.forward(shown["features"][0]))
+    (space.runs.exemplars.features, space.left_out, first.forward(shown["features"][0]))
   )
   return {
-    "real": (real, data.train_labels),
-    "left out": (left_out, data.left_out_labels),
+    "real": (real[0], data.train_labels),  # of all seeds no copy is made; `judge` reads them too
+    "left out": (left_out[0], data.left_out_labels),
     "synthetic": (synthetic, shown["labels"]),
   }
 
