@@ -92,9 +92,8 @@ def outcomes(e: Experiment, generator: str) -> dict[str, Outcome]:
 
     def of_run(arguments):
       features, exemplars, head = arguments
-      return jax.lax.map(
-        lambda x: synthetic.confidence(x, labels, exemplars, head, config), features
-      )
+      known = synthetic.known(exemplars, head, config)
+      return jax.lax.map(lambda x: synthetic.confidence(x, labels, known, head, config), features)
 
     runs = space.runs
     return jax.jit(lambda *a: jax.lax.map(of_run, a))(

@@ -312,22 +312,25 @@ def sampling_program(
   labels = np.repeat(np.arange(len(numbers)), numbers).astype(np.int32)
   sampler = _sampler(name, shop, dim, labels, mesh)
 
-  def judge(samples, trust, exemplars, standardizer, head):
+  def judge(samples, trust, known, standardizer, head):
     """Of one run and strength: what the head trains on is what is judged and exported."""
     features = standardizer.forward(standardizer.backward(samples))
-    confidence = synthetic.confidence(features, labels, exemplars, head, shop.config.confidence)
+    confidence = synthetic.confidence(features, labels, known, head, shop.config.confidence)
     return features, trust * confidence
 
   def make_all(keys, strengths, runs, learned):
     num_runs, num_strengths = keys.shape[0], strengths.shape[0]
     shape = (num_runs, num_strengths, labels.shape[0])
     everything = jnp.zeros((*shape, runs.exemplars.features.shape[-1])), jnp.zeros(shape)
+    known = jax.lax.map(
+      lambda own: synthetic.known(*own, shop.config.confidence), (runs.exemplars, runs.head)
+    )
 
     def add_strength(number, everything):
       of_run = sampler(keys, strengths[number], runs, learned)
 
       def add_run(run, everything):
-        parts = runs.exemplars, runs.standardizer, runs.head
+        parts = known, runs.standardizer, runs.head
         made = judge(*of_run(run), *jax.tree.map(lambda x: x[run], parts))
         return jax.tree.map(lambda x, own: _put(x, own, run, number), everything, made)
 

@@ -117,34 +117,54 @@ def real_confidence(name: str, exemplars: Exemplars, head) -> jax.Array:
   return CONFIDENCES[name](exemplars.features, others, centre, logits, label)
 
 
+@flax.struct.dataclass
+class Known:
+  """What the exemplars of a run say about its synthetic features."""
+
+  means: jax.Array  # [C, D] of the exemplars
+  counts: jax.Array  # [C] exemplars
+  typical: jax.Array | None  # [C] confidence of real features; None if nothing is calibrated
+
+
+def known(exemplars: Exemplars, head, config: ConfidenceConfig) -> Known:
+  """Of one run; the same for all its features.
+
+  Args:
+    exemplars: of the run.
+    head: {"kernel" [D, C], "bias" [C]} on standardised features, the encoder's own.
+    config: `calibrate` takes the median confidence of the class's real features, each held against
+      the others; classes of one exemplar take the median of all classes.
+  """
+  counts, typical = exemplars.by_class.counts, None
+  if config.calibrate:
+    typical = _medians(real_confidence(config.name, exemplars, head), exemplars, counts > 1)
+  return Known(exemplars_lib.class_means(exemplars), counts, typical)
+
+
 def confidence(
-  features: jax.Array, labels: jax.Array, exemplars: Exemplars, head, config: ConfidenceConfig
+  features: jax.Array, labels: jax.Array, known: Known, head, config: ConfidenceConfig
 ) -> jax.Array:
   """How far each synthetic feature is to be trusted; a constant for the gradient.
 
   Args:
     features: [M, D] standardised.
     labels: [M] int32.
-    exemplars: of the run.
+    known: of the run.
     head: {"kernel" [D, C], "bias" [C]} on standardised features, the encoder's own.
-    config: `calibrate` divides by the median confidence of the class's real features (each held
-      against the others; classes of one exemplar take the median of all classes) and cuts at 1, so
-      that a feature as typical as a real one is fully trusted; `power` sharpens; `normalize`
-      divides by the mean of the class, so that confidence tells a class's features apart without
-      lowering the weight of the class.
+    config: `calibrate` divides by what is typical of the class and cuts at 1, so that a feature as
+      typical as a real one is fully trusted; `power` sharpens; `normalize` divides by the mean of
+      the class, so that confidence tells a class's features apart without lowering the weight of
+      the class.
 
   Returns:
     [M], at least 0.
   """
-  counts = exemplars.by_class.counts
-  means = exemplars_lib.class_means(exemplars)
+  means, counts = known.means, known.counts
   centre = means.sum(axis=0) / jnp.maximum((counts > 0).sum(), 1)
   logits = logits_of(head, features)
   values = CONFIDENCES[config.name](features, means[labels], centre, logits, labels)
-  if config.calibrate:
-    real = real_confidence(config.name, exemplars, head)
-    typical = _medians(real, exemplars, counts > 1)
-    values = jnp.minimum(values / jnp.maximum(typical, _TINY)[labels], 1.0)
+  if known.typical is not None:
+    values = jnp.minimum(values / jnp.maximum(known.typical, _TINY)[labels], 1.0)
   values = jax.lax.stop_gradient(values) ** config.power
   if config.normalize:
     total = jax.ops.segment_sum(values, labels, counts.shape[0])

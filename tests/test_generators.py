@@ -200,6 +200,14 @@ def make_raw(seed):
   return features.astype(np.float32), labels
 
 
+def judge_by(config):
+  def judge(features, labels, exemplars, head):
+    known = synthetic.known(exemplars, head, config)
+    return synthetic.confidence(features, labels, known, head, config)
+
+  return jax.jit(judge)
+
+
 def make_runs(mesh, data_seeds, bank_from=None):
   """Runs of such features; the bank may be one of other features."""
   raw, labels = map(np.stack, zip(*map(make_raw, data_seeds), strict=True))
@@ -297,7 +305,7 @@ def test_features_lie_at_the_class_and_the_run_they_are_made_for(made, runs, nam
 @pytest.mark.parametrize("name", sorted(set(ALL) - {"fasa"}))
 def test_confidence_is_that_of_what_the_head_trains_on(made, runs, name):
   result, config = made(name), CONFIG.confidence
-  judge = jax.jit(functools.partial(synthetic.confidence, config=config))
+  judge = judge_by(config)
   for run in range(3):
     exemplars, head = jax.tree.map(lambda leaf, run=run: leaf[run], (runs.exemplars, runs.head))
     for features, confidence in zip(result.features[run], result.confidence[run], strict=True):
@@ -430,7 +438,7 @@ def test_trust_of_fasa_multiplies_the_confidence(runs, mesh, tmp_path, monkeypat
   monkeypatch.setattr(fasa, "class_weights", lambda adapted: jnp.asarray(trust))
   shop = dataclasses.replace(SHOP, config=dataclasses.replace(CONFIG, ldmlr_share=7.0))
   result = train_and_make("fasa", runs, mesh, tmp_path, shop=shop)  # programs stay, by their shop
-  judge = jax.jit(functools.partial(synthetic.confidence, config=CONFIG.confidence))
+  judge = judge_by(CONFIG.confidence)
   for run in range(3):
     exemplars, head = jax.tree.map(lambda leaf, run=run: leaf[run], (runs.exemplars, runs.head))
     expected = judge(result.features[run, 0], jnp.asarray(LABELS), exemplars, head)
@@ -441,7 +449,7 @@ def test_trust_of_fasa_multiplies_the_confidence(runs, mesh, tmp_path, monkeypat
 
 def test_fasa_trusts_rare_classes_most(made, runs):
   """Its probabilities start at 1 / n, and four epochs move them by less than they lie apart."""
-  judge = jax.jit(functools.partial(synthetic.confidence, config=CONFIG.confidence))
+  judge = judge_by(CONFIG.confidence)
   exemplars, head = jax.tree.map(lambda leaf: leaf[0], (runs.exemplars, runs.head))
   plain = np.asarray(judge(made("fasa").features[0, 0], jnp.asarray(LABELS), exemplars, head))
   trust = np.asarray(made("fasa").confidence[0, 0])[plain > 0] / plain[plain > 0]

@@ -46,7 +46,12 @@ def make_case(seed=0, num=40, counts=COUNTS, padding=0):
 
 @functools.cache
 def compiled(settings):
-  return jax.jit(functools.partial(synthetic.confidence, config=settings))
+  return jax.jit(functools.partial(judge, settings=settings))
+
+
+def judge(features, labels, exemplars, head, settings):
+  known = synthetic.known(exemplars, head, settings)
+  return synthetic.confidence(features, labels, known, head, settings)
 
 
 def confidence(case, **fields):
@@ -272,7 +277,7 @@ def test_confidence_is_a_constant_for_the_gradient(name):
   def total(features, head, exemplars, normalize):
     moved = config(name, 2.0, calibrate=True, normalize=normalize)
     whole = exemplars_lib.Exemplars(exemplars, case_labels, by_class)
-    return (synthetic.confidence(features, labels, whole, head, moved) ** 2).sum()
+    return (judge(features, labels, whole, head, moved) ** 2).sum()
 
   case_labels, by_class = exemplars.labels, exemplars.by_class
   for normalize in (False, True):
