@@ -234,6 +234,9 @@ def _ldmlr_sampler(config: ldmlr.LDMLRConfig, labels: jax.Array, num_classes: in
   return of_runs
 
 
+_TOGETHER = 2**26  # bytes of features up to which all runs are sampled at once
+
+
 def diffusion_sampler(
   name: str, shop: Workshop, feature_dim: int, labels: jax.Array, mesh: Mesh
 ) -> Sampler:
@@ -260,7 +263,10 @@ def diffusion_sampler(
         origins=origins, **sampler.at(strength),
       )  # fmt: skip
 
-    made = jax.vmap(of_run)(keys, params, runs.bank, runs.exemplars)
+    own = keys, params, runs.bank, runs.exemplars
+    if len(keys) * labels.size * feature_dim * 4 > _TOGETHER:
+      return lambda run: (of_run(*jax.tree.map(lambda x: x[run], own)), jnp.ones(labels.shape))
+    made = jax.vmap(of_run)(*own)
     return lambda run: (made[run], jnp.ones(labels.shape))
 
   return of_runs

@@ -405,6 +405,17 @@ def test_class_only_ignores_the_bank_and_memdiff_does_not(made, runs, mesh, work
   assert (differ > 1e-4).mean() > 0.9
 
 
+def test_runs_are_sampled_one_by_one_as_together(made, runs, mesh, workdir, monkeypatch):
+  together = made("memdiff")
+  generators.sampling_program.cache_clear()
+  monkeypatch.setattr(generators, "_TOGETHER", 0)
+  alone = train_and_make("memdiff", runs, mesh, workdir)  # is trained already
+  generators.sampling_program.cache_clear()
+  for name in ("features", "confidence"):
+    expected = np.asarray(getattr(together, name))
+    np.testing.assert_allclose(getattr(alone, name), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_guidance_of_memdiff_is_that_of_each_scale_alone(made, runs, mesh, workdir):
   """A single scale of 1 runs without the pair, and from the same noise."""
   features = np.asarray(made("memdiff").features)
