@@ -96,7 +96,7 @@ def _join_cluster() -> None:
 
 def main(_) -> None:
   startup.choose_cache(os.environ)
-  startup.compile_random_numbers_once(os.environ)
+  startup.use_threefry_kernel(os.environ)
   for noisy in ("absl", "jax", "matplotlib"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
   command = shlex.join(["python", *sys.argv])

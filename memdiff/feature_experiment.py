@@ -540,7 +540,7 @@ def _predict_with(e: Experiment, folds: Folds, name: str) -> dict[str, np.ndarra
   for number, strengths in enumerate(parts):
     of_part = [j for j, choice in enumerate(settings) if choice.strength in strengths]
     label = name if len(parts) == 1 else f"{name}/{number}"
-    predictions = _predict_at(e, folds, name, label, [settings[j] for j in of_part], strengths)
+    predictions = _predict_at(e, folds, name, label, [settings[j] for j in of_part])
     for j, own in zip(of_part, np.moveaxis(predictions, 2, 0), strict=True):
       found[j] = own
     if len(parts) > 1:
@@ -579,9 +579,8 @@ def _predict_at(
   name: str,
   label: str,
   settings: list[Choice],
-  strengths: list[float],
 ) -> np.ndarray:
-  """Predictions of settings of some strengths. [1 + T taus, trained losses, J, R, B].
+  """Predictions of some settings for held-out rows. [1 + T taus, trained losses, J, R, B].
 
   Args:
     e: the experiment.
@@ -589,9 +588,9 @@ def _predict_at(
     name: of the generator, whose denoiser has been trained.
     label: names the stage.
     settings: J of them.
-    strengths: theirs.
   """
   folder, num_runs = e.workdir.folder("selection"), len(folds.run.seeds)
+  strengths = sorted({choice.strength for choice in settings})
   if name == REAL:
     added = heads.nothing_added(num_runs, folds.features.shape[-1], e.dataset.num_classes)
   else:

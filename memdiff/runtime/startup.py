@@ -41,11 +41,12 @@ def choose_cache(environment: MutableMapping[str, str]) -> None:
     environment["JAX_COMPILATION_CACHE_DIR"] = str(folder)
 
 
-def compile_random_numbers_once(environment: MutableMapping[str, str]) -> None:
+def use_threefry_kernel(environment: MutableMapping[str, str]) -> None:
   """Has JAX draw random numbers by one kernel on GPUs, unless the user has said otherwise.
 
-  The numbers are the same. Without it every draw is compiled by itself: the first weights of
-  LDMLR's U-Net took more than a minute on an H200. JAX reads the variable when it is imported.
+  The numbers are the same. Without it every draw is compiled by itself, and the first weights of
+  LDMLR's U-Net had not compiled after a minute on an H200. JAX reads the variable when it is
+  imported.
   """
   environment.setdefault("JAX_THREEFRY_GPU_KERNEL_LOWERING", "1")
 

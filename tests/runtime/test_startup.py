@@ -112,7 +112,7 @@ def test_a_cache_that_cannot_be_written_is_not_used(tmp_path, monkeypatch):
 
 def test_random_numbers_are_one_kernel_unless_the_user_says_otherwise():
   for environment, expected in ({}, "1"), ({KERNEL: "0"}, "0"):
-    startup.compile_random_numbers_once(environment)
+    startup.use_threefry_kernel(environment)
     assert environment == {KERNEL: expected}
 
 
