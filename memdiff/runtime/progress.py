@@ -37,9 +37,13 @@ class CompileClock:
     return lambda: round(time.perf_counter() - self.seconds - start, 3)
 
 
+_WORTH_COLLECTING = 2**28  # bytes of live arrays; a collection takes 0.3 s
+
+
 def release_memory() -> None:
   """Gives memory back to the system: finished stages hold their arrays in cycles of references."""
-  gc.collect()
+  if sum(array.nbytes for array in jax.live_arrays()) > _WORTH_COLLECTING:
+    gc.collect()
   _trim()
 
 
