@@ -42,14 +42,15 @@ from benchmarks.training import Training
 from configs import cifar100_lt, imagenet_lt
 from input_pipeline.dataset import LongTailDataset
 from memdiff import config as config_lib
-from memdiff import feature_diffusion, feature_space, hallucination
-from memdiff.classification import ClassificationConfig
-from memdiff.classifier import convolution, encoder, training
+from memdiff.classifier import convolution, encoder, encoder_training
 from memdiff.diffusion.schedules import NoiseSchedule
-from memdiff.feature_experiment import MemdiffConfig
+from memdiff.experiments.classification import ClassificationConfig
+from memdiff.experiments.feature_settings import MemdiffConfig
+from memdiff.memory import feature_space
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.random import base_keys
+from memdiff.synthesis import feature_diffusion, hallucination
 
 _PRODUCT = "matrix product"
 _DIM = 64  # of the features that the denoiser sees
@@ -83,12 +84,12 @@ def convolved_by(name: str) -> Iterator[None]:
   """Networks traced inside convolve in that way."""
   conv2d = convolution.conv2d
   convolution.conv2d = lambda x, kernel, stride=1: _CONVOLUTIONS[name](x, kernel, stride)
-  training._program.cache_clear()  # what was traced before convolves in another way
+  encoder_training._program.cache_clear()  # what was traced before convolves in another way
   try:
     yield
   finally:
     convolution.conv2d = conv2d
-    training._program.cache_clear()
+    encoder_training._program.cache_clear()
 
 
 def classifier_stage(
@@ -98,7 +99,7 @@ def classifier_stage(
   encoder_config = dataclasses.replace(config.encoder, backbone=backbone)
   mesh = mesh_lib.make_mesh()
   shared = encoder.device_data(encoder_config.input, data, mesh)
-  return training.make_stage(
+  return encoder_training.make_stage(
     config.classifier, encoder_config, config.memory_bank if bank else None,
     config.classifier.loss, data, shared, mesh,
   )  # fmt: skip

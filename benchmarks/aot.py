@@ -192,7 +192,7 @@ def load(values: Mapping[str, Any]) -> tuple[Any, Any]:
   """(settings, data set) of a config's values, checked as a run checks them."""
   from memdiff import config as config_lib
   from memdiff import pipeline
-  from memdiff.classifier import encoder, training
+  from memdiff.classifier import encoder, encoder_training
 
   kind = pipeline.kind_of(values)
   settings = config_lib.build(kind.settings, values)
@@ -201,7 +201,7 @@ def load(values: Mapping[str, Any]) -> tuple[Any, Any]:
   numbers = LARGE.get((settings.dataset.name, settings.dataset.profile))
   data = _large_dataset(settings.dataset, numbers) if numbers else kind.load(settings.dataset)
   encoder.check(settings.encoder, data)
-  training.check(settings.classifier, settings.encoder, data)
+  encoder_training.check(settings.classifier, settings.encoder, data)
   kind.check(settings, data)
   return settings, data
 
@@ -265,8 +265,8 @@ def _feature_runs(settings: Any, data: Any, mesh: Any) -> Any:
   import jax.numpy as jnp
 
   from input_pipeline.batches import ByClass
-  from memdiff import feature_space, memory_bank
-  from memdiff.exemplars import Exemplars
+  from memdiff.memory import feature_space, memory_bank
+  from memdiff.memory.exemplars import Exemplars
 
   runs, classes, rows = len(settings.seeds), data.num_classes, len(data.train_labels)
   dim, slots = settings.encoder.feature_dim, settings.memory_bank.num_slots
@@ -292,12 +292,12 @@ def _feature_runs(settings: Any, data: Any, mesh: Any) -> Any:
 
 
 def _classifiers(settings: Any, data: Any, run: Any) -> Iterator[Program]:
-  from memdiff.classifier import encoder, losses, training
+  from memdiff.classifier import encoder, encoder_training, losses
 
   shared = encoder.device_data(settings.encoder.input, data, run.mesh)
-  for loss in training.trained_losses(settings.classifier):
+  for loss in encoder_training.trained_losses(settings.classifier):
     keeps = losses.LOSSES[loss].needs_bank
-    stage = training.make_stage(
+    stage = encoder_training.make_stage(
       settings.classifier, settings.encoder, settings.memory_bank if keeps else None, loss, data,
       shared, run.mesh,
     )  # fmt: skip
@@ -309,10 +309,10 @@ def _on_features(settings: Any, data: Any, run: Any) -> Iterator[Program]:
   import jax
   import jax.numpy as jnp
 
-  from memdiff import feature_diffusion, generators
   from memdiff.classifier import heads
   from memdiff.runtime import programs as stage_programs
   from memdiff.runtime.random import base_keys
+  from memdiff.synthesis import feature_diffusion, generators
 
   mesh, runs = run.mesh, _feature_runs(settings, data, run.mesh)
   own = feature_diffusion.make_data(

@@ -24,7 +24,7 @@ def measure(rounds: int) -> dict[str, Any]:
   import numpy as np
 
   from benchmarks import timing
-  from memdiff import feature_space, memory_bank
+  from memdiff.memory import feature_space, memory_bank
   from memdiff.runtime import mesh as mesh_lib
 
   mesh, random, found = mesh_lib.make_mesh(), np.random.RandomState(0), {}

@@ -39,8 +39,8 @@ from configs.cifar100_lt import get_config
 from input_pipeline import long_tail
 from input_pipeline.dataset import LongTailDataset
 from memdiff import config as config_lib
-from memdiff.classification import ClassificationConfig
-from memdiff.classifier import backbones, encoder, pretrained, training
+from memdiff.classifier import backbones, encoder, encoder_training, pretrained
+from memdiff.experiments.classification import ClassificationConfig
 from memdiff.runtime import mesh as mesh_lib
 
 _MATMUL = 2048
@@ -72,7 +72,7 @@ def make_training(config: ClassificationConfig, data, mesh, seeds: int, **augmen
     config.classifier, augment=dataclasses.replace(config.classifier.augment, **augment)
   )
   shared = encoder.device_data(config.encoder.input, data, mesh)
-  stage = training.make_stage(
+  stage = encoder_training.make_stage(
     classifier, config.encoder, None, config.classifier.loss, data, shared, mesh
   )
   return Training(stage, tuple(range(seeds)), mesh, _STEPS)

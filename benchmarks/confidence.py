@@ -21,13 +21,16 @@ import jax
 import numpy as np
 
 from benchmarks import isolating, timing
-from memdiff import feature_experiment, feature_space, pipeline, synthetic
+from memdiff import pipeline
 from memdiff.classifier import heads
-from memdiff.evaluation.classification import mean_std
-from memdiff.experiment import Experiment
+from memdiff.evaluation.scores import mean_std
+from memdiff.experiments import feature_heads, feature_settings, feature_store
+from memdiff.experiments.base import Experiment
+from memdiff.memory import feature_space
 from memdiff.runtime import loop
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.workdir import write_atomically, write_json
+from memdiff.synthesis import confidence as confidence_lib
 
 _LOSS = "csl"
 
@@ -67,8 +70,8 @@ VARIANTS = (
 
 def possible(e: Experiment) -> list[Variant]:
   """The variants that need nothing which the run does not have."""
-  own = feature_experiment.has_own_head(e.config)
-  return [v for v in VARIANTS if own or v.confidence.get("name") not in synthetic.NEED_A_HEAD]
+  own = feature_settings.has_own_head(e.config)
+  return [v for v in VARIANTS if own or v.confidence.get("name") not in confidence_lib.NEED_A_HEAD]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,19 +84,21 @@ class Outcome:
 
 def outcomes(e: Experiment, generator: str) -> dict[str, Outcome]:
   """Title of each variant -> what its heads came to."""
-  space = feature_experiment.load_space(e)
-  choices, _ = feature_experiment.load_selection(e)
-  trained = feature_experiment.head_training(e, space, choices, generator)
+  space = feature_store.load_space(e)
+  choices, _ = feature_store.load_selection(e)
+  trained = feature_heads.head_training(e, space, choices, generator)
   rows = [i for i, loss in enumerate(trained.losses) if loss == _LOSS]
-  labels = mesh_lib.replicate(e.mesh, feature_experiment.load_synthetic(e, generator)["labels"])
+  labels = mesh_lib.replicate(e.mesh, feature_store.load_synthetic(e, generator)["labels"])
 
   def trust(config):
     """Confidence [R, K, M] of the generator's features, judged by `config`."""
 
     def of_run(arguments):
       features, exemplars, head = arguments
-      known = synthetic.known(exemplars, head, config)
-      return jax.lax.map(lambda x: synthetic.confidence(x, labels, known, head, config), features)
+      known = confidence_lib.known(exemplars, head, config)
+      return jax.lax.map(
+        lambda x: confidence_lib.confidence(x, labels, known, head, config), features
+      )
 
     runs = space.runs
     return jax.jit(lambda *a: jax.lax.map(of_run, a))(

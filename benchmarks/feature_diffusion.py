@@ -50,18 +50,19 @@ from benchmarks.training import Training
 from configs.digits_lt import get_config
 from input_pipeline import dataset as dataset_lib
 from memdiff import config as config_lib
-from memdiff import feature_diffusion, feature_space, generators, hallucination, memory_bank
 from memdiff.classifier import encoder
-from memdiff.classifier import training as classifier
+from memdiff.classifier import encoder_training as classifier
 from memdiff.diffusion import objectives
 from memdiff.diffusion.schedules import NoiseSchedule
-from memdiff.evaluation.features import mmd
-from memdiff.feature_diffusion import FeatureData
-from memdiff.feature_experiment import MemdiffConfig
+from memdiff.evaluation.feature_metrics import mmd
+from memdiff.experiments.feature_settings import MemdiffConfig
+from memdiff.memory import feature_space, memory_bank
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.random import base_keys
+from memdiff.synthesis import feature_diffusion, generators, hallucination
+from memdiff.synthesis.feature_diffusion import FeatureData
 
 _SEEDS = (0, 1, 2, 3, 4)
 _MATMUL = 2048

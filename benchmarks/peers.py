@@ -27,12 +27,13 @@ from benchmarks.timing import Row, interleave, speedup
 from benchmarks.training import Training
 from configs.digits_lt import get_config
 from memdiff import config as config_lib
-from memdiff import feature_diffusion, feature_space, hallucination
-from memdiff.baselines.unet1d import UNet1D
 from memdiff.diffusion.schedules import NoiseSchedule
-from memdiff.feature_experiment import MemdiffConfig
+from memdiff.experiments.feature_settings import MemdiffConfig
+from memdiff.memory import feature_space
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import base_keys
+from memdiff.synthesis import feature_diffusion, hallucination
+from memdiff.synthesis.unet1d import UNet1D
 
 _CLASSES, _SEEDS, _TIMED_STEPS = 100, (0, 1, 2, 3, 4), 20
 _SAMPLERS = (("ddim", 50), ("dpm++", 20))

@@ -1,7 +1,7 @@
 """The feature denoiser, its training loop and its ancestral sampler in eager PyTorch.
 
 The yardstick of benchmarks/feature_diffusion.py, which checks that this is the same function as
-`memdiff.diffusion.denoisers.MLPDenoiser` with the same updates: AdamW with clipping, warm-up and
+`memdiff.synthesis.denoisers.MLPDenoiser` with the same updates: AdamW with clipping, warm-up and
 cosine decay, EMA of the weights. Batches are drawn on the device as memdiff.feature_diffusion draws
 them: the feature left out of its own memory, the memory thinned out, moved with the feature, or
 forgotten. It is written as one would write it in PyTorch: fused AdamW, foreach operations for the
@@ -21,7 +21,7 @@ from torch.nn import functional
 from memdiff.diffusion.objectives import target
 from memdiff.diffusion.sampler import coefficients
 from memdiff.diffusion.schedules import NoiseSchedule
-from memdiff.feature_diffusion import DiffusionConfig, FeatureData
+from memdiff.synthesis.feature_diffusion import DiffusionConfig, FeatureData
 
 _SAME_FEATURE = 1e-3  # as in memdiff.memory_bank
 

@@ -1,21 +1,16 @@
 """Runs an experiment of any kind, phase by phase, from where its workdir stands to the report."""
 
-import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from input_pipeline import dataset as dataset_lib
-from input_pipeline import embeddings
 from input_pipeline.long_tail import LongTailLabels
-from memdiff import classification, feature_experiment
 from memdiff import config as config_lib
-from memdiff.classifier import encoder, training
 from memdiff.errors import ConfigError
-from memdiff.evaluation import phase as evaluation
-from memdiff.evaluation import report, result
-from memdiff.experiment import Experiment, Phase
+from memdiff.evaluation import report
+from memdiff.experiments import classification, features, record
+from memdiff.experiments.base import Experiment, Kind, Phase
 from memdiff.runtime import ahead, distributed, environment, loop
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.preemption import Preemption
@@ -23,79 +18,10 @@ from memdiff.runtime.progress import CompileClock, Progress
 from memdiff.runtime.workdir import DATA, Workdir
 from memdiff.runtime.writers import TensorBoard
 
-_EVALUATION = Phase(
-  "evaluation", "scoring and drawing", evaluation.evaluate, ("name", "evaluation")
-)
-
-MEMDIFF = (
-  Phase(
-    "classifier",
-    "training the image classifiers",
-    feature_experiment.train_classifier,
-    ("seeds", "dataset", "encoder", "classifier", "memory_bank", "loop"),
-  ),
-  Phase(
-    "memory_bank",
-    "encoding all images, filling the bank",
-    feature_experiment.encode_memory_bank,
-    (),
-  ),
-  *feature_experiment.SHARED_PHASES,
-  Phase(
-    "joint",
-    "training encoders and heads together",
-    feature_experiment.train_jointly,
-    ("joint",),
-    lambda settings: bool(settings.joint.generators),
-  ),
-  _EVALUATION,
-)
-
-FEATURES = (
-  Phase(
-    "memory_bank",
-    "reading the embeddings, filling the bank",
-    feature_experiment.read_memory_bank,
-    ("seeds", "dataset", "memory_bank", "loop"),
-  ),
-  *feature_experiment.SHARED_PHASES,
-  _EVALUATION,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-  """A kind of experiment.
-
-  Attributes:
-    settings: its dataclass.
-    load: its data, of `settings.dataset`.
-    check: raises ConfigError where settings do not fit each other or the data.
-    phases: in order; a run has those that its settings want.
-  """
-
-  settings: type
-  load: Callable[[Any], LongTailLabels]
-  check: Callable[[Any, Any], None]
-  phases: tuple[Phase, ...]
-
-  def phases_of(self, settings: Any) -> tuple[Phase, ...]:
-    return tuple(phase for phase in self.phases if phase.wanted(settings))
-
-
 KINDS = {
-  "memdiff": Kind(
-    feature_experiment.MemdiffConfig, dataset_lib.load, feature_experiment.check_memdiff, MEMDIFF
-  ),
-  "features": Kind(
-    feature_experiment.FeatureConfig, embeddings.load, feature_experiment.check_features, FEATURES
-  ),
-  "classification": Kind(
-    classification.ClassificationConfig,
-    dataset_lib.load,
-    classification.check,
-    classification.PHASES,
-  ),
+  "memdiff": features.IMAGES,
+  "features": features.EMBEDDINGS,
+  "classification": classification.KIND,
 }
 
 
@@ -117,9 +43,6 @@ def prepare(config: Mapping[str, Any]) -> tuple[Kind, Any, LongTailLabels]:
   kind = kind_of(config)
   settings = config_lib.build(kind.settings, config)
   data = kind.load(settings.dataset)
-  if hasattr(settings, "encoder"):
-    encoder.check(settings.encoder, data)
-    training.check(settings.classifier, settings.encoder, data)
   kind.check(settings, data)
   return kind, settings, data
 
@@ -204,7 +127,7 @@ def _run_phases(e: Experiment, phases: tuple[Phase, ...]) -> dict:
   with ahead.compiling_ahead(tasks, e.mesh):
     _work(e, phases, clock, begun)
   manifests = {phase.name: e.workdir.manifest(phase.name) for phase in phases}
-  written = result.write_report(e, manifests)
+  written = record.write_report(e, manifests)
   if distributed.is_main():
     print(report.text_table(written))
     print(f"\nreport: {e.workdir.path / 'report.html'}")

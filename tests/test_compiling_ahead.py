@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from memdiff import pipeline
-from memdiff.experiment import Phase
+from memdiff.experiments.base import Phase
 from memdiff.runtime import ahead
 
 
@@ -14,7 +14,7 @@ from memdiff.runtime import ahead
 def experiment(mesh, tmp_path, monkeypatch):
   """One of which no phase was begun, and whose report is left out."""
   monkeypatch.setattr(pipeline, "phase_config", lambda *_: {})
-  monkeypatch.setattr(pipeline.result, "write_report", lambda *_: {})
+  monkeypatch.setattr(pipeline.record, "write_report", lambda *_: {})
   monkeypatch.setattr(pipeline.report, "text_table", lambda _: "")
   return SimpleNamespace(
     mesh=mesh,

@@ -15,7 +15,8 @@ import pytest
 
 from benchmarks import confidence, isolating, timing
 from benchmarks.faults.evidence import EXACT
-from memdiff import feature_space, memory_bank, pipeline
+from memdiff import pipeline
+from memdiff.memory import feature_space, memory_bank
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.checkpoint import Checkpointer, abstract
 from tests import support

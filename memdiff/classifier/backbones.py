@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from memdiff.classifier.convolution import Conv
 from memdiff.config import above, each_if_any, one_of
+from memdiff.contrastive import unit_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,12 +182,6 @@ class BottleneckBlock(nn.Module):
 def _unit_columns(key, shape, dtype=jnp.float32):
   kernel = jax.random.normal(key, shape, dtype)
   return kernel / jnp.linalg.norm(kernel, axis=0, keepdims=True)
-
-
-def unit_length(x: jax.Array, axis: int) -> jax.Array:
-  """`x` divided by its Euclidean length along `axis`; zero stays zero, also for gradients."""
-  squares = jnp.square(x).sum(axis=axis, keepdims=True)
-  return x * jnp.where(squares > 1e-24, jax.lax.rsqrt(jnp.maximum(squares, 1e-24)), 0.0)
 
 
 class CosineHead(nn.Module):

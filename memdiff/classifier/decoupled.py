@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from input_pipeline import batches
 from input_pipeline.dataset import LongTailDataset
-from memdiff.classifier import encoder, losses, posthoc, training
+from memdiff.classifier import encoder, encoder_training, losses, posthoc
 from memdiff.classifier.encoder import EncoderConfig
-from memdiff.classifier.training import ClassifierConfig
+from memdiff.classifier.encoder_training import ClassifierConfig
 from memdiff.config import above, at_least, between, some_of
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
@@ -92,7 +92,9 @@ def make_stage(
     """(frozen encoder, normalised images, labels)."""
     frozen, images, labels = draw(state, shared, own)
     key = stream(state.key, "views", state.step)
-    images = training.augmented(key, images, classifier.augment, encoder_config.input, shared)
+    images = encoder_training.augmented(
+      key, images, classifier.augment, encoder_config.input, shared
+    )
     return frozen, images, labels
 
   def step(state, shared, own):
@@ -116,7 +118,7 @@ def make_stage(
     shared=shared | {"by_class": by_class},
     own={"params": frozen.params, "batch_stats": frozen.model_state},
     batch_size=classifier.batch_size,
-    batches=training.host_batches(dataset, classifier, f"heads/{method}", balanced=True),
+    batches=encoder_training.host_batches(dataset, classifier, f"heads/{method}", balanced=True),
   )
 
 

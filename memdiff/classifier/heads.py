@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 
 from memdiff.classifier import losses
 from memdiff.config import at_least, between, one_of
-from memdiff.exemplars import Exemplars
-from memdiff.feature_space import logits_of
+from memdiff.memory.exemplars import Exemplars
+from memdiff.memory.feature_space import logits_of
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage

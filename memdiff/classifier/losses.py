@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from memdiff.classifier import contrastive, stateful_losses
+from memdiff import contrastive
+from memdiff.classifier import stateful_losses
 from memdiff.config import above, at_least, between
 from memdiff.errors import ConfigError
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from memdiff.classifier import backbones
 from memdiff.classifier.losses import LossConfig
+from memdiff.contrastive import unit_length
 
 NAME = "projection"
 
@@ -27,7 +28,7 @@ class Projection(nn.Module):
     def project(x, name):
       hidden = nn.Dense(x.shape[-1], name=f"{name}_hidden")(x)
       hidden = nn.relu(backbones.batch_norm(train, jnp.float32, f"{name}_bn")(hidden))
-      return backbones.unit_length(nn.Dense(self.embedding_dim, name=f"{name}_out")(hidden), 1)
+      return unit_length(nn.Dense(self.embedding_dim, name=f"{name}_out")(hidden), 1)
 
     return project(features, "feature"), project(kernel.T, "centre")
 

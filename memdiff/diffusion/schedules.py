@@ -59,3 +59,10 @@ class NoiseSchedule:
 def expand(values: jax.Array, x: jax.Array) -> jax.Array:
   """[B] -> [B, 1, ...] with as many axes as `x`."""
   return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
+
+
+def time_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
+  """Sinusoidal embedding (Vaswani et al. 2017). t [N] in [0, 1000) -> [N, dim], dim even."""
+  frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(dim // 2) / (dim // 2))
+  angles = t.astype(jnp.float32)[:, None] * frequencies[None]
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from memdiff.evaluation import features as metrics
-from memdiff.evaluation.classification import mean_std, plain
+from memdiff.evaluation import feature_metrics as metrics
+from memdiff.evaluation.scores import mean_std, plain
 
 # name -> (meaning, which direction is good)
 _WORDS = {

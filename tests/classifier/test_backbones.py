@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from memdiff.classifier import backbones
 from memdiff.classifier.backbones import Architecture, BackboneConfig, ResNet
 from memdiff.config import build
+from memdiff.contrastive import unit_length
 from memdiff.errors import ConfigError
 
 CIFAR = ["resnet8", "resnet20", "resnet32", "resnet44", "resnet56"]
@@ -342,13 +343,13 @@ def test_weights_of_a_cosine_head_start_on_the_unit_sphere():
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3))
 def test_unit_length_is_one_or_zero(values):
   x = np.array([values], np.float32)
-  length = float(np.linalg.norm(backbones.unit_length(jnp.asarray(x), 1)))
+  length = float(np.linalg.norm(unit_length(jnp.asarray(x), 1)))
   if np.linalg.norm(x) > 1e-11:
     assert length == pytest.approx(1.0, abs=1e-5)
   else:
     assert length <= 1.0 + 1e-5
   for axis in (0, 1):
-    turned = backbones.unit_length(jnp.asarray(x if axis else x.T), axis)
+    turned = unit_length(jnp.asarray(x if axis else x.T), axis)
     assert float(np.linalg.norm(turned)) == pytest.approx(length, abs=1e-6)
 
 
@@ -356,7 +357,7 @@ def test_a_zero_vector_stays_zero_and_so_does_its_gradient():
   weights = jnp.arange(1.0, 4.0)
 
   def total(x):
-    return jnp.sum(backbones.unit_length(x, 1) * weights[None])
+    return jnp.sum(unit_length(x, 1) * weights[None])
 
   value, gradient = jax.value_and_grad(total)(jnp.zeros((2, 3)))
   assert float(value) == 0.0
@@ -365,7 +366,7 @@ def test_a_zero_vector_stays_zero_and_so_does_its_gradient():
 
 def test_the_gradient_of_unit_length_is_orthogonal_to_the_vector():
   x = jnp.array([[3.0, 4.0, 0.0]])
-  gradient = jax.grad(lambda x: backbones.unit_length(x, 1)[0, 2])(x)
+  gradient = jax.grad(lambda x: unit_length(x, 1)[0, 2])(x)
   np.testing.assert_allclose(gradient, [[0.0, 0.0, 0.2]], atol=1e-6)
-  along = jax.grad(lambda x: backbones.unit_length(x, 1)[0, 0])(x)
+  along = jax.grad(lambda x: unit_length(x, 1)[0, 0])(x)
   np.testing.assert_allclose(along, [[16 / 125, -12 / 125, 0.0]], atol=1e-6)

@@ -24,8 +24,8 @@ def child() -> None:
   from configs import digits_lt
   from input_pipeline.dataset import LongTailDataset
   from memdiff import config as config_lib
-  from memdiff.classification import ClassificationConfig
-  from memdiff.classifier import encoder, training
+  from memdiff.classifier import encoder, encoder_training
+  from memdiff.experiments.classification import ClassificationConfig
 
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (80, SIZE, SIZE, 1), np.uint8)
@@ -45,7 +45,7 @@ def child() -> None:
     mesh = Mesh(np.array(jax.devices()[:number]), ("data",), axis_types=(AxisType.Auto,))
     everywhere = NamedSharding(mesh, PartitionSpec())
     shared = encoder.device_data(config.encoder.input, data, mesh)
-    stage = training.make_stage(
+    stage = encoder_training.make_stage(
       config.classifier, config.encoder, None, "cross_entropy", data, shared, mesh
     )
     state = jax.jit(lambda key, init=stage.init: init(key, ()), out_shardings=everywhere)(

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from memdiff import exemplars as exemplars_lib
-from memdiff import selection
 from memdiff.classifier import heads
 from memdiff.classifier.heads import ALL, Added, HeadConfig, HeadData, Setting
+from memdiff.evaluation import cross_validation
+from memdiff.memory import exemplars as exemplars_lib
 from memdiff.runtime import loop
 from memdiff.runtime.train_state import OptimizerConfig
 from tests import support
@@ -194,8 +194,10 @@ def test_the_mixture_of_a_fold_is_that_of_the_whole_set(counts, folds, fill, eve
   labels, fill = np.repeat(np.arange(len(counts)), counts), ALL if everything else target
   added = heads.padded(added_of(np.ones(numbers.sum()), numbers), 500)  # one size, one program
   whole = mixture_for(counts, added, make_setting(fill=fill))
-  config = selection.SelectionConfig(folds=folds, repeats=1, encoder="frozen", criterion="top1")
-  for rows in selection.fold_rows(labels, config)[0]:
+  config = cross_validation.SelectionConfig(
+    folds=folds, repeats=1, encoder="frozen", criterion="top1"
+  )
+  for rows in cross_validation.fold_rows(labels, config)[0]:
     own = np.bincount(labels[rows[rows >= 0]], minlength=len(counts))
     part = own.sum() / counts.sum()
     mixed = mixture_for(own, added, make_setting(fill=fill, share=part))

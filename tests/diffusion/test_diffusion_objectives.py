@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memdiff import memory_bank
-from memdiff.diffusion import objectives, training
-from memdiff.diffusion.denoisers import DenoiserConfig
+from memdiff.diffusion import denoiser_training, objectives
+from memdiff.diffusion.denoiser_training import PROJECTION, Batch, TrainingConfig
 from memdiff.diffusion.objectives import PLAIN
 from memdiff.diffusion.sampler import model_time
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from memdiff.diffusion.training import PROJECTION, Batch, TrainingConfig
-from memdiff.feature_diffusion import DENOISERS
+from memdiff.memory import memory_bank
 from memdiff.runtime.random import stream
 from memdiff.runtime.train_state import OptimizerConfig
+from memdiff.synthesis.denoisers import DenoiserConfig
+from memdiff.synthesis.feature_diffusion import DENOISERS
 
 BATCH, DIM, WIDTH, STEPS = 8, 5, 6, 40
 CONFIG = TrainingConfig(
@@ -144,13 +144,15 @@ T, EPS = jnp.array([0, 3, 8, 15, 20, 28, 35, 39]), normal(3, BATCH, DIM)
 
 def params_of(config, denoiser=None, batch=None):
   batch = batch or make_batch()
-  init = jax.jit(lambda key: training.init_params(key, config, denoiser or Toy(), batch))
+  init = jax.jit(lambda key: denoiser_training.init_params(key, config, denoiser or Toy(), batch))
   return init(jax.random.key(0))
 
 
 def terms_of(config, params=None):
   params = params or params_of(config)
-  return jax.jit(lambda p: training.loss_terms(config, Toy(), p, make_batch(), T, EPS))(params)
+  return jax.jit(lambda p: denoiser_training.loss_terms(config, Toy(), p, make_batch(), T, EPS))(
+    params
+  )
 
 
 def numpy_terms(config, params):
@@ -229,7 +231,7 @@ def test_every_term_changes_the_gradient(case):
 
   def gradient(config):
     def loss(params):
-      return sum(training.loss_terms(config, Toy(), params, make_batch(), T, EPS).values())
+      return sum(denoiser_training.loss_terms(config, Toy(), params, make_batch(), T, EPS).values())
 
     return jax.jit(jax.grad(loss))(params)
 
@@ -249,7 +251,7 @@ def test_without_terms_the_loss_is_ddpms_to_the_last_bit(mesh):
   def draw(key, shared, own):
     return make_batch().replace(x0=own + jax.random.normal(key, own.shape))
 
-  stage = training.make_stage(CONFIG, Toy(), draw, (), images, mesh)
+  stage = denoiser_training.make_stage(CONFIG, Toy(), draw, (), images, mesh)
   state = jax.jit(stage.init)(jax.random.key(7), images[0])
 
   @jax.jit
@@ -280,7 +282,7 @@ def test_without_terms_the_loss_is_ddpms_to_the_last_bit(mesh):
 def test_metrics_show_every_term_and_their_sum(mesh):
   images = normal(4, 1, BATCH, DIM)
   config = CASES["all"]
-  stage = training.make_stage(
+  stage = denoiser_training.make_stage(
     config, Toy(), lambda key, shared, own: make_batch(), (), images, mesh
   )
   state = jax.jit(stage.init)(jax.random.key(7), images[0])

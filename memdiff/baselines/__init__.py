@@ -1,1 +1,0 @@
-"""The controls and peers of hallucination: what else can make features for the tail."""

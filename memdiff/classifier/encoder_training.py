@@ -1,0 +1,360 @@
+"""The classifier stage: encoder, head and memory bank trained on long-tailed images."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from input_pipeline import augment, batches, streaming
+from input_pipeline.augment import AugmentConfig
+from input_pipeline.dataset import LongTailDataset
+from input_pipeline.streaming import StreamConfig
+from memdiff.classifier import encoder, losses, projection
+from memdiff.classifier.encoder import EncoderConfig
+from memdiff.classifier.losses import LossConfig
+from memdiff.config import at_least, one_of, some_of
+from memdiff.errors import ConfigError
+from memdiff.memory import memory_bank
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime import train_state
+from memdiff.runtime.loop import Stage
+from memdiff.runtime.random import stream
+from memdiff.runtime.train_state import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+  loss: str = one_of(losses.LOSSES)
+  references: tuple[str, ...] = some_of(losses.LOSSES)
+  loss_parameters: LossConfig
+  augment: AugmentConfig
+  stream: StreamConfig
+  batch_size: int = at_least(1)
+  num_epochs: float = at_least(0)
+  optimizer: OptimizerConfig
+
+  def num_steps(self, num_examples: int) -> int:
+    return round(self.num_epochs * num_examples / self.batch_size)
+
+
+def trained_losses(config: ClassifierConfig) -> tuple[str, ...]:
+  """The losses a classifier is trained with, each once; what follows builds on the first."""
+  return tuple(dict.fromkeys((config.loss, *config.references)))
+
+
+def check(
+  config: ClassifierConfig, encoder_config: EncoderConfig, dataset: LongTailDataset
+) -> None:
+  """Raises ConfigError where the settings do not fit the data or each other."""
+  num_examples = len(dataset.train_labels)
+  if config.batch_size > num_examples:
+    raise ConfigError(
+      f"config.classifier.batch_size is {config.batch_size}, but the training set has only"
+      f" {num_examples} images."
+    )
+  if config.num_steps(num_examples) == 0 and not encoder_config.init_from:
+    raise ConfigError(
+      f"config.classifier.num_epochs is {config.num_epochs:g}, not one step, and"
+      " config.encoder.init_from is empty; train, or start from weights."
+    )
+  augment.check(config.augment, dataset.train_images.shape[1:])
+  for loss in trained_losses(config):
+    losses.check(loss, mixup=config.augment.mixup > 0)
+    if losses.LOSSES[loss].cosine_head and encoder_config.backbone.head == "linear":
+      raise ConfigError(
+        f"The loss {loss} is defined on cosines, but config.encoder.backbone.head is linear; use"
+        " auto or cosine."
+      )
+
+
+def augmented(
+  key: jax.Array,
+  images: jax.Array,
+  config: AugmentConfig,
+  input_config: encoder.InputConfig,
+  shared: dict[str, jax.Array],
+) -> jax.Array:
+  """One random view of uint8 images [B, H, W, ch], normalised."""
+  images = augment.augment(stream(key, "augment"), images, config)
+  images = encoder.normalize(input_config, images, shared)
+  return augment.cutout(stream(key, "cutout"), images, config.cutout)
+
+
+def host_batches(
+  dataset: LongTailDataset, config: ClassifierConfig, name: str, *, balanced: bool = False
+):
+  """`Stage.batches` of the stage `name` for a set that is too large for the devices, else None."""
+  if not dataset.streamed:
+    return None
+  process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+  def make(seed: int, first_step: int):
+    return streaming.train_batches(
+      dataset.train_images, dataset.train_labels, config.batch_size,
+      streaming.stream_seed(seed, name), first_step, config.stream, balanced=balanced, **process,
+    )  # fmt: skip
+
+  return make
+
+
+def fold_data(
+  encoder_config: EncoderConfig, dataset: LongTailDataset, rows: np.ndarray
+) -> dict[str, Any]:
+  """What is known of the training set in each of R runs that see a part of it.
+
+  Args:
+    encoder_config, dataset: see there.
+    rows: [R, A] training images, -1 where a run has fewer.
+
+  Returns:
+    {"rows" [R, A], padded with a second copy of the run's first image, "counts" [R, C],
+    "statistics": {"pixel_mean", "pixel_std"} [R, ch]}.
+  """
+  seen = [row[row >= 0] for row in rows]
+  statistics = [
+    encoder.pixel_statistics(encoder_config.input, dataset.train_images[row]) for row in seen
+  ]
+  return {
+    "rows": np.where(rows >= 0, rows, rows[:, :1]),
+    "counts": np.stack(
+      [np.bincount(dataset.train_labels[row], minlength=dataset.num_classes) for row in seen]
+    ),
+    "statistics": jax.tree.map(lambda *leaves: np.stack(leaves), *statistics),
+  }
+
+
+def make_stage(
+  config: ClassifierConfig,
+  encoder_config: EncoderConfig,
+  bank_config: memory_bank.BankConfig | None,
+  loss: str,
+  dataset: LongTailDataset,
+  shared: dict[str, jax.Array],
+  mesh: Mesh,
+  rows: np.ndarray | None = None,
+) -> Stage:
+  """Trains encoder, head and, where it is configured, memory bank with `loss`.
+
+  Args:
+    config, encoder_config, bank_config: see there; without `bank_config` there is no bank.
+    loss: a name out of losses.LOSSES.
+    dataset: the long-tailed set.
+    shared: of `encoder.device_data`.
+    mesh: the device mesh.
+    rows: [R, A] the training images of each of R runs, of a set in memory, -1 where a run has
+      fewer; None: all of them. Class counts and pixel statistics are then a run's own, and the
+      stage scores nothing while it trains.
+  """
+  name = f"classifier/{loss}"
+  num_examples = len(dataset.train_labels) if rows is None else rows.shape[1]
+  setup = _Setup(
+    config=config,
+    encoder_config=encoder_config,
+    bank_config=bank_config,
+    loss=loss,
+    num_classes=dataset.num_classes,
+    image_shape=dataset.train_images.shape[1:],
+    mesh=mesh,
+  )
+  program = _program(
+    setup,
+    num_examples,
+    streamed=dataset.streamed,
+    of_runs=rows is not None,
+    held_out=len(dataset.holdout_labels) > 0,
+  )
+  return Stage(
+    name=name,
+    num_steps=config.num_steps(num_examples),
+    init=_make_init(setup, encoder.weights_sha256(encoder_config)),
+    batch=program.draw,
+    step=program.step,
+    evaluate=None if dataset.streamed or rows is not None else program.evaluate,
+    shared=shared,
+    own=() if rows is None else mesh_lib.replicate(mesh, fold_data(encoder_config, dataset, rows)),
+    batch_size=config.batch_size,
+    batches=host_batches(dataset, config, name),
+    one_by_one=mesh_lib.one_by_one(mesh),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+  """All that a network and its training are built of, beside the data."""
+
+  config: ClassifierConfig
+  encoder_config: EncoderConfig
+  bank_config: memory_bank.BankConfig | None
+  loss: str
+  num_classes: int
+  image_shape: tuple[int, ...]
+  mesh: Mesh
+
+  @property
+  def model(self) -> nn.Module:
+    return encoder.make_model(self.encoder_config, self.loss, self.num_classes)
+
+  def optimizer(self, num_steps: int) -> optax.GradientTransformation:
+    return train_state.make_optimizer(self.config.optimizer, num_steps)
+
+  def objective(self, counts: Any, num_examples: int) -> losses.Objective:
+    """Of a training set with `counts` [C] examples per class, perhaps traced."""
+    return losses.make(
+      self.loss,
+      self.config.loss_parameters,
+      counts,
+      scale=self.encoder_config.backbone.scale,
+      num_steps=self.config.num_steps(num_examples),
+      steps_per_epoch=max(num_examples // self.config.batch_size, 1),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+  draw: Callable
+  step: Callable
+  evaluate: Callable
+
+
+@functools.lru_cache(maxsize=8)
+def _make_init(setup: _Setup, weights: str | None) -> Callable:
+  """The initial state; the same function for seeds and folds, so that it compiles once.
+
+  `weights` is the digest of the file that parameters are read from.
+  """
+  del weights
+  row, model = losses.LOSSES[setup.loss], setup.model
+
+  def init(key, _):
+    variables = encoder.initial_variables(
+      setup.encoder_config, model, setup.image_shape, stream(key, "params")
+    )
+    if row.contrastive:
+      variables = projection.extend(
+        variables, setup.config.loss_parameters, stream(key, "projection")
+      )
+    bank = setup.bank_config and memory_bank.create(
+      setup.num_classes, setup.bank_config.num_slots, setup.encoder_config.feature_dim
+    )
+    return train_state.create(
+      key,
+      variables["params"],
+      setup.optimizer(1),  # the number of steps does not matter yet
+      model_state=variables["batch_stats"],
+      bank=bank,
+      loss_state=setup.objective(np.ones(setup.num_classes), 1).init(),
+    )
+
+  return init
+
+
+@functools.lru_cache(maxsize=8)
+def _program(
+  setup: _Setup, num_examples: int, *, streamed: bool, of_runs: bool, held_out: bool
+) -> _Program:
+  """The functions of a stage, the same ones whenever they are asked for.
+
+  Args:
+    setup: see there.
+    num_examples: in an epoch.
+    streamed: whether batches come from the host.
+    of_runs: whether every run has rows, class counts and pixel statistics of its own.
+    held_out: whether there are held-out images to score.
+  """
+  config, encoder_config, bank_config = setup.config, setup.encoder_config, setup.bank_config
+  mesh, model, row = setup.mesh, setup.model, losses.LOSSES[setup.loss]
+  optimizer = setup.optimizer(config.num_steps(num_examples))
+
+  def draw(state, shared, own):
+    """A batch of uint8 images and labels, split over the devices."""
+    if streamed:
+      _, batch = own
+      return batch["images"], batch["labels"]
+    index = batches.epoch_indices(
+      stream(state.key, "order"), state.step, num_examples, config.batch_size
+    )
+    index = own["rows"][index] if of_runs else index
+    return mesh_lib.shard_batch((shared["images"][index], shared["labels"][index]), mesh)
+
+  def prepare(state, shared, own):
+    """The loss's views of a batch, one after the other, its labels, and mixup's partners."""
+    images, labels = draw(state, shared, own)
+    key = stream(state.key, "views", state.step)
+    statistics = own["statistics"] if of_runs else shared
+    views = [
+      augmented(
+        jax.random.fold_in(key, view), images, config.augment, encoder_config.input, statistics
+      )
+      for view in range(row.views)
+    ]
+    partner = share = None
+    if config.augment.mixup > 0:
+      views[0], partner, share = augment.mixup(stream(key, "mixup"), views[0], config.augment.mixup)
+    return jnp.concatenate(views), labels, partner, share
+
+  def step(state, shared, own):
+    images, labels, partner, share = prepare(state, shared, own)
+    counts = own["counts"] if of_runs else shared["train_counts"]
+    objective = setup.objective(counts, num_examples)
+    batch = len(labels)
+
+    def loss_of(params):
+      variables = {"params": params, "batch_stats": state.model_state}
+      (logits, features), updates = model.apply(
+        variables, images, train=True, mutable=["batch_stats"]
+      )
+      value, loss_state = objective(
+        logits[:batch],
+        features[:batch],
+        labels,
+        state.loss_state,
+        state.step,
+        bank=state.bank,
+        partner_labels=None if partner is None else labels[partner],
+        share=share,
+      )
+      statistics = updates["batch_stats"]
+      if row.contrastive:
+        embeddings, centres, statistics = projection.project(
+          params, statistics, features[batch:], config.loss_parameters
+        )
+        value = value + objective.contrastive_term(embeddings, centres, labels)
+      return value, (logits[:batch], features[:batch], statistics, loss_state)
+
+    (value, (logits, features, model_state, loss_state)), gradients = jax.value_and_grad(
+      loss_of, has_aux=True
+    )(state.params)
+    bank = state.bank and memory_bank.update(
+      state.bank,
+      features,
+      labels,
+      jnp.ones(labels.shape, bool),
+      stream(state.key, "reservoir", state.step),
+      horizon=bank_config.horizon,
+      mesh=mesh,
+    )
+    metrics = {"loss": value, "accuracy": jnp.mean(logits.argmax(axis=-1) == labels)}
+    state = train_state.apply_gradients(
+      state, gradients, optimizer, model_state=model_state, bank=bank, loss_state=loss_state
+    )
+    return state, metrics
+
+  def evaluate(state, shared, _):
+    def predict(images):
+      images = encoder.normalize(encoder_config.input, images, shared)
+      return encoder.apply_eval(model, state, images)[0]
+
+    scores = encoder.score(predict, shared["test_images"], shared["test_labels"])
+    if held_out:
+      others = encoder.score(predict, shared["holdout_images"], shared["holdout_labels"])
+      scores |= {f"holdout_{name}": value for name, value in others.items()}
+    return scores
+
+  return _Program(prepare, step, evaluate)

@@ -1,0 +1,167 @@
+"""What every kind of experiment is made of: settings, data, phases, and its image classifiers."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from input_pipeline.long_tail import LongTailLabels
+from memdiff.classifier import encoder, encoder_training, losses
+from memdiff.config import each
+from memdiff.memory import feature_space
+from memdiff.runtime import loop, programs
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.workdir import Workdir
+from memdiff.runtime.writers import read_history
+
+
+def seeds_field() -> Any:
+  return each(lambda s: 0 <= s < 2**32, "whole numbers from 0 to 2^32 - 1")
+
+
+def check_seeds(seeds: tuple[int, ...]) -> None:
+  """Raises ValueError where a seed stands twice."""
+  if len(set(seeds)) != len(seeds):
+    raise ValueError(f"seeds are {seeds}, but each may stand only once.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A checked config with its data, devices and folder."""
+
+  config: Any  # the settings of the experiment's kind
+  dataset: LongTailLabels  # LongTailDataset of images, or LongTailEmbeddings
+  workdir: Workdir
+  run: loop.Run
+  command: str
+
+  @functools.cached_property
+  def data_digests(self) -> dict[str, str | None]:
+    """SHA-256 of everything that enters the run beside its config, by name; read once per run."""
+    digests = self.dataset.fingerprints | {"split": self.dataset.split_sha256}
+    if hasattr(self.config, "encoder"):
+      digests["initial_weights"] = encoder.weights_sha256(self.config.encoder)
+    return digests
+
+  @property
+  def mesh(self):
+    return self.run.mesh
+
+  @property
+  def seeds(self) -> tuple[int, ...]:
+    return self.config.seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """A part of an experiment that is done once, and whose result stays in the workdir."""
+
+  name: str
+  title: str  # for the user, when it starts
+  work: Callable[[Experiment], dict]  # returns metrics for the manifest
+  reads: tuple[str, ...]  # parts of the config that decide its result, beyond earlier phases'
+  wanted: Callable[[Any], bool] = lambda settings: True  # whether there is anything to do
+  compile_ahead: Callable[[Experiment], None] | None = None  # its largest programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A kind of experiment.
+
+  Attributes:
+    settings: its dataclass.
+    load: its data, of `settings.dataset`.
+    check: raises ConfigError where settings do not fit each other or the data.
+    phases: in order; a run has those that its settings want.
+  """
+
+  settings: type
+  load: Callable[[Any], LongTailLabels]
+  check: Callable[[Any, Any], None]
+  phases: tuple[Phase, ...]
+
+  def phases_of(self, settings: Any) -> tuple[Phase, ...]:
+    return tuple(phase for phase in self.phases if phase.wanted(settings))
+
+
+def check_classifier(settings: Any, data: LongTailLabels) -> None:
+  """Raises ConfigError where encoder and classifier do not fit each other or the images."""
+  encoder.check(settings.encoder, data)
+  encoder_training.check(settings.classifier, settings.encoder, data)
+
+
+def classifier_stage(e: Experiment, loss: str, rows: np.ndarray | None = None) -> loop.Stage:
+  """Trains the classifier of `loss` on all images, or on `rows` [R, A] of each of R runs.
+
+  A memory bank moves along only for losses that read it.
+  """
+  config = e.config
+  shared = encoder.device_data(config.encoder.input, e.dataset, e.mesh)
+  bank = config.memory_bank if losses.LOSSES[loss].needs_bank else None
+  return encoder_training.make_stage(
+    config.classifier, config.encoder, bank, loss, e.dataset, shared, e.mesh, rows
+  )
+
+
+def load_classifier(e: Experiment, loss: str) -> Any:
+  """The final state of a trained classifier, seeds leading."""
+  stage = classifier_stage(e, loss)
+  return loop.load_final(stage, e.run, e.workdir.folder("classifier") / loss)
+
+
+def forward_images(
+  e: Experiment, loss: str, state: Any, images, statistics: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Runs images through trained classifiers in evaluation mode.
+
+  Args:
+    e: the experiment.
+    loss: that trained the classifiers.
+    state: of R of them.
+    images: uint8 [N, H, W, ch], in memory or read when sliced; a chunk is split over the devices.
+    statistics: {"pixel_mean", "pixel_std"} [R, ch], each run's own; None: of all training images.
+
+  Returns:
+    (logits [R, N, C], features [R, N, D]).
+  """
+  input_config = e.config.encoder.input
+  model = encoder.make_model(e.config.encoder, loss, e.dataset.num_classes)
+  forward = _forward_program(model, input_config, statistics is not None, e.mesh)
+  if statistics is None:
+    statistics = encoder.pixel_statistics(input_config, e.dataset.train_images)
+  statistics = mesh_lib.replicate(e.mesh, statistics)
+  return feature_space.encode(lambda chunk: forward(chunk, state, statistics), images, e.mesh)
+
+
+@functools.lru_cache(maxsize=8)
+def _forward_program(
+  model: nn.Module, input_config: encoder.InputConfig, statistics_of_runs: bool, mesh: Mesh
+) -> Callable:
+  """The jitted (images, state, statistics) -> (logits, features) of every run."""
+
+  def forward(images, state, statistics):
+    images = mesh_lib.shard_batch(images, mesh)
+
+    def of_run(own, shared):
+      state, statistics = own if statistics_of_runs else (own, shared)
+      return encoder.apply_eval(model, state, encoder.normalize(input_config, images, statistics))
+
+    own = (state, statistics) if statistics_of_runs else state
+    return programs.over_seeds(of_run, mesh_lib.one_by_one(mesh))(own, statistics)
+
+  return jax.jit(forward)
+
+
+def last_metrics(folder: pathlib.Path) -> dict[str, float]:
+  """The mean over seeds of every metric's last value, of a finished stage."""
+  last = {}
+  for record in read_history(folder / "metrics.jsonl"):
+    for name, values in record["metrics"].items():
+      last[f"{record['kind']}_{name}"] = float(np.mean(values))
+  return last

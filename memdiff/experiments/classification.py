@@ -1,0 +1,267 @@
+"""The classification experiment: one row, or several, of the field's standard tables.
+
+classifier   images -> encoder and head, per loss                    classifier/<loss>/checkpoints
+features     frozen encoders -> logits, features, class means        features/*.npz
+heads        the first loss's encoder -> retrained heads             heads/<method>/checkpoints
+evaluation   everything -> report.json, report.html                  evaluation/
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from input_pipeline import dataset as dataset_lib
+from memdiff.classifier import decoupled, encoder, encoder_training, losses, posthoc
+from memdiff.config import one_of
+from memdiff.errors import ConfigError
+from memdiff.evaluation import scores
+from memdiff.experiments import record
+from memdiff.experiments.base import (
+  Experiment,
+  Kind,
+  Phase,
+  check_classifier,
+  check_seeds,
+  classifier_stage,
+  forward_images,
+  last_metrics,
+  load_classifier,
+  seeds_field,
+)
+from memdiff.memory import memory_bank
+from memdiff.runtime import loop
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.workdir import read_arrays, write_arrays
+
+_MAX_CURVES = 6  # methods in one picture
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationConfig:
+  """Everything that decides a run's results."""
+
+  experiment: str = one_of(("classification",))
+  name: str
+  seeds: tuple[int, ...] = seeds_field()
+  dataset: dataset_lib.DatasetConfig
+  encoder: encoder.EncoderConfig
+  classifier: encoder_training.ClassifierConfig
+  memory_bank: memory_bank.BankConfig
+  decoupled: decoupled.DecoupledConfig
+  loop: loop.LoopConfig
+  execution: loop.ExecutionConfig
+
+  def __post_init__(self):
+    check_seeds(self.seeds)
+
+
+def check(settings: ClassificationConfig, data: dataset_lib.LongTailDataset) -> None:
+  """Raises ConfigError where the heads do not go with the classifier they build on."""
+  check_classifier(settings, data)
+  if settings.encoder.backbone.taps:
+    raise ConfigError(
+      "config.encoder.backbone.taps names inner stages for features, but classification scores the"
+      " encoder with its own head; leave it empty."
+    )
+  loss = settings.classifier.loss
+  linear = {"tau_norm", "lws"} & set(settings.decoupled.methods)
+  if linear and encoder.has_cosine_head(settings.encoder.backbone, loss):
+    raise ConfigError(
+      f"config.decoupled.methods names {sorted(linear)[0]}, which scales the weights of a linear"
+      f" head, but {loss} trains a cosine head, whose weights have no length."
+    )
+
+
+def train_classifiers(e: Experiment) -> dict:
+  summary = {}
+  for loss in encoder_training.trained_losses(e.config.classifier):
+    folder = e.workdir.folder("classifier") / loss
+    loop.train(classifier_stage(e, loss), e.run, folder)
+    summary[loss] = last_metrics(folder)
+  return summary
+
+
+def extract_features(e: Experiment) -> dict:
+  """Runs the images that are scored, and for NCM those that train, through the classifiers."""
+  summary = {}
+  for loss in encoder_training.trained_losses(e.config.classifier):
+    state = load_classifier(e, loss)
+    arrays = dict(mesh_lib.fetch(state.params["head"]))
+    arrays["logits"], arrays["features"] = forward_images(e, loss, state, e.dataset.test_images)
+    if len(e.dataset.holdout_labels):
+      held_out = forward_images(e, loss, state, e.dataset.holdout_images)
+      arrays["holdout_logits"], arrays["holdout_features"] = held_out
+    if loss == e.config.classifier.loss and "ncm" in e.config.decoupled.methods:
+      _, features = forward_images(e, loss, state, e.dataset.train_images)
+      arrays["class_means"] = class_means(features, e.dataset)
+    write_arrays(e.workdir.folder("features") / f"{loss}.npz", arrays)
+    hits = arrays["logits"].argmax(axis=-1) == e.dataset.test_labels[None]
+    summary[loss] = {"test_accuracy": float(hits.mean())}
+  return summary
+
+
+def class_means(features: np.ndarray, dataset: dataset_lib.LongTailDataset) -> np.ndarray:
+  """Mean of the training features [S, N, D] per class and seed, [S, C, D]."""
+  labels, number = dataset.train_labels, dataset.num_classes
+  sums = np.stack([mesh_lib.fetch(jax.ops.segment_sum(f, labels, number)) for f in features])
+  return sums / dataset.train_counts[None, :, None]
+
+
+def head_stage(e: Experiment, method: str) -> loop.Stage:
+  config = e.config
+  loss = config.classifier.loss
+  shared = encoder.device_data(config.encoder.input, e.dataset, e.mesh)
+  return decoupled.make_stage(
+    method, config.decoupled, config.classifier, config.encoder, loss, load_classifier(e, loss),
+    e.dataset, shared, e.mesh,
+  )  # fmt: skip
+
+
+def train_heads(e: Experiment) -> dict:
+  summary = {}
+  for method in decoupled.TRAINED:
+    if method in e.config.decoupled.methods:
+      folder = e.workdir.folder("heads") / method
+      loop.train(head_stage(e, method), e.run, folder)
+      summary[method] = last_metrics(folder)
+  return summary
+
+
+def head_rows(e: Experiment, arrays: dict[str, np.ndarray], part: str):
+  """Logits of every head on the first loss's encoder, by method; tau not chosen yet.
+
+  Args:
+    arrays: of `extract_features`, for the first loss.
+    part: "" for the test set, "holdout_" for the held-out images.
+
+  Returns:
+    name -> function of nothing that gives [S, T, C]; `tau_norm` takes tau.
+  """
+  config = e.config.decoupled
+  features, logits = arrays[f"{part}features"], arrays[f"{part}logits"]
+  own_head = {name: arrays[name] for name in ("kernel", "bias") if name in arrays}
+  counts = jnp.asarray(e.dataset.train_counts, jnp.float32)
+
+  def trained(method):
+    state = loop.load_final(head_stage(e, method), e.run, e.workdir.folder("heads") / method)
+    return jax.vmap(lambda p, h, f: decoupled.trained_logits(method, p, h, f))(
+      state.params, own_head, features
+    )
+
+  rows = {
+    "logit_adjustment": lambda: jax.vmap(
+      lambda z: posthoc.adjusted_logits(z, counts, config.adjustment)
+    )(logits),
+    "tau_norm": lambda tau: jax.vmap(lambda h, f: posthoc.tau_normalized_logits(h, f, tau))(
+      own_head, features
+    ),
+    "ncm": lambda: jax.vmap(posthoc.nearest_mean_logits)(features, arrays["class_means"]),
+    "crt": lambda: trained("crt"),
+    "lws": lambda: trained("lws"),
+  }
+  return {name: rows[name] for name in config.methods}
+
+
+def choose_tau(e: Experiment, rows) -> tuple[float, str]:
+  """tau of tau-normalisation and how it came about: chosen on held-out data, or as configured."""
+  if not len(e.dataset.holdout_labels):
+    return e.config.decoupled.tau, "as configured, nothing is held out"
+  labels = e.dataset.holdout_labels[None]
+
+  def accuracy(tau):
+    return float((mesh_lib.fetch(rows["tau_norm"](tau)).argmax(-1) == labels).mean())
+
+  tau = posthoc.select_tau(posthoc.TAUS, accuracy)
+  return tau, "the best on the held-out images"
+
+
+def predict(e: Experiment) -> dict[str, dict[str, Any]]:
+  """Every row of the table: {description, test [S, T], holdout [S, H] or None, of classes}."""
+  held_out = len(e.dataset.holdout_labels) > 0
+  rows = {}
+  for loss in encoder_training.trained_losses(e.config.classifier):
+    arrays = read_arrays(e.workdir.folder("features") / f"{loss}.npz")
+    rows[loss] = {
+      "description": f"encoder and head trained with {losses.LOSSES[loss].description}",
+      "test": arrays["logits"].argmax(axis=-1),
+      "holdout": arrays["holdout_logits"].argmax(axis=-1) if held_out else None,
+    }
+  loss = e.config.classifier.loss
+  arrays = read_arrays(e.workdir.folder("features") / f"{loss}.npz")
+  test_rows = head_rows(e, arrays, "")
+  held_rows = head_rows(e, arrays, "holdout_") if held_out else {}
+  for method, logits in test_rows.items():
+    arguments, words = (), decoupled.METHODS[method]
+    if method == "tau_norm":
+      tau, how = choose_tau(e, held_rows)
+      arguments, words = (tau,), f"{words}, tau = {tau:g} ({how})"
+    if method == "logit_adjustment":
+      words = f"{words}, tau = {e.config.decoupled.adjustment:g}"
+    held = mesh_lib.fetch(held_rows[method](*arguments)) if held_out else None
+    rows[f"{loss}+{method}"] = {
+      "description": words,
+      "test": mesh_lib.fetch(logits(*arguments)).argmax(axis=-1),
+      "holdout": None if held is None else held.argmax(axis=-1),
+    }
+  return rows
+
+
+def evaluate(e: Experiment) -> dict:
+  """Scores every row on the test set and draws."""
+  from memdiff.evaluation import plots  # matplotlib takes a second
+
+  data, table = e.dataset, []
+  groups = scores.make_groups(data.train_counts)
+  e.run.progress.say("scoring on the test set")
+  for method, row in predict(e).items():
+    scored = scores.score_method(
+      method, row["description"], row["test"], data.test_labels, groups, e.seeds, data.num_classes
+    )
+    if row["holdout"] is not None:
+      hits = row["holdout"] == data.holdout_labels[None]
+      scored["holdout_top1"] = scores.mean_std(hits.mean(axis=1))
+    table.append(scored)
+  outcome = record.record(e, table) | {
+    "parameters": parameter_count(e),
+    "num_steps": e.config.classifier.num_steps(len(data.train_labels)),
+  }
+  stages = [f"classifier/{loss}" for loss in encoder_training.trained_losses(e.config.classifier)]
+  stages += [f"heads/{m}" for m in decoupled.TRAINED if m in e.config.decoupled.methods]
+  figures = {
+    "long_tail_profile": plots.long_tail_profile(
+      data.class_names, data.train_counts, np.zeros(data.num_classes, int), record.group_of_class(e)
+    ),
+    "per_class_accuracy": record.accuracy_by_class(
+      e, table, [row["method"] for row in table][:_MAX_CURVES]
+    ),
+  }
+  curves = record.training_curves(e, stages)
+  if curves:
+    figures["training_curves"] = plots.training_curves(curves)
+  return record.save(e, outcome, figures.items())
+
+
+def parameter_count(e: Experiment) -> int:
+  """Trained numbers of encoder and head."""
+  model = encoder.make_model(e.config.encoder, e.config.classifier.loss, e.dataset.num_classes)
+  images = jnp.zeros((1, *e.dataset.train_images.shape[1:]))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+  return sum(x.size for x in jax.tree.leaves(shapes["params"]))
+
+
+_PHASES = (
+  Phase(
+    "classifier",
+    "training the image classifiers",
+    train_classifiers,
+    ("seeds", "dataset", "encoder", "classifier", "memory_bank", "loop"),
+  ),
+  Phase("features", "encoding the images", extract_features, ("decoupled",)),
+  Phase("heads", "training heads on the frozen encoder", train_heads, ()),
+  Phase("evaluation", "scoring and drawing", evaluate, ("name",)),
+)
+
+KIND = Kind(ClassificationConfig, dataset_lib.load, check, _PHASES)

@@ -1,0 +1,279 @@
+"""The evaluation of an experiment on features: methods scored, features judged, pictures."""
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from input_pipeline import embeddings
+from memdiff.classifier.encoder_training import trained_losses
+from memdiff.evaluation import quality
+from memdiff.experiments import record, summaries
+from memdiff.experiments.base import Experiment
+from memdiff.experiments.feature_scores import (
+  Scored,
+  agreement,
+  classify,
+  compare,
+  compare_joint,
+  compared_methods,
+  headline,
+  mark_shown,
+  plain_training,
+)
+from memdiff.experiments.feature_store import Space, load_selection, load_space, load_synthetic
+from memdiff.experiments.methods import (
+  OWN,
+  REAL,
+  REFERENCES,
+  Choice,
+  log_prior,
+  own_tau,
+)
+from memdiff.memory.feature_space import raw_head
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.progress import release_memory
+from memdiff.runtime.workdir import write_arrays
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
+  from memdiff.evaluation.plots import FeaturePlane
+
+
+_MAX_CURVES = 6  # trainings in one picture
+
+
+def stages(e: Experiment) -> list[str]:
+  """The folders of the trainings that are drawn."""
+  folders = []
+  if hasattr(e.config, "classifier"):
+    folders += [f"classifier/{loss}" for loss in trained_losses(e.config.classifier)]
+  folders += [f"diffusion/{name}" for name in e.config.generators.names]
+  folders += [f"heads/{name}" for name in (REAL, "memdiff", "oracle")]
+  return [f for f in folders if (e.workdir.path / f / "metrics.jsonl").exists()][:_MAX_CURVES]
+
+
+def of_strength(synthetic: Mapping[str, np.ndarray], choice: Choice) -> dict[str, np.ndarray]:
+  """A generator's features [S, M, D] and confidences [S, M] at one strength, with their labels."""
+  k = synthetic["strengths"].tolist().index(choice.strength)
+  alike, by_strength = (
+    ("labels", "number"), ("features", "confidence", "nearest_index", "nearest_distance")
+  )  # fmt: skip
+  return {name: synthetic[name] for name in alike if name in synthetic} | {
+    name: synthetic[name][:, k] for name in by_strength if name in synthetic
+  }
+
+
+def _synthetic(
+  e: Experiment,
+  choices: Mapping[str, Choice],
+  name: str,
+  loss: str,
+  parts: Collection[str] | None = None,
+) -> dict[str, np.ndarray]:
+  """`of_strength` of the strength that was chosen for a generator and a loss; all or some parts."""
+  if parts is not None:
+    parts = ("strengths", *parts)
+  return of_strength(load_synthetic(e, name, parts), choices[f"{name}+{loss}"])
+
+
+def judge(e: Experiment, space: Space, choices: Mapping[str, Choice], loss: str) -> dict:
+  """Quality of every generator's features, as chosen for a loss, against unseen real ones."""
+  data, exemplars = e.dataset, mesh_lib.fetch(space.runs.exemplars.features)
+  left_out, standardizer = mesh_lib.fetch((space.left_out, space.runs.standardizer))
+  names = e.config.generators.names
+
+  def made(name, seed):
+    """[M, D]; read again for every seed, since those of all seeds and generators are large."""
+    return _synthetic(e, choices, name, loss, ("features",))["features"][seed]
+
+  def seeds():
+    for number in range(len(e.seeds)):
+      e.run.progress.say(f"measuring features, seed {number + 1} of {len(e.seeds)}")
+      own = jax.tree.map(lambda x, n=number: x[n], standardizer)
+      features = {name: own.forward(made(name, number)) for name in names}
+      yield quality.Seed(exemplars[number], left_out[number], features)
+
+  labels = {name: _synthetic(e, choices, name, loss, ("labels",))["labels"] for name in names}
+  judged = quality.measure(
+    seeds(), data.train_labels, data.left_out_labels, labels, data.num_classes
+  )
+  if not len(data.left_out_labels):
+    for measured in judged.values():
+      del measured["truth_test"]
+  return judged
+
+
+def seconds(e: Experiment) -> dict[str, dict[str, float | None]]:
+  """What every generator took for all seeds together, compiling left out; on whatever ran it."""
+  phases = {"training": "diffusion", "sampling": "hallucination"}
+  taken = {what: e.workdir.manifest(phase)["metrics"] for what, phase in phases.items()}
+  return {
+    name: {what: metrics.get(name, {}).get("seconds") for what, metrics in taken.items()}
+    for name in e.config.generators.names
+  }
+
+
+def features_of_first_seed(
+  e: Experiment, space: Space, shown: Mapping[str, np.ndarray]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Kind -> (standardised features [N, D], labels [N]): real, left out and synthetic.
+
+  Args:
+    e: the experiment.
+    space: its features.
+    shown: synthetic features [S, M, D] and their labels, of one generator.
+  """
+  data, first = e.dataset, jax.tree.map(lambda x: x[0], space.runs.standardizer)
+  real, left_out, synthetic = mesh_lib.fetch(
+    (space.runs.exemplars.features, space.left_out, first.forward(shown["features"][0]))
+  )
+  return {
+    "real": (real[0], data.train_labels),  # of all seeds no copy is made; `judge` reads them too
+    "left out": (left_out[0], data.left_out_labels),
+    "synthetic": (synthetic, shown["labels"]),
+  }
+
+
+def draw(
+  e: Experiment,
+  scored: Scored,
+  comparison: Mapping,
+  shown: Mapping,
+  features: Mapping[str, tuple[np.ndarray, np.ndarray]],
+  plane: "Future[FeaturePlane]",
+) -> Iterator[tuple[str, "Figure"]]:
+  """The report's figures and their names; the one that takes longest to compute is the last.
+
+  Args:
+    e: the experiment.
+    scored: the table.
+    comparison: of `compare`.
+    shown: what the generator made that the comparison is about.
+    features: of the first seed.
+    plane: where they lie on the map.
+  """
+  from memdiff.evaluation import plots  # matplotlib takes a second
+
+  data = e.dataset
+  made = np.bincount(shown["labels"], minlength=data.num_classes)
+  named = [comparison[key] for key in ("control", "method", "reference") if comparison[key]]
+  yield (
+    "long_tail_profile",
+    plots.long_tail_profile(data.class_names, data.train_counts, made, record.group_of_class(e)),
+  )
+  yield "per_class_accuracy", record.accuracy_by_class(e, scored.rows, named)
+  confidence = shown["confidence"][0]
+  yield (
+    "confidence_histogram",
+    plots.confidence_histogram(confidence, shown["labels"], data.class_names),
+  )
+  yield "training_curves", plots.training_curves(record.training_curves(e, stages(e)))
+  if comparison["gap_closed"]:
+    gaps = [
+      (row["method"], row["gap_closed"]["mean"], row["gap_closed"]["interval"])
+      for row in scored.rows
+      if row["method"].split("+")[0] not in REFERENCES
+    ]
+    yield "gap_closed", plots.gap_closed(gaps)
+  if len(data.left_out_labels):
+    near = quality.nearness(*features["synthetic"], *features["left out"])
+    yield "confidence_reliability", plots.reliability(confidence, near)
+  yield "feature_map", plots.feature_map(plane.result(), data.class_names)
+
+
+def place_on_map(
+  e: Experiment, features: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> "FeaturePlane":
+  """The first seed's features on a plane; takes seconds, most of them without Python's lock."""
+  from memdiff.evaluation import plots  # matplotlib takes a second
+
+  return plots.embed(
+    *features["real"],
+    *features["left out"],
+    *features["synthetic"],
+    e.dataset.num_classes,
+    max_per_class=e.config.evaluation.map_per_class,
+  )
+
+
+def save_recommended_head(
+  e: Experiment, space: Space, scored: Scored, method: str, choices: Mapping[str, Choice]
+) -> None:
+  """The recommended method's head on the encoder's own features.
+
+  kernel [S, D, C], bias [S, C], class_names [C].
+  """
+  head = scored.heads.get(method, space.runs.head)
+  if method == f"{OWN}+logit_adjustment":
+    offset = own_tau(e, choices) * log_prior(e.dataset.train_counts)
+    head = head | {"bias": head["bias"] - offset[None]}
+  raw = mesh_lib.fetch(jax.jit(jax.vmap(raw_head))(head, space.runs.standardizer))
+  names = {"class_names": np.array(e.dataset.class_names)}
+  write_arrays(e.workdir.path / "recommended_head.npz", raw | names)
+
+
+def export_embeddings(e: Experiment, generator: str, made: Mapping[str, np.ndarray]) -> None:
+  """The first seed's synthetic features, in the format of the file that the features came from."""
+  suffix = embeddings.export_suffix(e.config.dataset.train_path)
+  path = e.workdir.path / f"synthetic_embeddings{suffix}"
+  embeddings.write_synthetic(
+    path,
+    e.dataset,
+    generator,
+    labels=made["labels"],
+    number=made["number"],
+    num_exemplars=e.dataset.train_counts[made["labels"]],
+    **{
+      name: made[name][0]
+      for name in ("features", "confidence", "nearest_index", "nearest_distance")
+    },
+  )
+  e.run.progress.say(f"{len(made['labels']):,} features of {generator} are in {path}")
+
+
+def evaluate(e: Experiment) -> dict:
+  """Scores, measures, draws."""
+  space, (choices, recommendation) = load_space(e), load_selection(e)
+  method, control = compared_methods(e, recommendation)
+  generator, _, loss = method.partition("+")
+  shown = _synthetic(e, choices, generator, loss)
+  features = features_of_first_seed(e, space, shown)
+  del shown["features"]  # of all seeds: much memory
+  with ThreadPoolExecutor(1) as pool:
+    plane = pool.submit(place_on_map, e, features)  # beside all that follows
+    e.run.progress.say("scoring the methods on the test set")
+    scored = classify(e, space, choices)
+    release_memory()
+    comparison = compare(scored, method, control)
+    judged = judge(e, space, choices, loss)
+    chosen = recommendation["method"] if recommendation else comparison["method"]
+    save_recommended_head(e, space, scored, chosen, choices)
+    if isinstance(e.dataset, embeddings.LongTailEmbeddings):
+      # The recommended generator's; where that is none, those of the one that was compared.
+      known = chosen.split("+")[0] in e.config.generators.names
+      name, _, loss = (chosen if known else comparison["method"]).partition("+")
+      export_embeddings(e, name, _synthetic(e, choices, name, loss))
+    if recommendation:
+      recommendation = recommendation | {"agreement": agreement(scored, recommendation)}
+    first = headline(e, scored, plain_training(e, space), comparison, recommendation)
+    mark_shown(scored, first, comparison)
+    outcome = record.record(e, scored.rows) | {
+      "criterion": scored.criterion,
+      "headline": first,
+      "comparison": comparison,
+      "joint": compare_joint(e, scored),
+      "recommendation": recommendation,
+      "choices": {method: dataclasses.asdict(choice) for method, choice in choices.items()},
+      "features": judged[generator],
+      "generators": judged,
+      "generator_seconds": seconds(e),
+      "synthetic_counts": np.bincount(shown["labels"], minlength=e.dataset.num_classes).tolist(),
+    }
+    e.run.progress.say("drawing")
+    summaries.project(e, features)
+    return record.save(e, outcome, draw(e, scored, comparison, shown, features, plane))

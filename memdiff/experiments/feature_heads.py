@@ -1,0 +1,171 @@
+"""The final heads of an experiment on features: of generators, real features and references."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memdiff.classifier import heads
+from memdiff.experiments.base import (
+  Experiment,
+  last_metrics,
+)
+from memdiff.experiments.feature_store import (
+  Space,
+  load_added,
+  load_selection,
+  load_space,
+)
+from memdiff.experiments.methods import (
+  REAL,
+  REFERENCES,
+  Choice,
+)
+from memdiff.runtime import loop
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.workdir import read_arrays, write_arrays
+from memdiff.synthesis import generators
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """The heads of one generator or reference."""
+
+  stage: loop.Stage
+  run: loop.Run
+  data: heads.HeadData
+  settings: list[heads.Setting]
+  losses: list[str]  # of the settings, seeds varying fastest
+
+
+def train_heads(e: Experiment) -> dict:
+  space, (choices, _) = load_space(e), load_selection(e)
+  summary = {}
+  for name in head_names(e):
+    folder = e.workdir.folder("heads") / name
+    trained = head_training(e, space, choices, name)
+    state = loop.train(trained.stage, trained.run, folder)
+    prior = trained.stage.own["mixture"].prior
+    write_arrays(folder / _HEADS, mesh_lib.fetch(state.params | {"prior": prior}))
+    summary[name] = last_metrics(folder)
+  return summary
+
+
+def head_names(e: Experiment) -> list[str]:
+  """Everything that heads are trained on: nothing added, generators, references."""
+  made = generators.plan(e.dataset.train_counts, e.config.generators)
+  left_out = np.bincount(e.dataset.left_out_labels, minlength=e.dataset.num_classes)
+  references = list(REFERENCES) if (left_out[made > 0] > 0).any() else []
+  return [REAL, *e.config.generators.names, *references]
+
+
+def head_training(e: Experiment, space: Space, choices: dict[str, Choice], name: str) -> Trained:
+  """The heads of a generator, a reference, or of real features only: one per loss and seed."""
+  exemplars, num_seeds, dim = space.runs.exemplars, len(e.seeds), space.test.shape[-1]
+  strengths = [0.0]
+  if name == "oracle":
+    added = _left_out_pool(e, space)
+  elif name == "unseen_exemplars":
+    exemplars = _unseen_exemplars(e, space)
+    added = heads.nothing_added(num_seeds, dim, e.dataset.num_classes)
+  elif name == REAL:
+    added = heads.nothing_added(num_seeds, dim, e.dataset.num_classes)
+  else:
+    added, strengths = load_added(e, space, name)
+  settings, of_losses = [], []
+  for loss in e.config.head.losses:
+    choice = choices.get(f"{name}+{loss}") or _reference_choice(name, choices[f"{REAL}+{loss}"])
+    for run, seed in enumerate(e.seeds):
+      settings.append(
+        head_setting(e.run, choice, name, loss, run=run, seed=seed, strengths=strengths)
+      )
+      of_losses.append(loss)
+  data = heads.HeadData(
+    exemplars=exemplars,
+    added=mesh_lib.replicate(e.mesh, of_one_size(e, added)),
+    start=space.runs.head,
+    test_features=space.test,
+    test_labels=mesh_lib.replicate(
+      e.mesh, np.broadcast_to(e.dataset.test_labels, space.test.shape[:2])
+    ),
+  )
+  return Trained(
+    stage=heads.make_stage(f"heads/{name}", e.config.head.training, data, settings, e.mesh),
+    run=dataclasses.replace(e.run, seeds=tuple(range(len(settings)))),
+    data=data,
+    settings=settings,
+    losses=of_losses,
+  )
+
+
+def head_setting(
+  of: loop.Run, choice: Choice, name: str, loss: str, *, run: int, seed: int, strengths, share=1.0
+) -> heads.Setting:
+  """A head of the method `name` + `loss`, set as chosen; `strengths` are those that were made."""
+  return heads.Setting(
+    run=run,
+    seed=seed,
+    stream=f"{of.streams}heads/{name}+{heads.trained_loss(loss)}",
+    strength=strengths.index(choice.strength),
+    fill=choice.fill,
+    share=share,
+    exponent=choice.exponent,
+    l2=choice.l2,
+    loss=heads.trained_loss(loss),
+  )
+
+
+def trained_losses(e: Experiment) -> tuple[str, ...]:
+  return tuple(dict.fromkeys(heads.trained_loss(loss) for loss in e.config.head.losses))
+
+
+def of_one_size(e: Experiment, added: heads.Added) -> heads.Added:
+  """Padded to what generators make."""
+  made = generators.plan(e.dataset.train_counts, e.config.generators)
+  return heads.padded(added, int(made.sum()))
+
+
+def _reference_choice(name: str, of_real: Choice) -> Choice:
+  """References are no methods: set as `real` is, and the oracle with all that there is."""
+  if name == "oracle":
+    return dataclasses.replace(of_real, fill=heads.ALL, exponent=1.0)
+  return of_real
+
+
+def _left_out_pool(e: Experiment, space: Space) -> heads.Added:
+  """Left-out features: as many per class as would be made, or all there are."""
+  wanted = generators.plan(e.dataset.train_counts, e.config.generators)
+  labels = e.dataset.left_out_labels
+  rows = [np.flatnonzero(labels == c)[:n] for c, n in enumerate(wanted)]
+  numbers = np.array([len(own) for own in rows], np.int32)
+  features = space.left_out[:, np.concatenate(rows)][:, None]
+  return heads.Added(features, jnp.ones(features.shape[:3]), numbers)
+
+
+def _unseen_exemplars(e: Experiment, space: Space):
+  """Exemplars in which a class's features are left-out ones, as many as it has or there are."""
+  features = np.array(mesh_lib.fetch(space.runs.exemplars.features))
+  for c, count in enumerate(e.dataset.train_counts):
+    unseen = np.flatnonzero(e.dataset.left_out_labels == c)[:count]
+    rows = np.flatnonzero(e.dataset.train_labels == c)[: len(unseen)]
+    features[:, rows] = mesh_lib.fetch(space.left_out[:, unseen])
+  return space.runs.exemplars.replace(features=mesh_lib.replicate(e.mesh, features))
+
+
+_HEADS = "heads.npz"  # kernel, bias and prior, leading with losses and, varying fastest, seeds
+
+
+def final_heads(e: Experiment, choices: dict[str, Choice], name: str):
+  """Loss -> {"kernel" [S, D, C], "bias" [S, C]} on standardised features, adjusted if asked."""
+  arrays, found = read_arrays(e.workdir.folder("heads") / name / _HEADS), {}
+  num_seeds = len(e.seeds)
+  for number, loss in enumerate(e.config.head.losses):
+    rows = slice(number * num_seeds, (number + 1) * num_seeds)
+    own = mesh_lib.replicate(e.mesh, {key: value[rows] for key, value in arrays.items()})
+    prior = own.pop("prior")
+    if loss == "logit_adjustment":
+      choice = choices.get(f"{name}+{loss}") or choices[f"{REAL}+{loss}"]
+      own = jax.vmap(heads.adjusted, in_axes=(0, 0, None))(own, prior, choice.tau)
+    found[loss] = own
+  return found

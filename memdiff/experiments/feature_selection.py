@@ -1,0 +1,279 @@
+"""Cross-validation of an experiment on features: every method's setting, and a recommendation."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from memdiff.classifier import heads
+from memdiff.evaluation import cross_validation
+from memdiff.experiments.base import (
+  Experiment,
+  classifier_stage,
+  forward_images,
+)
+from memdiff.experiments.feature_heads import head_setting, of_one_size, trained_losses
+from memdiff.experiments.feature_settings import has_own_head
+from memdiff.experiments.feature_store import load_features
+from memdiff.experiments.methods import (
+  OWN,
+  REAL,
+  Choice,
+  candidates,
+  log_prior,
+  methods,
+  workshop,
+)
+from memdiff.memory import feature_space
+from memdiff.memory.feature_space import FeatureRuns
+from memdiff.runtime import loop, programs
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.progress import release_memory
+from memdiff.runtime.workdir import write_arrays, write_json
+from memdiff.runtime.writers import TensorBoard
+from memdiff.synthesis import generators
+
+
+@dataclasses.dataclass(frozen=True)
+class Folds:
+  """The runs of cross-validation and what is held out in each."""
+
+  runs: FeatureRuns
+  run: loop.Run
+  counts: np.ndarray  # [R, C] training examples
+  held_out: np.ndarray  # [R, B] rows of the training set, -1 where there is none
+  features: jax.Array  # [R, B, D] of them, standardised
+  judged: cross_validation.Judged
+  own_logits: np.ndarray | None  # [R, B, C] of the folds' own heads, where they were trained so
+
+
+def make_folds(e: Experiment) -> Folds:
+  """Deals the training set, trains encoders where asked, and builds the runs."""
+  config, labels, num_classes = e.config.selection, e.dataset.train_labels, e.dataset.num_classes
+  train, held_out = cross_validation.fold_rows(labels, config)
+  run = dataclasses.replace(
+    e.run, seeds=tuple(range(config.num_runs)), streams="folds/", tensorboard=_fold_writer(e)
+  )
+  if config.encoder == "retrained":
+    features, head = _encode_folds(e, run, train)
+  else:
+    arrays, head = load_features(e), None
+    features = arrays["train"][:1]
+    if "kernel" in arrays:
+      head = {n: np.repeat(arrays[n][:1], config.num_runs, axis=0) for n in ("kernel", "bias")}
+  run_labels = np.where(train >= 0, labels[np.maximum(train, 0)], num_classes)
+  bank = feature_space.fill_bank(
+    features, run_labels, num_classes, run.keys("memory_bank"), e.config.memory_bank, e.mesh, train
+  )
+  runs = feature_space.make_runs(features, run_labels, bank, head, num_classes, e.mesh, train)
+  own_logits = None
+  if config.encoder == "retrained" and head is not None:
+    held_features = np.stack(
+      [feature_space.take(features, held_out, run) for run in range(config.num_runs)]
+    )
+    own_logits = held_features @ head["kernel"] + head["bias"][:, None]
+  return Folds(
+    runs=runs,
+    run=run,
+    counts=mesh_lib.fetch(runs.exemplars.by_class.counts),
+    held_out=held_out,
+    features=feature_space.standardize(runs.standardizer, features, e.mesh, held_out),
+    judged=cross_validation.judged_examples(held_out, labels, config.criterion, num_classes),
+    own_logits=own_logits,
+  )
+
+
+def _fold_writer(e: Experiment) -> TensorBoard:
+  """Curves of folds are no results; TensorBoard gets them only if it is asked to show them."""
+  if e.config.execution.show_folds:
+    return e.run.tensorboard
+  return TensorBoard(e.workdir.path / "tensorboard", enabled=False)
+
+
+def _fold_encoders(e: Experiment, train: np.ndarray) -> loop.Stage:
+  """Trains an encoder for every fold, on its part of the training images."""
+  rows = train[:, : (train >= 0).sum(axis=1).max()]
+  return dataclasses.replace(
+    classifier_stage(e, e.config.classifier.loss, rows), name="selection/encoder"
+  )
+
+
+def compile_folds(e: Experiment) -> None:
+  """Compiles the training of encoders of folds."""
+  config = e.config.selection
+  if config.folds and config.encoder == "retrained":
+    train, _ = cross_validation.fold_rows(e.dataset.train_labels, config)
+    run = dataclasses.replace(e.run, seeds=tuple(range(config.num_runs)))
+    programs.compile_ahead(_fold_encoders(e, train), run)
+
+
+def _encode_folds(e: Experiment, run: loop.Run, train: np.ndarray):
+  """Features [R, N, D] of all training images by encoders that saw their fold's part, and heads."""
+  loss, stage = e.config.classifier.loss, _fold_encoders(e, train)
+  folder = e.workdir.folder("selection") / "encoder"
+  state = loop.train(stage, run, folder)
+  _, features = forward_images(e, loss, state, e.dataset.train_images, stage.own["statistics"])
+  head = mesh_lib.fetch(state.params["head"]) if has_own_head(e.config) else None
+  return features, head
+
+
+def select(e: Experiment) -> dict:
+  """Chooses every method's setting and recommends one, by cross-validation on training data."""
+  folder = e.workdir.folder("selection")
+  if e.config.selection.folds == 0:
+    choices = {m: dataclasses.asdict(candidates(e, *m.split("+"))[0]) for m in methods(e)}
+    write_json(folder / "choices.json", {"choices": choices, "recommendation": None})
+    return {}
+  folds, fitted, choices, numbers = make_folds(e), {}, {}, {}
+
+  def take(method, settings, predictions):
+    """Chooses among settings [J] by their predictions [J, E]."""
+    choices[method] = settings[cross_validation.choose(predictions, folds.judged)]
+    fitted[method] = cross_validation.cross_fitted(predictions, folds.judged)
+    numbers[method] = len(settings)
+
+  for name in (REAL, *e.config.generators.names):
+    for loss, predictions in _predict_with(e, folds, name).items():
+      take(f"{name}+{loss}", candidates(e, name, loss), predictions)
+  if folds.own_logits is not None:
+    for method, (settings, predictions) in _predict_with_own_heads(e, folds).items():
+      take(method, settings, predictions)
+  controls = [m for m in fitted if m.split("+")[0] in (REAL, OWN)]
+  recommendation = cross_validation.recommend(fitted, folds.judged, controls)
+  for method, number in numbers.items():
+    recommendation["scores"][method]["settings"] = number
+  write_json(
+    folder / "choices.json",
+    {
+      "choices": {method: dataclasses.asdict(choice) for method, choice in choices.items()},
+      "recommendation": recommendation | {"basis": _basis(e)},
+    },
+  )
+  judged = {name: getattr(folds.judged, name) for name in ("label", "example", "run")}
+  write_arrays(folder / "predictions.npz", fitted | judged)
+  return {"method": recommendation["method"], "expected_gain": recommendation["expected_gain"]}
+
+
+def _basis(e: Experiment) -> dict[str, Any]:
+  config = e.config.selection
+  return {"folds": config.folds, "repeats": config.repeats, "encoder": config.encoder}
+
+
+def _judged_rows(predictions: np.ndarray, folds: Folds) -> np.ndarray:
+  """Predictions [..., R, B] of held-out rows -> [..., E] in the order of `judged`."""
+  return predictions[..., folds.held_out >= 0]
+
+
+def _predict_with(e: Experiment, folds: Folds, name: str) -> dict[str, np.ndarray]:
+  """Predictions of every setting for held-out examples, by loss. [J, E]."""
+  settings = candidates(e, name, "cross_entropy")
+  if name != REAL:
+    generators.train(name, workshop(e), folds.runs, folds.run, e.workdir.folder("selection") / name)
+  parts = _strengths_at_a_time(e, folds, name, sorted({choice.strength for choice in settings}))
+  found: list[Any] = [None] * len(settings)
+  for number, strengths in enumerate(parts):
+    of_part = [j for j, choice in enumerate(settings) if choice.strength in strengths]
+    label = name if len(parts) == 1 else f"{name}/{number}"
+    predictions = _predict_at(e, folds, name, label, [settings[j] for j in of_part])
+    for j, own in zip(of_part, np.moveaxis(predictions, 2, 0), strict=True):
+      found[j] = own
+    if len(parts) > 1:
+      release_memory()
+  predictions, trained = _judged_rows(np.stack(found, axis=2), folds), trained_losses(e)
+  by_loss = {}
+  for loss in e.config.head.losses:
+    of_loss = predictions[:, trained.index(heads.trained_loss(loss))]
+    of_loss = of_loss[1:] if loss == "logit_adjustment" else of_loss[:1]
+    by_loss[loss] = of_loss.reshape(-1, of_loss.shape[-1])
+  return by_loss
+
+
+_AT_ONCE = 2**28  # bytes of synthetic features that heads are trained on at once
+
+
+def _strengths_at_a_time(
+  e: Experiment, folds: Folds, name: str, strengths: list[float]
+) -> list[list[float]]:
+  """The strengths, in parts whose features together take little memory."""
+  made = 0
+  if name != REAL:
+    made = int(generators.numbers(name, e.dataset.train_counts, e.config.generators).sum())
+  size = len(folds.run.seeds) * made * folds.features.shape[-1] * 4
+  step = max(_AT_ONCE // max(size, 1), 1)
+  return [strengths[start : start + step] for start in range(0, len(strengths), step)]
+
+
+def _predict_at(
+  e: Experiment,
+  folds: Folds,
+  name: str,
+  label: str,
+  settings: list[Choice],
+) -> np.ndarray:
+  """Predictions of some settings for held-out rows. [1 + T taus, trained losses, J, R, B].
+
+  Args:
+    e: the experiment.
+    folds: the runs.
+    name: of the generator, whose denoiser has been trained.
+    label: names the stage.
+    settings: J of them.
+  """
+  folder, num_runs = e.workdir.folder("selection"), len(folds.run.seeds)
+  strengths = sorted({choice.strength for choice in settings})
+  if name == REAL:
+    added = heads.nothing_added(num_runs, folds.features.shape[-1], e.dataset.num_classes)
+  else:
+    made = generators.numbers(name, e.dataset.train_counts, e.config.generators)
+    features = generators.make(
+      name, workshop(e), folds.runs, folds.run, folder / name, made, strengths
+    )
+    added = heads.Added(features.features, features.confidence, made)
+  share = folds.counts.sum(axis=1) / len(e.dataset.train_labels)
+  trained = trained_losses(e)
+  every = [
+    head_setting(
+      folds.run, c, name, loss, run=r, seed=r, strengths=strengths, share=float(share[r])
+    )
+    for loss in trained
+    for c in settings
+    for r in range(num_runs)
+  ]
+  nothing = np.zeros((num_runs, 0), np.int32)
+  data = heads.HeadData(
+    exemplars=folds.runs.exemplars,
+    added=mesh_lib.replicate(e.mesh, of_one_size(e, added)),
+    start=folds.runs.head,
+    test_features=folds.features[:, :0],
+    test_labels=mesh_lib.replicate(e.mesh, nothing),
+  )
+  stage = heads.make_stage(f"selection/heads/{label}", e.config.head.training, data, every, e.mesh)
+  run = dataclasses.replace(folds.run, seeds=tuple(range(len(every))))
+  state = loop.train(stage, run, folder / "heads" / label)
+  taus = np.array([0.0, *e.config.head.taus], np.float32)
+  predictions = mesh_lib.fetch(
+    heads.predict(state.params, stage.own["mixture"].prior, taus, stage.own["run"], folds.features)
+  )
+  return predictions.reshape(len(taus), len(trained), len(settings), *folds.held_out.shape)
+
+
+def _predict_with_own_heads(
+  e: Experiment, folds: Folds
+) -> dict[str, tuple[list[Choice], np.ndarray]]:
+  """method -> (settings [J], predictions [J, E]) of the folds' own heads, adjusted or not.
+
+  The prior is the fold's own: that of the whole set knows what the fold has not seen.
+  """
+  plain = folds.own_logits.argmax(axis=-1)
+  prior = np.stack([log_prior(counts) for counts in folds.counts])[:, None]
+  adjusted = np.stack(
+    [(folds.own_logits - tau * prior).argmax(axis=-1) for tau in e.config.head.taus]
+  )
+  return {
+    OWN: ([Choice()], _judged_rows(plain[None], folds)),
+    f"{OWN}+logit_adjustment": (
+      [Choice(tau=tau) for tau in e.config.head.taus],
+      _judged_rows(adjusted, folds),
+    ),
+  }

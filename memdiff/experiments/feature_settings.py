@@ -1,0 +1,161 @@
+"""The settings of an experiment on features, and whether they fit each other and the data."""
+
+import dataclasses
+
+from input_pipeline import dataset as dataset_lib
+from input_pipeline import embeddings
+from input_pipeline.long_tail import LongTailLabels
+from memdiff.classifier import encoder, encoder_training, heads
+from memdiff.config import at_least, each, one_of, some_of
+from memdiff.errors import ConfigError
+from memdiff.evaluation.cross_validation import SelectionConfig
+from memdiff.experiments import joint
+from memdiff.experiments.base import (
+  check_classifier,
+  check_seeds,
+  seeds_field,
+)
+from memdiff.memory import memory_bank
+from memdiff.runtime import loop
+from memdiff.synthesis import confidence as confidence_lib
+from memdiff.synthesis import generators
+from memdiff.synthesis.feature_diffusion import DiffusionConfig
+from memdiff.synthesis.generators import GeneratorsConfig
+from memdiff.synthesis.hallucination import SamplerConfig, check_conditions
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodsConfig:
+  """How heads are trained on what the generators make."""
+
+  losses: tuple[str, ...] = some_of(heads.LOSSES)
+  exponents: tuple[float, ...] = each(lambda e: 0 <= e <= 1, "numbers from 0 to 1")
+  l2: tuple[float, ...] = each(lambda strength: strength >= 0, "numbers from 0")
+  taus: tuple[float, ...] = each(lambda tau: tau >= 0, "numbers from 0")
+  training: heads.HeadConfig
+
+  def __post_init__(self):
+    if not self.losses:
+      raise ValueError("losses is empty, but heads must be trained by one.")
+    if self.training.optimizer.weight_decay:
+      raise ValueError(
+        f"training.optimizer.weight_decay is {self.training.optimizer.weight_decay:g}, but heads"
+        " are regularised by l2; set it to 0.0 and give l2 the candidates."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  map_per_class: int = at_least(2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+  """Everything that decides the results of an experiment on embeddings."""
+
+  experiment: str = one_of(("features",))
+  name: str
+  seeds: tuple[int, ...] = seeds_field()
+  dataset: embeddings.EmbeddingsConfig
+  memory_bank: memory_bank.BankConfig
+  diffusion: DiffusionConfig
+  hallucination: SamplerConfig
+  generators: GeneratorsConfig
+  head: MethodsConfig
+  selection: SelectionConfig
+  evaluation: EvaluationConfig
+  loop: loop.LoopConfig
+  execution: loop.ExecutionConfig
+
+  def __post_init__(self):
+    check_seeds(self.seeds)
+    check_conditions(self.diffusion, self.hallucination)
+    if self.hallucination.num_steps > self.diffusion.schedule.num_steps:
+      raise ValueError(
+        f"hallucination.num_steps is {self.hallucination.num_steps}, but the diffusion has only"
+        f" {self.diffusion.schedule.num_steps} steps."
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemdiffConfig(FeatureConfig):
+  """Everything that decides the results of an experiment on images."""
+
+  experiment: str = one_of(("memdiff",))
+  dataset: dataset_lib.DatasetConfig
+  encoder: encoder.EncoderConfig
+  classifier: encoder_training.ClassifierConfig
+  joint: joint.JointConfig
+
+
+def has_own_head(config: FeatureConfig) -> bool:
+  """Whether the features come with a linear head that was trained on them."""
+  if not isinstance(config, MemdiffConfig) or config.encoder.backbone.taps:
+    return False
+  return config.classifier.num_epochs > 0 or config.encoder.init_head
+
+
+def check(config: FeatureConfig, data: LongTailLabels) -> None:
+  """Raises ConfigError where the settings do not fit each other or the data."""
+  generators.plan(data.train_counts, config.generators)
+  if not has_own_head(config):
+    if config.head.training.start == "encoder":
+      raise ConfigError(
+        "config.head.training.start is encoder, but these features come without a head; set it to"
+        " zeros."
+      )
+    confidence = config.generators.confidence.name
+    if confidence in confidence_lib.NEED_A_HEAD:
+      raise ConfigError(
+        f"config.generators.confidence.name is {confidence}, which asks the encoder's own head, but"
+        " these features come without one; use cosine or none."
+      )
+  if config.selection.folds and data.train_counts.max() < 2:
+    raise ConfigError(
+      "config.selection.folds asks for cross-validation, but no class has two examples; set it to"
+      " 0."
+    )
+  if (
+    config.selection.folds
+    and config.selection.encoder == "frozen"
+    and config.head.training.start == "encoder"
+  ):
+    raise ConfigError(
+      "config.head.training.start is encoder and config.selection.encoder is frozen, so that heads"
+      " of the folds would begin with one that was trained on what they are judged on; set start to"
+      " zeros, or config.selection.folds to 0."
+    )
+
+
+def check_memdiff(config: MemdiffConfig, data: dataset_lib.LongTailDataset) -> None:
+  """Of an experiment that trains or reads an image encoder."""
+  check_classifier(config, data)
+  check(config, data)
+  joint.check(config.joint, config.classifier, streamed=data.streamed)
+  for loss in encoder_training.trained_losses(config.classifier):
+    if encoder.has_cosine_head(config.encoder.backbone, loss):
+      raise ConfigError(
+        f"memdiff trains linear heads on features, but the loss {loss} has a cosine head; choose"
+        " another config.classifier.loss, or set config.encoder.backbone.head to linear."
+      )
+  retrains = config.selection.folds and config.selection.encoder == "retrained"
+  if retrains and config.classifier.num_epochs == 0:
+    raise ConfigError(
+      "config.selection.encoder is retrained, but config.classifier.num_epochs is 0; set it to"
+      " frozen."
+    )
+  if retrains and data.streamed:
+    raise ConfigError(
+      f"config.selection.encoder is retrained, but {data.name} is streamed from disk; set it to"
+      " frozen, or config.selection.folds to 0."
+    )
+
+
+def check_features(config: FeatureConfig, data: embeddings.LongTailEmbeddings) -> None:
+  """Of an experiment on embeddings."""
+  check(config, data)
+  if config.selection.encoder == "retrained":
+    raise ConfigError(
+      "config.selection.encoder is retrained, but embeddings have no encoder to train; set it to"
+      " frozen."
+    )

@@ -1,0 +1,147 @@
+"""What the phases of an experiment on features leave in its folder, and read again."""
+
+import dataclasses
+import json
+from collections.abc import Collection
+
+import jax
+import numpy as np
+
+from memdiff.classifier import heads
+from memdiff.errors import WorkdirError
+from memdiff.experiments.base import Experiment
+from memdiff.experiments.methods import Choice
+from memdiff.memory import feature_space, memory_bank
+from memdiff.memory.feature_space import FeatureRuns
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.checkpoint import Checkpointer, abstract
+from memdiff.runtime.progress import Progress
+from memdiff.runtime.workdir import read_arrays, write_arrays
+
+
+def fill_memory_bank(e: Experiment, arrays: dict[str, np.ndarray]) -> dict:
+  folder = e.workdir.folder("memory_bank")
+  say_constant_columns(e.run.progress, arrays["train"][0])
+  bank = feature_space.fill_bank(
+    arrays["train"],
+    np.broadcast_to(e.dataset.train_labels, (len(e.seeds), len(e.dataset.train_labels))),
+    e.dataset.num_classes,
+    e.run.keys("memory_bank"),
+    e.config.memory_bank,
+    e.mesh,
+  )
+  checkpointer = Checkpointer(folder / "bank", keep=1)
+  checkpointer.save(0, bank)
+  checkpointer.close()
+  write_arrays(folder / "features.npz", arrays)
+  stored = np.minimum(mesh_lib.fetch(bank.seen), bank.slots.shape[2]).sum()
+  return {"stored_features": int(stored), "feature_dim": arrays["train"].shape[-1]}
+
+
+def say_constant_columns(progress: Progress, features: np.ndarray) -> None:
+  """In one line, if [N, D] has any."""
+  constant = feature_space.constant_columns(features)
+  if len(constant):
+    progress.say(
+      f"{len(constant)} of {features.shape[1]} columns are constant in the training data and tell"
+      f" nothing apart; the first is column {constant[0]}, counted from 0"
+    )
+
+
+def load_features(e: Experiment) -> dict[str, np.ndarray]:
+  """features.npz: train, left_out, test [1 or S, n, D], and what the encoder's own head says."""
+  return read_arrays(e.workdir.folder("memory_bank") / "features.npz")
+
+
+def load_bank(e: Experiment, feature_dim: int) -> memory_bank.MemoryBank:
+  """The filled bank, in the encoder's units, with a leading axis of seeds."""
+  config = e.config.memory_bank
+  shapes = jax.eval_shape(
+    jax.vmap(lambda _: memory_bank.create(e.dataset.num_classes, config.num_slots, feature_dim)),
+    jax.ShapeDtypeStruct((len(e.seeds),), np.int32),
+  )
+  sharding = feature_space.bank_sharding(e.dataset.num_classes, e.mesh)
+  checkpointer = Checkpointer(e.workdir.folder("memory_bank") / "bank", keep=1)
+  try:
+    restored = checkpointer.restore(abstract(shapes, jax.tree.map(lambda _: sharding, shapes)))
+  finally:
+    checkpointer.close()
+  if restored is None:
+    raise WorkdirError(
+      f"{e.workdir.folder('memory_bank')} holds no bank; remove that folder and run the same"
+      " command again."
+    )
+  return restored[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+  """The feature space of all seeds: standardised, on the devices."""
+
+  runs: FeatureRuns
+  left_out: jax.Array  # [S, L, D]
+  test: jax.Array  # [S, T, D]
+  own_logits: dict[str, np.ndarray]  # loss -> [S, T, C], of the encoders' own heads
+
+
+def load_space(e: Experiment) -> Space:
+  arrays, labels = load_features(e), e.dataset.train_labels
+  head = None
+  if "kernel" in arrays:
+    head = {name: _for_seeds(e, arrays[name]) for name in ("kernel", "bias")}
+  runs = feature_space.make_runs(
+    arrays["train"],
+    np.broadcast_to(labels, (len(e.seeds), len(labels))),
+    load_bank(e, arrays["train"].shape[-1]),
+    head,
+    e.dataset.num_classes,
+    e.mesh,
+  )
+  return Space(
+    runs=runs,
+    left_out=feature_space.standardize(runs.standardizer, arrays["left_out"], e.mesh),
+    test=feature_space.standardize(runs.standardizer, arrays["test"], e.mesh),
+    own_logits={
+      name.removeprefix("logits_"): _for_seeds(e, value)
+      for name, value in arrays.items()
+      if name.startswith("logits_")
+    },
+  )
+
+
+def _for_seeds(e: Experiment, array: np.ndarray) -> np.ndarray:
+  """Arrays of one encoder that serves all seeds, once per seed."""
+  return np.broadcast_to(array, (len(e.seeds), *array.shape[1:]))
+
+
+def load_selection(e: Experiment) -> tuple[dict[str, Choice], dict | None]:
+  """(method -> choice, recommendation or None)."""
+  path = e.workdir.folder("selection") / "choices.json"
+  try:
+    saved = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise WorkdirError(
+      f"Cannot read {path} ({error}); remove the folder {path.parent} and run the same command"
+      " again."
+    ) from error
+  return {m: Choice(**c) for m, c in saved["choices"].items()}, saved["recommendation"]
+
+
+def load_synthetic(
+  e: Experiment, name: str, parts: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
+  """What `hallucinate` wrote of a generator, in the encoder's units; all of it, or some arrays.
+
+  features [S, K, M, D], labels [M], confidence [S, K, M], number [M], nearest_index and
+  nearest_distance [S, K, M], numbers [C], strengths [K], seeds [S].
+  """
+  return read_arrays(e.workdir.folder("hallucination") / f"{name}.npz", parts)
+
+
+def load_added(e: Experiment, space: Space, name: str) -> tuple[heads.Added, list[float]]:
+  """What a generator made, standardised, and its strengths."""
+  arrays = load_synthetic(e, name, ("features", "confidence", "numbers", "strengths"))
+  features, confidence = mesh_lib.replicate(e.mesh, (arrays.pop("features"), arrays["confidence"]))
+  forward = jax.jit(jax.vmap(lambda s, x: jax.lax.map(s.forward, x)))
+  added = heads.Added(forward(space.runs.standardizer, features), confidence, arrays["numbers"])
+  return added, arrays["strengths"].tolist()

@@ -1,0 +1,226 @@
+"""The experiment on features: generators against each other, on any encoder or on embeddings.
+
+Two kinds share it. `memdiff` trains (or reads) an image encoder first; `features` begins with
+embeddings from a file.
+
+classifier     images -> encoder, head and a moving bank              classifier/<loss>/checkpoints
+memory_bank    frozen encoder, or embeddings -> features and bank     memory_bank/features.npz, bank
+diffusion      features, bank -> denoisers                            diffusion/<generator>
+selection      training features -> settings, recommendation          selection/choices.json
+hallucination  denoisers, bank -> synthetic features                  hallucination/*.npz
+heads          real and synthetic features -> heads                   heads/<generator>/checkpoints
+joint          images and synthetic features -> encoders and heads    joint/<generator>/round_<n>
+evaluation     everything -> report.json, report.html                 evaluation/
+
+A *method* is a generator with a loss, `memdiff+balanced_softmax`. `real` is no generator at all.
+Two references use what no method may: `oracle` adds the real features that the long tail left out,
+`unseen_exemplars` trains on left-out features in place of the training ones, as far as there are
+any.
+"""
+
+import jax
+import numpy as np
+
+from input_pipeline import dataset as dataset_lib
+from input_pipeline import embeddings
+from memdiff.classifier import encoder_training
+from memdiff.experiments import joint
+from memdiff.experiments.base import (
+  Experiment,
+  Kind,
+  Phase,
+  classifier_stage,
+  forward_images,
+  last_metrics,
+  load_classifier,
+)
+from memdiff.experiments.feature_evaluation import evaluate
+from memdiff.experiments.feature_heads import train_heads
+from memdiff.experiments.feature_selection import compile_folds, select
+from memdiff.experiments.feature_settings import (
+  FeatureConfig,
+  MemdiffConfig,
+  check_features,
+  check_memdiff,
+  has_own_head,
+)
+from memdiff.experiments.feature_store import (
+  fill_memory_bank,
+  load_selection,
+  load_space,
+)
+from memdiff.experiments.methods import chosen_strengths, workshop
+from memdiff.memory import feature_space
+from memdiff.memory.feature_space import FeatureRuns
+from memdiff.runtime import loop, programs
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.progress import CompileClock
+from memdiff.runtime.workdir import write_arrays
+from memdiff.synthesis import confidence as confidence_lib
+from memdiff.synthesis import generators
+
+
+def train_classifier(e: Experiment) -> dict:
+  summary = {}
+  for loss in encoder_training.trained_losses(e.config.classifier):
+    folder = e.workdir.folder("classifier") / loss
+    loop.train(classifier_stage(e, loss), e.run, folder)
+    summary[loss] = last_metrics(folder)
+  return summary
+
+
+def encode_memory_bank(e: Experiment) -> dict:
+  """Encodes every image with the frozen encoders and fills the bank."""
+  arrays, data = {}, e.dataset
+  for loss in reversed(
+    encoder_training.trained_losses(e.config.classifier)
+  ):  # the first comes last
+    state = load_classifier(e, loss)
+    if e.config.classifier.num_steps(len(data.train_labels)) == 0:  # alike for all seeds
+      state = jax.tree.map(lambda x: x[:1], state)
+    logits, arrays["test"] = forward_images(e, loss, state, data.test_images)
+    if has_own_head(e.config):
+      arrays |= {f"logits_{loss}": logits} | mesh_lib.fetch(state.params["head"])
+  _, arrays["train"] = forward_images(e, loss, state, data.train_images)
+  _, arrays["left_out"] = forward_images(e, loss, state, data.left_out_images)
+  return fill_memory_bank(e, arrays)
+
+
+def read_memory_bank(e: Experiment) -> dict:
+  """Takes embeddings as features and fills the bank."""
+  parts = ("train", "left_out", "test")
+  return fill_memory_bank(e, {n: getattr(e.dataset, f"{n}_features")[None] for n in parts})
+
+
+def compile_denoisers(e: Experiment) -> None:
+  """Compiles the trainings of denoisers on zeros; seeds and folds share them."""
+  labels = np.broadcast_to(e.dataset.train_labels, (len(e.seeds), len(e.dataset.train_labels)))
+  if isinstance(e.config, MemdiffConfig):
+    dim = e.config.encoder.feature_dim
+  else:
+    dim = e.dataset.train_features.shape[1]
+  nothing = np.zeros((len(e.seeds), labels.shape[1], dim), np.float32)
+  classes = e.dataset.num_classes
+  bank = feature_space.fill_bank(
+    nothing, labels, classes, e.run.keys("memory_bank"), e.config.memory_bank, e.mesh
+  )
+  runs = feature_space.make_runs(nothing, labels, bank, None, classes, e.mesh)
+  for name in e.config.generators.names:
+    stage = generators.stage(name, workshop(e), runs, e.mesh)
+    if stage is not None:
+      programs.compile_ahead(stage, e.run)
+
+
+def train_denoisers(e: Experiment) -> dict:
+  space, summary, clock = load_space(e), {}, CompileClock()
+  for name in e.config.generators.names:
+    folder = e.workdir.folder("diffusion") / name
+    spent = clock.start()
+    generators.train(name, workshop(e), space.runs, e.run, folder)
+    if folder.exists():
+      summary[name] = last_metrics(folder) | {"seconds": spent()}
+  return summary
+
+
+def hallucinate(e: Experiment) -> dict:
+  """Every generator's features, at the strengths that were chosen."""
+  space, (choices, _) = load_space(e), load_selection(e)
+  clock = CompileClock()
+  return {
+    name: _hallucinate_with(e, space.runs, name, chosen_strengths(choices, name), clock)
+    for name in e.config.generators.names
+  }
+
+
+def _hallucinate_with(
+  e: Experiment, runs: FeatureRuns, name: str, strengths: list[float], clock: CompileClock
+) -> dict:
+  """Writes the features of one generator, which are then no longer in memory."""
+  made = generators.numbers(name, e.dataset.train_counts, e.config.generators)
+  folder = e.workdir.folder("diffusion") / name
+  spent = clock.start()
+  features = generators.make(name, workshop(e), runs, e.run, folder, made, strengths)
+  arrays = {name: vars(features)[name] for name in ("labels", "confidence", "number")}
+  arrays |= _provenance(runs, features)
+  arrays |= {"numbers": made, "strengths": np.array(strengths), "seeds": np.array(e.seeds)}
+  write_arrays(e.workdir.folder("hallucination") / f"{name}.npz", arrays)
+  return {"features": features.confidence.size, "seconds": spent()}
+
+
+def _provenance(
+  runs: FeatureRuns, features: confidence_lib.SyntheticFeatures
+) -> dict[str, np.ndarray]:
+  """Features in the encoder's units, and the nearest exemplar of each."""
+  backward = jax.jit(jax.vmap(lambda s, x: jax.lax.map(s.backward, x)))
+  samples, raw = mesh_lib.fetch((features.features, backward(runs.standardizer, features.features)))
+  exemplars, exemplar_labels = mesh_lib.fetch((runs.exemplars.features, runs.exemplars.labels))
+  index, distance = np.zeros(samples.shape[:3], np.int32), np.zeros(samples.shape[:3], np.float32)
+  for run, strength in np.ndindex(samples.shape[:2]):
+    index[run, strength], distance[run, strength] = confidence_lib.nearest_of_class(
+      samples[run, strength], features.labels, exemplars[run], exemplar_labels[run]
+    )
+  return {"features": raw, "nearest_index": index, "nearest_distance": distance}
+
+
+def train_jointly(e: Experiment) -> dict:
+  return joint.train_all(e, workshop(e))
+
+
+_SHARED_PHASES = (
+  Phase(
+    "diffusion",
+    "training denoisers on the features",
+    train_denoisers,
+    ("diffusion", "generators"),
+    compile_ahead=compile_denoisers,
+  ),
+  Phase(
+    "selection",
+    "choosing settings by cross-validation",
+    select,
+    ("hallucination", "head", "selection"),
+    compile_ahead=compile_folds,
+  ),
+  Phase("hallucination", "sampling features for the tail", hallucinate, ()),
+  Phase("heads", "training the heads again", train_heads, ()),
+)
+
+_EVALUATION = Phase("evaluation", "scoring and drawing", evaluate, ("name", "evaluation"))
+
+_MEMDIFF = (
+  Phase(
+    "classifier",
+    "training the image classifiers",
+    train_classifier,
+    ("seeds", "dataset", "encoder", "classifier", "memory_bank", "loop"),
+  ),
+  Phase(
+    "memory_bank",
+    "encoding all images, filling the bank",
+    encode_memory_bank,
+    (),
+  ),
+  *_SHARED_PHASES,
+  Phase(
+    "joint",
+    "training encoders and heads together",
+    train_jointly,
+    ("joint",),
+    lambda settings: bool(settings.joint.generators),
+  ),
+  _EVALUATION,
+)
+
+_FEATURES = (
+  Phase(
+    "memory_bank",
+    "reading the embeddings, filling the bank",
+    read_memory_bank,
+    ("seeds", "dataset", "memory_bank", "loop"),
+  ),
+  *_SHARED_PHASES,
+  _EVALUATION,
+)
+
+IMAGES = Kind(MemdiffConfig, dataset_lib.load, check_memdiff, _MEMDIFF)
+EMBEDDINGS = Kind(FeatureConfig, embeddings.load, check_features, _FEATURES)

@@ -1,0 +1,328 @@
+"""Joint training: encoder and head learn from real images and hallucinated features together.
+
+The encoder is trained from scratch in rounds. The first sees real images only. Before each further
+round the class means of the bank, which follows the encoder, are held against those for which the
+synthetic features were made: where they have moved far, all is made anew (features, bank, denoiser,
+samples); in between, synthetic features move along with their class mean. They enter at the head,
+at first with little weight; a gradient reaches the encoder from real images alone.
+
+`real` goes through the same rounds without synthetic features: the control. Its first round is
+shared, so that seeds are paired.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from input_pipeline import batches
+from memdiff.classifier import encoder, encoder_training, heads, losses
+from memdiff.classifier.heads import HeadConfig
+from memdiff.config import at_least, between, one_of, some_of
+from memdiff.errors import ConfigError
+from memdiff.experiments.base import Experiment, forward_images
+from memdiff.memory import feature_space, memory_bank
+from memdiff.runtime import loop, train_state
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.random import stream
+from memdiff.runtime.workdir import read_arrays, write_arrays
+from memdiff.synthesis import generators
+from memdiff.synthesis.generators import Workshop
+
+REAL = "real"
+
+
+@dataclasses.dataclass(frozen=True)
+class JointConfig:
+  """How encoder and head are trained together; no generators: not at all."""
+
+  generators: tuple[str, ...] = some_of((REAL, *generators.DESCRIPTIONS))
+  loss: str = one_of(heads.TRAINED)
+  counts: str = one_of(heads.GAMMA_COUNTS)
+  num_rounds: int = at_least(2)
+  ramp: float = between(0, 1)
+  refresh_drift: float = at_least(0)
+  added_batch_size: int = at_least(1)
+
+
+@flax.struct.dataclass
+class Pool:
+  """One seed's synthetic features, and where the classes were when they were made."""
+
+  features: Any  # [M, D] in the encoder's units
+  confidence: Any  # [M]
+  labels: Any  # [M] int32
+  prototype: Any  # [C, D] of the moving bank
+
+
+def drift(bank: memory_bank.MemoryBank, pool: Pool) -> jax.Array:
+  """How far the classes have moved since: mean shift of a class over the spread of the classes.
+
+  Args:
+    bank: of one seed, now.
+    pool: the features in use.
+  """
+  known = (bank.seen > 0)[: pool.prototype.shape[0]]
+  number = jnp.maximum(known.sum(), 1)
+
+  def rms(rows):
+    return jnp.sqrt(jnp.where(known, jnp.square(rows).sum(axis=1), 0.0).sum() / number)
+
+  centre = jnp.where(known[:, None], pool.prototype, 0.0).sum(axis=0) / number
+  moved = bank.prototype[: pool.prototype.shape[0]] - pool.prototype
+  return rms(moved) / jnp.maximum(rms(pool.prototype - centre[None]), 1e-12)
+
+
+def curriculum(step: jax.Array, first: int, num_steps: int, ramp: float) -> jax.Array:
+  """Weight of synthetic features: 0 at step `first`, rising to 1 over `ramp` of the rest."""
+  length = max(round(ramp * (num_steps - first)), 1)
+  return jnp.clip((step - first + 1) / length, 0.0, 1.0)
+
+
+def weighted_rows(
+  loss: str, real_counts, added_counts, weight, counts: str, beta: float, active
+) -> tuple[jax.Array, jax.Array]:
+  """(offset [C] of the logits, gamma [C]) of a loss on real and synthetic rows.
+
+  Args:
+    loss: out of heads.TRAINED.
+    real_counts: [C].
+    added_counts: [C] sums of the confidences of synthetic features.
+    weight: of the curriculum.
+    counts: whether prior and gamma come from real or from effective (real and trusted synthetic)
+      counts. Real ones keep, on real rows, the margins of training without synthetic features.
+    beta: of gamma, as in the head stage.
+    active: whether the class weights of csl have set in.
+  """
+  seen = real_counts + weight * added_counts if counts == "effective" else real_counts
+  offset, gamma = jnp.zeros_like(seen), jnp.ones_like(seen)
+  if loss == "balanced_softmax":
+    offset = jnp.log(jnp.maximum(seen / seen.sum(), 1e-12))
+  if loss == "csl":
+    own = losses.effective_number(jnp.maximum(seen, 1e-3), beta)
+    gamma = jnp.where(active, own, 1.0)
+  return offset, gamma
+
+
+def make_stage(
+  e: Experiment,
+  config: JointConfig,
+  head: HeadConfig,
+  name: str,
+  first: int,
+  last: int,
+  start: Any,
+  pool: Pool | None,
+) -> loop.Stage:
+  """Trains from step `first` to `last` of the whole training.
+
+  Args:
+    e: the experiment; its classifier's batches, augmentation and optimiser are used.
+    config, head: see there.
+    name: of the stage.
+    first, last: steps.
+    start: the state at `first`, seeds leading; None: a new one.
+    pool: synthetic features, seeds leading; None: none.
+  """
+  settings, dataset, mesh = e.config, e.dataset, e.mesh
+  classifier, encoder_config = settings.classifier, settings.encoder
+  num_examples, num_classes = len(dataset.train_labels), dataset.num_classes
+  num_steps = classifier.num_steps(num_examples)
+  model = encoder.make_model(encoder_config, config.loss, num_classes)
+  optimizer = train_state.make_optimizer(classifier.optimizer, num_steps)
+  real_counts = jnp.asarray(dataset.train_counts, jnp.float32)
+  ramp_from = round_limits(config, num_steps)[1]
+
+  def init(key, own):
+    if own["start"] is not None:
+      return jax.tree.map(jnp.copy, own["start"])  # the state is donated
+    variables = encoder.initial_variables(
+      encoder_config, model, dataset.train_images.shape[1:], stream(key, "params")
+    )
+    bank = memory_bank.create(
+      num_classes, settings.memory_bank.num_slots, encoder_config.feature_dim
+    )
+    return train_state.create(
+      key, variables["params"], optimizer, model_state=variables["batch_stats"], bank=bank
+    )
+
+  def draw(state, shared):
+    index = batches.epoch_indices(
+      stream(state.key, "order"), state.step, num_examples, classifier.batch_size
+    )
+    images, labels = mesh_lib.shard_batch((shared["images"][index], shared["labels"][index]), mesh)
+    key = stream(state.key, "views", state.step)
+    return encoder_training.augmented(
+      key, images, classifier.augment, encoder_config.input, shared
+    ), labels
+
+  def added_rows(state, pool):
+    """Features [A, D] as they would be now, labels [A], confidence [A]."""
+    index = jax.random.randint(
+      stream(state.key, "added", state.step), (config.added_batch_size,), 0, len(pool.labels)
+    )
+    labels = pool.labels[index]
+    moved = (state.bank.prototype[: len(pool.prototype)] - pool.prototype)[labels]
+    features = jnp.maximum(pool.features[index] + moved, 0.0)  # as after the encoder's ReLU
+    return features, labels, pool.confidence[index]
+
+  def step(state, shared, own):
+    images, labels = draw(state, shared)
+    pool, size = own["pool"], len(labels)
+    active = state.step >= round(head.defer * num_steps)
+    weight = curriculum(state.step, ramp_from, num_steps, config.ramp)
+    added_counts = jnp.zeros_like(real_counts)
+    if pool is not None:
+      added_counts = jax.ops.segment_sum(pool.confidence, pool.labels, num_classes)
+    offset, gamma = weighted_rows(
+      config.loss, real_counts, added_counts, weight, config.counts, head.beta, active
+    )
+
+    def loss_of(params):
+      variables = {"params": params, "batch_stats": state.model_state}
+      (logits, features), updates = model.apply(
+        variables, images, train=True, mutable=["batch_stats"]
+      )
+      total = jnp.sum(gamma[labels] * losses.cross_entropy(logits + offset[None], labels))
+      if pool is not None:
+        added, added_labels, trust = added_rows(state, pool)
+        added_logits = feature_space.logits_of(params["head"], added) + offset[None]
+        # Every synthetic feature counts as one image that is trusted so far.
+        share = len(pool.labels) / num_examples * size / config.added_batch_size
+        rows = gamma[added_labels] * trust * losses.cross_entropy(added_logits, added_labels)
+        total = total + weight * share * jnp.sum(rows)
+      return total / size, (logits, features, updates["batch_stats"])
+
+    (value, (logits, features, model_state)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+      state.params
+    )
+    bank = memory_bank.update(
+      state.bank, features, labels, jnp.ones(labels.shape, bool),
+      stream(state.key, "reservoir", state.step), horizon=settings.memory_bank.horizon, mesh=mesh,
+    )  # fmt: skip
+    metrics = {"loss": value, "accuracy": jnp.mean(logits.argmax(axis=-1) == labels)}
+    if pool is not None:
+      metrics["drift"] = drift(bank, pool)
+    return train_state.apply_gradients(
+      state, gradients, optimizer, model_state=model_state, bank=bank
+    ), metrics
+
+  def evaluate(state, shared, _):
+    def predict(images):
+      images = encoder.normalize(encoder_config.input, images, shared)
+      return encoder.apply_eval(model, state, images)[0]
+
+    return encoder.score(predict, shared["test_images"], shared["test_labels"])
+
+  return loop.Stage(
+    name=name,
+    num_steps=last - first,
+    init=init,
+    batch=lambda state, shared, _: draw(state, shared),
+    step=step,
+    evaluate=evaluate,
+    shared=encoder.device_data(encoder_config.input, dataset, mesh),
+    own={"start": start, "pool": pool},
+    batch_size=classifier.batch_size,
+  )
+
+
+def round_limits(config: JointConfig, num_steps: int) -> list[int]:
+  """The steps at which rounds begin, and the last one."""
+  return np.linspace(0, num_steps, config.num_rounds + 1).round().astype(int).tolist()
+
+
+def make_pool(
+  e: Experiment, shop: Workshop, generator: str, state: Any, folder: pathlib.Path
+) -> Pool:
+  """Synthetic features of the encoders as they are now, seeds leading; trains what it takes."""
+  run = dataclasses.replace(e.run, streams=f"{folder.name}/")  # every refresh draws anew
+  loss, labels = e.config.joint.loss, e.dataset.train_labels
+  _, features = forward_images(e, loss, state, e.dataset.train_images)
+  labels = np.broadcast_to(labels, features.shape[:2])
+  bank = feature_space.fill_bank(
+    features, labels, e.dataset.num_classes, run.keys("memory_bank"), e.config.memory_bank, e.mesh
+  )
+  head = mesh_lib.fetch(state.params["head"])
+  runs = feature_space.make_runs(features, labels, bank, head, e.dataset.num_classes, e.mesh)
+  generators.train(generator, shop, runs, run, folder)
+  numbers = generators.numbers(generator, e.dataset.train_counts, shop.config)
+  strength = generators.strengths(generator, shop)[0]
+  made = generators.make(generator, shop, runs, run, folder, numbers, [strength])
+  backward = jax.jit(jax.vmap(lambda s, x: s.backward(x)))
+  own_labels = np.broadcast_to(made.labels, made.confidence[:, 0].shape)
+  return Pool(
+    features=backward(runs.standardizer, made.features[:, 0]),
+    confidence=made.confidence[:, 0],
+    labels=mesh_lib.replicate(e.mesh, own_labels),
+    prototype=jnp.copy(state.bank.prototype[:, : e.dataset.num_classes]),  # the state is donated
+  )
+
+
+def train(e: Experiment, shop: Workshop, generator: str) -> tuple[Any, list[float]]:
+  """Goes through all rounds with a generator, or with REAL.
+
+  Returns:
+    (final state, seeds leading; the drift at the beginning of every round but the first two).
+  """
+  config, head = e.config.joint, e.config.head.training
+  folder = e.workdir.folder("joint")
+  limits = round_limits(config, e.config.classifier.num_steps(len(e.dataset.train_labels)))
+  state, pool, drifts = None, None, []
+  for number, (first, last) in enumerate(itertools.pairwise(limits)):
+    name = "shared" if number == 0 else generator
+    if number > 0 and generator != REAL:
+      if pool is not None:
+        drifts.append(float(jax.jit(jax.vmap(drift))(state.bank, pool).mean()))
+      if pool is None or drifts[-1] > config.refresh_drift:
+        pool = make_pool(e, shop, generator, state, folder / name / f"generator_{number}")
+    stage = make_stage(e, config, head, f"joint/{name}/round_{number}", first, last, state, pool)
+    state = loop.train(stage, e.run, folder / name / f"round_{number}")
+  return state, drifts
+
+
+def train_all(e: Experiment, shop: Workshop) -> dict:
+  """Trains with every generator and keeps what the classifiers say of the test images.
+
+  Returns:
+    generator -> metrics, for the manifest.
+  """
+  config, logits, summary = e.config.joint, {}, {}
+  for generator in config.generators:
+    state, drifts = train(e, shop, generator)
+    logits[generator], _ = forward_images(e, config.loss, state, e.dataset.test_images)
+    refreshed = sum(d > config.refresh_drift for d in drifts) + 1
+    summary[generator] = {} if generator == REAL else {"drift": drifts, "made": refreshed}
+  if logits:
+    write_arrays(e.workdir.folder("joint") / "logits.npz", logits)
+  return summary
+
+
+def load_logits(e: Experiment) -> dict[str, np.ndarray]:
+  """generator -> [S, T, C] on the test images; empty where nothing was trained jointly."""
+  config = getattr(e.config, "joint", None)
+  if config is None or not config.generators:
+    return {}
+  return read_arrays(e.workdir.folder("joint") / "logits.npz")
+
+
+def check(
+  config: JointConfig, classifier: encoder_training.ClassifierConfig, *, streamed: bool
+) -> None:
+  """Raises ConfigError where joint training does not fit the other settings."""
+  if not config.generators:
+    return
+  for wrong, words in (
+    (streamed, "the data set is streamed from disk, and only sets in memory are trained jointly"),
+    (classifier.num_epochs == 0, "config.classifier.num_epochs is 0"),
+    (classifier.augment.mixup > 0, "config.classifier.augment.mixup is not 0"),
+  ):
+    if wrong:
+      raise ConfigError(
+        f"config.joint.generators is {config.generators}, but {words}; set it to ()."
+      )

@@ -1,0 +1,116 @@
+"""Methods, a generator with a loss each, as in `memdiff+csl`: their settings and their words.
+
+`real` is no generator at all, `own_head` is the head that the encoder was trained with. Two
+references use what no method may: `oracle` adds the real features that the long tail left out,
+`unseen_exemplars` trains on left-out features in place of the training ones, as far as there are
+any.
+"""
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from memdiff.classifier import heads, losses
+from memdiff.experiments.base import Experiment
+from memdiff.synthesis import generators
+from memdiff.synthesis.generators import Workshop
+
+REAL = "real"
+
+
+OWN = "own_head"
+
+
+REFERENCES = {
+  "oracle": "real features that the long tail left out: the most that hallucination can reach",
+  "unseen_exemplars": "left-out features in place of the training ones, as far as there are any",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """How a method is set: what cross-validation chooses."""
+
+  strength: float = 0.0
+  fill: int = 0
+  exponent: float = 1.0
+  l2: float = 0.0
+  tau: float = 1.0
+
+
+def workshop(e: Experiment) -> Workshop:
+  config = e.config
+  return Workshop(config.generators, config.diffusion, config.hallucination, e.dataset.num_classes)
+
+
+def candidates(e: Experiment, name: str, loss: str) -> list[Choice]:
+  """The settings of a method, the ones to take without cross-validation first.
+
+  Those that differ in nothing but tau share their heads.
+  """
+  head = e.config.head
+  taus = head.taus if loss == "logit_adjustment" else (1.0,)
+  strengths, fills = (0.0,), (0,)
+  if name != REAL:
+    strengths = generators.strengths(name, workshop(e))
+    fills = generators.fills(name, e.config.generators) or (heads.ALL,)
+  every = itertools.product(taus, strengths, fills, head.exponents, head.l2)
+  return [Choice(strength, fill, x, l2, tau) for tau, strength, fill, x, l2 in every]
+
+
+def methods(e: Experiment) -> list[str]:
+  """All methods that may be recommended."""
+  names = (REAL, *e.config.generators.names)
+  return [f"{name}+{loss}" for name in names for loss in e.config.head.losses]
+
+
+def chosen_strengths(choices: dict[str, Choice], name: str) -> list[float]:
+  """The strengths at which a generator is used, by any loss."""
+  return sorted({c.strength for method, c in choices.items() if method.split("+")[0] == name})
+
+
+def log_prior(counts: np.ndarray) -> np.ndarray:
+  """log of the share of each class. [C]."""
+  return np.log(counts / counts.sum())
+
+
+def own_tau(e: Experiment, choices: dict[str, Choice]) -> float:
+  """By how many times the log prior the logits of the encoder's own head are lowered."""
+  choice = choices.get(f"{OWN}+logit_adjustment")
+  return e.config.head.taus[0] if choice is None else choice.tau
+
+
+def describe(e: Experiment, method: str, choices: dict[str, Choice]) -> str:
+  """A method in words."""
+  name, _, loss = method.partition("+")
+  if name == REAL:
+    made = "real features only"
+  elif name in REFERENCES:
+    made = REFERENCES[name]
+  else:
+    made = generators.DESCRIPTIONS[name]
+  words = f"{made}; {heads.LOSSES[loss]}"
+  choice = choices.get(method)
+  if choice is None:
+    return words
+  details = [f"classes drawn by count^{choice.exponent:g}", f"L2 {choice.l2:g}"]
+  if loss == "logit_adjustment":
+    details.append(f"tau {choice.tau:g}")
+  if name != REAL and choice.fill != heads.ALL:
+    details.append(f"filled to {choice.fill}")
+  if name != REAL and len(generators.strengths(name, workshop(e))) > 1:
+    details.append(f"strength {choice.strength:g}")
+  return f"{words} ({', '.join(details)})"
+
+
+def describe_joint(e: Experiment, name: str) -> str:
+  """Joint training with a generator, in words."""
+  made = "real images only" if name == REAL else f"real images and {generators.DESCRIPTIONS[name]}"
+  return f"encoder and head trained together on {made}; {heads.LOSSES[e.config.joint.loss]}"
+
+
+def describe_own(e: Experiment, loss: str) -> str:
+  if e.config.classifier.num_epochs == 0:
+    return "encoder and head as they were read"
+  return f"encoder and head trained with {losses.LOSSES[loss].description}"

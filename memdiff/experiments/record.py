@@ -1,0 +1,130 @@
+"""What every kind of experiment reports: the record of a run, its curves, report.json and .html."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memdiff import config as config_lib
+from memdiff.evaluation import report, scores
+from memdiff.experiments import summaries
+from memdiff.experiments.base import Experiment
+from memdiff.runtime import environment, meter
+from memdiff.runtime.workdir import write_atomically, write_json
+from memdiff.runtime.writers import read_history
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
+SCHEMA = 1
+
+
+def record(e: Experiment, rows: list[dict]) -> dict[str, Any]:
+  """The part of report.json that does not depend on the kind of experiment."""
+  data = e.dataset
+  groups = scores.make_groups(data.train_counts)
+  tested = np.bincount(data.test_labels, minlength=data.num_classes) > 0
+  return {
+    "schema": SCHEMA,
+    "experiment": e.config.experiment,
+    "name": e.config.name,
+    "command": e.command,
+    "config": config_lib.as_dict(e.config),
+    "versions": environment.versions(),
+    "hardware": environment.hardware(),
+    "dataset": {
+      "name": data.name,
+      "num_classes": data.num_classes,
+      "class_names": list(data.class_names),
+      "train_counts": data.train_counts.tolist(),
+      "left_out_counts": np.bincount(data.left_out_labels, minlength=data.num_classes).tolist(),
+      "holdout_counts": np.bincount(data.holdout_labels, minlength=data.num_classes).tolist(),
+      "test_count": len(data.test_labels),
+      "classes_without_test_rows": [data.class_names[c] for c in np.flatnonzero(~tested)],
+      "split_sha256": data.split_sha256,
+      "sha256": e.data_digests,
+      "profile": data.profile,
+      "imbalance": data.imbalance,
+    },
+    "groups": [dataclasses.asdict(g) | {"classes": list(g.classes)} for g in groups],
+    "classification": rows,
+  }
+
+
+def training_curves(e: Experiment, stages: Sequence[str]) -> list[dict]:
+  """Loss and accuracy of `stages` by metrics.jsonl, mean and sample deviation over seeds."""
+  curves = []
+  for stage in stages:
+    series: dict[str, list] = {}
+    for record in read_history(e.workdir.path / stage / "metrics.jsonl"):
+      for name, values in record["metrics"].items():
+        kind = "test " if record["kind"] == "eval" else ""
+        spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+        series.setdefault(kind + name, []).append((record["step"], np.mean(values), spread))
+    for metric, points in series.items():
+      step, mean, std = zip(*points, strict=True)
+      curves.append(
+        {
+          "stage": stage,
+          "metric": metric,
+          "step": step,
+          "mean": np.array(mean),
+          "std": np.array(std),
+        }
+      )
+  return curves
+
+
+def group_of_class(e: Experiment) -> list[str]:
+  """[C] names: many, medium or few."""
+  groups = scores.make_groups(e.dataset.train_counts)
+  return [next(g.name for g in groups if c in g.classes) for c in range(e.dataset.num_classes)]
+
+
+def accuracy_by_class(e: Experiment, rows: list[dict], methods: Sequence[str]) -> "Figure":
+  """The per-class picture of some of the rows."""
+  from memdiff.evaluation import plots  # matplotlib takes a second
+
+  chosen = [
+    (r["method"], np.array(r["per_class_top1"]["mean"]), np.array(r["per_class_top1"]["std"]))
+    for r in rows
+    if r["method"] in methods
+  ]
+  return plots.per_class_accuracy(e.dataset.class_names, e.dataset.train_counts, chosen)
+
+
+def save(e: Experiment, result: Mapping[str, Any], figures: Iterable[tuple[str, "Figure"]]) -> dict:
+  """Writes result.json, the figures by name, and what TensorBoard shows first.
+
+  Returns:
+    The top-1 score of every method, for the manifest.
+  """
+  from memdiff.evaluation import plots  # matplotlib takes a second
+
+  folder = e.workdir.folder("evaluation")
+  pictures = {name: plots.to_png(figure, dpi=150) for name, figure in figures}
+  for name, picture in pictures.items():
+    write_atomically(folder / f"{name}.png", picture)
+  summaries.write(e, result, pictures)
+  write_json(folder / "result.json", result)
+  return {row["method"]: row["top1"] for row in result["classification"]}
+
+
+def write_report(e: Experiment, manifests: Mapping[str, dict]) -> dict:
+  """report.json and report.html from the evaluation's result and all phases' manifests."""
+  folder = e.workdir.folder("evaluation")
+  result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+  keys = ("seconds", "compile_seconds", "cpu_seconds")
+  phases = {
+    name: {key: manifest.get(key, 0.0) for key in keys} for name, manifest in manifests.items()
+  }
+  result["timing"] = {"phases": phases, "stages": meter.read_all(e.workdir.path)} | {
+    f"total_{key}": sum(phase[key] for phase in phases.values()) for key in keys
+  }
+  pictures = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+  write_json(e.workdir.path / "report.json", result)
+  page = report.render_html(result, pictures).encode(errors="backslashreplace")
+  write_atomically(e.workdir.path / "report.html", page)
+  return result

@@ -1,0 +1,88 @@
+"""The structure: imports run one way, files and functions stay short."""
+
+import ast
+import pathlib
+
+import pytest
+
+from tests.support import ROOT
+
+# What each part may import of memdiff, beside itself; see docs/design.md.
+FOUNDATION = {"config", "errors", "paths"}
+PARTS = {
+  "config": {"errors", "paths"},
+  "config_flag": {"paths"},
+  "errors": set(),
+  "paths": {"errors"},
+  "runtime": FOUNDATION,
+  "contrastive": set(),
+  "diffusion": {"contrastive", "runtime"} | FOUNDATION,
+  "evaluation": {"runtime"} | FOUNDATION,
+  "memory": {"runtime"} | FOUNDATION,
+  "classifier": {"contrastive", "memory", "runtime"} | FOUNDATION,
+  "synthesis": {"diffusion", "evaluation", "memory", "runtime"} | FOUNDATION,
+  "experiments": {"classifier", "diffusion", "evaluation", "memory", "runtime", "synthesis"}
+  | FOUNDATION,
+  "pipeline": {"classifier", "evaluation", "experiments", "runtime"} | FOUNDATION,
+}
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 80
+
+
+def sources(folder: str) -> list[pathlib.Path]:
+  return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported(path: pathlib.Path) -> set[str]:
+  """The modules of memdiff that a file imports, anywhere in it."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.ImportFrom) and node.module == "memdiff":
+      found |= {f"memdiff.{alias.name}" for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      found.add(node.module)
+    elif isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+  return {name for name in found if name.startswith("memdiff.")}
+
+
+def part_of(path: pathlib.Path) -> str:
+  return path.relative_to(ROOT / "memdiff").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("part", sorted(PARTS))
+def test_imports_run_one_way(part):
+  for path in sources("memdiff"):
+    if part_of(path) == part:
+      others = {name.split(".")[1] for name in imported(path)} - {part}
+      assert others <= PARTS[part], f"{path} imports {others - PARTS[part]}"
+
+
+def test_every_part_has_its_rule():
+  assert {part_of(path) for path in sources("memdiff")} - {"__init__"} == set(PARTS)
+
+
+def test_the_rules_have_no_circle():
+  rest = dict(PARTS)
+  while rest:
+    free = [part for part, may_import in rest.items() if not may_import & set(rest)]
+    assert free, f"a circle among {sorted(rest)}"
+    for part in free:
+      del rest[part]
+
+
+def test_data_know_nothing_of_training():
+  allowed = {"memdiff.config", "memdiff.errors", "memdiff.paths", "memdiff.runtime"}
+  for path in sources("input_pipeline"):
+    for name in imported(path):
+      assert any(name == a or name.startswith(f"{a}.") for a in allowed), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("folder", ["memdiff", "input_pipeline"])
+def test_files_and_functions_are_short(folder):
+  for path in sources(folder):
+    source = path.read_text(encoding="utf-8")
+    assert source.count("\n") <= MOST_LINES, path
+    for node in ast.walk(ast.parse(source)):
+      if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        length = node.end_lineno - node.lineno + 1
+        assert length <= MOST_LINES_OF_A_FUNCTION, f"{path}: {node.name} has {length} lines"
