@@ -192,7 +192,6 @@ def load(values: Mapping[str, Any]) -> tuple[Any, Any]:
   """(settings, data set) of a config's values, checked as a run checks them."""
   from memdiff import config as config_lib
   from memdiff import pipeline
-  from memdiff.classifier import encoder, encoder_training
 
   kind = pipeline.kind_of(values)
   settings = config_lib.build(kind.settings, values)
@@ -200,8 +199,6 @@ def load(values: Mapping[str, Any]) -> tuple[Any, Any]:
     raise ConfigError("Only experiments on images are compiled ahead of time, not embeddings.")
   numbers = LARGE.get((settings.dataset.name, settings.dataset.profile))
   data = _large_dataset(settings.dataset, numbers) if numbers else kind.load(settings.dataset)
-  encoder.check(settings.encoder, data)
-  encoder_training.check(settings.classifier, settings.encoder, data)
   kind.check(settings, data)
   return settings, data
 
@@ -313,6 +310,7 @@ def _on_features(settings: Any, data: Any, run: Any) -> Iterator[Program]:
   from memdiff.runtime import programs as stage_programs
   from memdiff.runtime.random import base_keys
   from memdiff.synthesis import feature_diffusion, generators
+  from memdiff.synthesis.memory_diffusion import MemoryDiffusion
 
   mesh, runs = run.mesh, _feature_runs(settings, data, run.mesh)
   own = feature_diffusion.make_data(
@@ -322,15 +320,15 @@ def _on_features(settings: Any, data: Any, run: Any) -> Iterator[Program]:
   diffusion = feature_diffusion.make_stage(settings.diffusion, own, data.num_classes, mesh)
   yield _stage_program(diffusion, run, runs.bank)
 
-  shop = generators.Workshop(
-    settings.generators, settings.diffusion, settings.hallucination, data.num_classes
-  )
+  generator = MemoryDiffusion(settings.diffusion, settings.hallucination, data.num_classes)
   made = generators.plan(data.train_counts, settings.generators)
-  strengths = generators.strengths("memdiff", shop)
+  strengths = generator.strengths
 
   def sample():
     dim = settings.encoder.feature_dim
-    program = generators.sampling_program("memdiff", shop, dim, tuple(made.tolist()), mesh)
+    program = generators.sampling_program(
+      generator, settings.generators.confidence, dim, tuple(made.tolist()), mesh
+    )
     arguments = jax.eval_shape(lambda: (base_keys(run.seeds, "sample"), jnp.zeros(len(strengths))))
     learned = stage_programs.abstract_state(diffusion, run).ema_params
     return program.lower(*_described(arguments, mesh), runs, learned)

@@ -20,11 +20,12 @@ class Allowed:
   """What a field accepts: a predicate, and the words that describe it to a user."""
 
   accepts: Callable[[Any], bool]
-  words: str
+  words: Callable[[], str]
 
 
-def _setting(accepts: Callable[[Any], bool], words: str) -> Any:
-  return dataclasses.field(metadata={"allowed": Allowed(accepts, words)})
+def _setting(accepts: Callable[[Any], bool], words: str | Callable[[], str]) -> Any:
+  say = words if callable(words) else lambda: words
+  return dataclasses.field(metadata={"allowed": Allowed(accepts, say)})
 
 
 def at_least(low: float) -> Any:
@@ -40,16 +41,15 @@ def between(low: float, high: float) -> Any:
 
 
 def one_of(names: Collection[str]) -> Any:
-  names = tuple(names)
-  return _setting(lambda v: v in names, "one of " + ", ".join(names))
+  """One of `names`, for example of a table, which may get further rows later."""
+  return _setting(lambda v: v in names, lambda: "one of " + ", ".join(names))
 
 
 def some_of(names: Collection[str]) -> Any:
-  """A tuple of distinct names out of `names`, possibly empty."""
-  names = tuple(names)
+  """A tuple of distinct names out of `names`, as in `one_of`, possibly empty."""
   return _setting(
     lambda v: set(v) <= set(names) and len(set(v)) == len(v),
-    "distinct names out of " + ", ".join(names),
+    lambda: "distinct names out of " + ", ".join(names),
   )
 
 
@@ -108,7 +108,7 @@ def _field_value(path: str, field: dataclasses.Field, value: Any) -> Any:
     value = paths.expand_home(value, f"config.{path}")
   allowed = field.metadata.get("allowed")
   if allowed is not None and not allowed.accepts(value):
-    raise ConfigError(f"config.{path} is {value!r}, but must be {allowed.words}.")
+    raise ConfigError(f"config.{path} is {value!r}, but must be {allowed.words()}.")
   return value
 
 

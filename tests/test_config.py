@@ -342,7 +342,7 @@ def test_values_out_of_range_are_refused_with_the_range(kind, path, value):
   message = refusal(settings_of(kind), replaced(VALID[kind], path, value))
   field = LEAVES[kind, path][1]
   shown = repr(float(value)) if field.type is float else repr(value)
-  assert message == f"config.{path} is {shown}, but must be {field.metadata['allowed'].words}."
+  assert message == f"config.{path} is {shown}, but must be {field.metadata['allowed'].words()}."
 
 
 @pytest.mark.parametrize(

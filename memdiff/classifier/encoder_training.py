@@ -181,6 +181,7 @@ def make_stage(
     own=() if rows is None else mesh_lib.replicate(mesh, fold_data(encoder_config, dataset, rows)),
     batch_size=config.batch_size,
     batches=host_batches(dataset, config, name),
+    result=("params", "model_state"),
     one_by_one=mesh_lib.one_by_one(mesh),
   )
 

@@ -270,6 +270,7 @@ def make_stage(
       mesh, own | {"start": start, "mixture": mixed} | class_terms(config, own, counts, mixed)
     ),
     batch_size=config.batch_size,
+    result=(),  # `experiments.feature_heads` keeps its own
   )
 
 

@@ -158,6 +158,7 @@ def make_stage(
     shared=shared,
     own=own,
     batch_size=example.x0.shape[0],
+    result=("ema_params",),
     one_by_one=mesh_lib.one_by_one(mesh),
   )
 

@@ -15,7 +15,7 @@ from input_pipeline.long_tail import LongTailLabels
 from memdiff.classifier import encoder, encoder_training, losses
 from memdiff.config import each
 from memdiff.memory import feature_space
-from memdiff.runtime import loop, programs
+from memdiff.runtime import loop, programs, results
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.workdir import Workdir
 from memdiff.runtime.writers import read_history
@@ -77,14 +77,18 @@ class Kind:
   Attributes:
     settings: its dataclass.
     load: its data, of `settings.dataset`.
-    check: raises ConfigError where settings do not fit each other or the data.
+    checks: each raises ConfigError if settings do not fit each other or the data.
     phases: in order; a run has those that its settings want.
   """
 
   settings: type
   load: Callable[[Any], LongTailLabels]
-  check: Callable[[Any, Any], None]
+  checks: tuple[Callable[[Any, Any], None], ...]
   phases: tuple[Phase, ...]
+
+  def check(self, settings: Any, data: LongTailLabels) -> None:
+    for check in self.checks:
+      check(settings, data)
 
   def phases_of(self, settings: Any) -> tuple[Phase, ...]:
     return tuple(phase for phase in self.phases if phase.wanted(settings))
@@ -110,9 +114,8 @@ def classifier_stage(e: Experiment, loss: str, rows: np.ndarray | None = None) -
 
 
 def load_classifier(e: Experiment, loss: str) -> Any:
-  """The final state of a trained classifier, seeds leading."""
-  stage = classifier_stage(e, loss)
-  return loop.load_final(stage, e.run, e.workdir.folder("classifier") / loss)
+  """Parameters and batch statistics of a trained classifier, seeds leading."""
+  return results.load(e.workdir.folder("classifier") / loss, e.mesh)
 
 
 def forward_images(

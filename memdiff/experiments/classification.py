@@ -32,7 +32,7 @@ from memdiff.experiments.base import (
   seeds_field,
 )
 from memdiff.memory import memory_bank
-from memdiff.runtime import loop
+from memdiff.runtime import loop, results
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.workdir import read_arrays, write_arrays
 
@@ -58,9 +58,8 @@ class ClassificationConfig:
     check_seeds(self.seeds)
 
 
-def check(settings: ClassificationConfig, data: dataset_lib.LongTailDataset) -> None:
+def check(settings: ClassificationConfig, _: dataset_lib.LongTailDataset) -> None:
   """Raises ConfigError where the heads do not go with the classifier they build on."""
-  check_classifier(settings, data)
   if settings.encoder.backbone.taps:
     raise ConfigError(
       "config.encoder.backbone.taps names inner stages for features, but classification scores the"
@@ -146,7 +145,7 @@ def head_rows(e: Experiment, arrays: dict[str, np.ndarray], part: str):
   counts = jnp.asarray(e.dataset.train_counts, jnp.float32)
 
   def trained(method):
-    state = loop.load_final(head_stage(e, method), e.run, e.workdir.folder("heads") / method)
+    state = results.load(e.workdir.folder("heads") / method, e.mesh)
     return jax.vmap(lambda p, h, f: decoupled.trained_logits(method, p, h, f))(
       state.params, own_head, features
     )
@@ -264,4 +263,4 @@ _PHASES = (
   Phase("evaluation", "scoring and drawing", evaluate, ("name",)),
 )
 
-KIND = Kind(ClassificationConfig, dataset_lib.load, check, _PHASES)
+KIND = Kind(ClassificationConfig, dataset_lib.load, (check_classifier, check), _PHASES)

@@ -23,7 +23,7 @@ from memdiff.experiments.methods import (
   candidates,
   log_prior,
   methods,
-  workshop,
+  synthesis_settings,
 )
 from memdiff.memory import feature_space
 from memdiff.memory.feature_space import FeatureRuns
@@ -169,7 +169,8 @@ def _predict_with(e: Experiment, folds: Folds, name: str) -> dict[str, np.ndarra
   """Predictions of every setting for held-out examples, by loss. [J, E]."""
   settings = candidates(e, name, "cross_entropy")
   if name != REAL:
-    generators.train(name, workshop(e), folds.runs, folds.run, e.workdir.folder("selection") / name)
+    folder, synthesis = e.workdir.folder("selection") / name, synthesis_settings(e)
+    generators.train(name, synthesis, folds.runs, folds.run, folder, f"selection/{name}")
   parts = _strengths_at_a_time(e, folds, name, sorted({choice.strength for choice in settings}))
   found: list[Any] = [None] * len(settings)
   for number, strengths in enumerate(parts):
@@ -198,7 +199,7 @@ def _strengths_at_a_time(
   """The strengths, in parts whose features together take little memory."""
   made = 0
   if name != REAL:
-    made = int(generators.numbers(name, e.dataset.train_counts, e.config.generators).sum())
+    made = int(synthesis_settings(e).numbers(name, e.dataset.train_counts).sum())
   size = len(folds.run.seeds) * made * folds.features.shape[-1] * 4
   step = max(_AT_ONCE // max(size, 1), 1)
   return [strengths[start : start + step] for start in range(0, len(strengths), step)]
@@ -225,9 +226,10 @@ def _predict_at(
   if name == REAL:
     added = heads.nothing_added(num_runs, folds.features.shape[-1], e.dataset.num_classes)
   else:
-    made = generators.numbers(name, e.dataset.train_counts, e.config.generators)
+    synthesis = synthesis_settings(e)
+    made = synthesis.numbers(name, e.dataset.train_counts)
     features = generators.make(
-      name, workshop(e), folds.runs, folds.run, folder / name, made, strengths
+      name, synthesis, folds.runs, folds.run, folder / name, made, strengths
     )
     added = heads.Added(features.features, features.confidence, made)
   share = folds.counts.sum(axis=1) / len(e.dataset.train_labels)

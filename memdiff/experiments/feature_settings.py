@@ -11,7 +11,6 @@ from memdiff.errors import ConfigError
 from memdiff.evaluation.cross_validation import SelectionConfig
 from memdiff.experiments import joint
 from memdiff.experiments.base import (
-  check_classifier,
   check_seeds,
   seeds_field,
 )
@@ -129,7 +128,6 @@ def check(config: FeatureConfig, data: LongTailLabels) -> None:
 
 def check_memdiff(config: MemdiffConfig, data: dataset_lib.LongTailDataset) -> None:
   """Of an experiment that trains or reads an image encoder."""
-  check_classifier(config, data)
   check(config, data)
   joint.check(config.joint, config.classifier, streamed=data.streamed)
   for loss in encoder_training.trained_losses(config.classifier):

@@ -29,6 +29,7 @@ from memdiff.experiments.base import (
   Experiment,
   Kind,
   Phase,
+  check_classifier,
   classifier_stage,
   forward_images,
   last_metrics,
@@ -49,7 +50,7 @@ from memdiff.experiments.feature_store import (
   load_selection,
   load_space,
 )
-from memdiff.experiments.methods import chosen_strengths, workshop
+from memdiff.experiments.methods import chosen_strengths, synthesis_settings
 from memdiff.memory import feature_space
 from memdiff.memory.feature_space import FeatureRuns
 from memdiff.runtime import loop, programs
@@ -106,9 +107,9 @@ def compile_denoisers(e: Experiment) -> None:
   )
   runs = feature_space.make_runs(nothing, labels, bank, None, classes, e.mesh)
   for name in e.config.generators.names:
-    stage = generators.stage(name, workshop(e), runs, e.mesh)
-    if stage is not None:
-      programs.compile_ahead(stage, e.run)
+    generator = synthesis_settings(e).generator(name)
+    if generator.trains:
+      programs.compile_ahead(generator.stage(runs, e.mesh), e.run)
 
 
 def train_denoisers(e: Experiment) -> dict:
@@ -116,7 +117,7 @@ def train_denoisers(e: Experiment) -> dict:
   for name in e.config.generators.names:
     folder = e.workdir.folder("diffusion") / name
     spent = clock.start()
-    generators.train(name, workshop(e), space.runs, e.run, folder)
+    generators.train(name, synthesis_settings(e), space.runs, e.run, folder, f"diffusion/{name}")
     if folder.exists():
       summary[name] = last_metrics(folder) | {"seconds": spent()}
   return summary
@@ -136,10 +137,11 @@ def _hallucinate_with(
   e: Experiment, runs: FeatureRuns, name: str, strengths: list[float], clock: CompileClock
 ) -> dict:
   """Writes the features of one generator, which are then no longer in memory."""
-  made = generators.numbers(name, e.dataset.train_counts, e.config.generators)
+  settings = synthesis_settings(e)
+  made = settings.numbers(name, e.dataset.train_counts)
   folder = e.workdir.folder("diffusion") / name
   spent = clock.start()
-  features = generators.make(name, workshop(e), runs, e.run, folder, made, strengths)
+  features = generators.make(name, settings, runs, e.run, folder, made, strengths)
   arrays = {name: vars(features)[name] for name in ("labels", "confidence", "number")}
   arrays |= _provenance(runs, features)
   arrays |= {"numbers": made, "strengths": np.array(strengths), "seeds": np.array(e.seeds)}
@@ -163,7 +165,7 @@ def _provenance(
 
 
 def train_jointly(e: Experiment) -> dict:
-  return joint.train_all(e, workshop(e))
+  return joint.train_all(e, synthesis_settings(e))
 
 
 _SHARED_PHASES = (
@@ -222,5 +224,5 @@ _FEATURES = (
   _EVALUATION,
 )
 
-IMAGES = Kind(MemdiffConfig, dataset_lib.load, check_memdiff, _MEMDIFF)
-EMBEDDINGS = Kind(FeatureConfig, embeddings.load, check_features, _FEATURES)
+IMAGES = Kind(MemdiffConfig, dataset_lib.load, (check_classifier, check_memdiff), _MEMDIFF)
+EMBEDDINGS = Kind(FeatureConfig, embeddings.load, (check_features,), _FEATURES)

@@ -32,7 +32,7 @@ from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import stream
 from memdiff.runtime.workdir import read_arrays, write_arrays
 from memdiff.synthesis import generators
-from memdiff.synthesis.generators import Workshop
+from memdiff.synthesis.generators import GENERATORS, SynthesisSettings
 
 REAL = "real"
 
@@ -41,7 +41,7 @@ REAL = "real"
 class JointConfig:
   """How encoder and head are trained together; no generators: not at all."""
 
-  generators: tuple[str, ...] = some_of((REAL, *generators.DESCRIPTIONS))
+  generators: tuple[str, ...] = some_of((REAL, *GENERATORS))
   loss: str = one_of(heads.TRAINED)
   counts: str = one_of(heads.GAMMA_COUNTS)
   num_rounds: int = at_least(2)
@@ -229,6 +229,7 @@ def make_stage(
     shared=encoder.device_data(encoder_config.input, dataset, mesh),
     own={"start": start, "pool": pool},
     batch_size=classifier.batch_size,
+    result=(),  # the state goes from round to round
   )
 
 
@@ -238,7 +239,7 @@ def round_limits(config: JointConfig, num_steps: int) -> list[int]:
 
 
 def make_pool(
-  e: Experiment, shop: Workshop, generator: str, state: Any, folder: pathlib.Path
+  e: Experiment, settings: SynthesisSettings, generator: str, state: Any, folder: pathlib.Path
 ) -> Pool:
   """Synthetic features of the encoders as they are now, seeds leading; trains what it takes."""
   run = dataclasses.replace(e.run, streams=f"{folder.name}/")  # every refresh draws anew
@@ -250,10 +251,10 @@ def make_pool(
   )
   head = mesh_lib.fetch(state.params["head"])
   runs = feature_space.make_runs(features, labels, bank, head, e.dataset.num_classes, e.mesh)
-  generators.train(generator, shop, runs, run, folder)
-  numbers = generators.numbers(generator, e.dataset.train_counts, shop.config)
-  strength = generators.strengths(generator, shop)[0]
-  made = generators.make(generator, shop, runs, run, folder, numbers, [strength])
+  generators.train(generator, settings, runs, run, folder, f"{folder.parent.name}/{folder.name}")
+  numbers = settings.numbers(generator, e.dataset.train_counts)
+  strength = settings.generator(generator).strengths[0]
+  made = generators.make(generator, settings, runs, run, folder, numbers, [strength])
   backward = jax.jit(jax.vmap(lambda s, x: s.backward(x)))
   own_labels = np.broadcast_to(made.labels, made.confidence[:, 0].shape)
   return Pool(
@@ -264,7 +265,7 @@ def make_pool(
   )
 
 
-def train(e: Experiment, shop: Workshop, generator: str) -> tuple[Any, list[float]]:
+def train(e: Experiment, settings: SynthesisSettings, generator: str) -> tuple[Any, list[float]]:
   """Goes through all rounds with a generator, or with REAL.
 
   Returns:
@@ -280,13 +281,13 @@ def train(e: Experiment, shop: Workshop, generator: str) -> tuple[Any, list[floa
       if pool is not None:
         drifts.append(float(jax.jit(jax.vmap(drift))(state.bank, pool).mean()))
       if pool is None or drifts[-1] > config.refresh_drift:
-        pool = make_pool(e, shop, generator, state, folder / name / f"generator_{number}")
+        pool = make_pool(e, settings, generator, state, folder / name / f"generator_{number}")
     stage = make_stage(e, config, head, f"joint/{name}/round_{number}", first, last, state, pool)
     state = loop.train(stage, e.run, folder / name / f"round_{number}")
   return state, drifts
 
 
-def train_all(e: Experiment, shop: Workshop) -> dict:
+def train_all(e: Experiment, settings: SynthesisSettings) -> dict:
   """Trains with every generator and keeps what the classifiers say of the test images.
 
   Returns:
@@ -294,7 +295,7 @@ def train_all(e: Experiment, shop: Workshop) -> dict:
   """
   config, logits, summary = e.config.joint, {}, {}
   for generator in config.generators:
-    state, drifts = train(e, shop, generator)
+    state, drifts = train(e, settings, generator)
     logits[generator], _ = forward_images(e, config.loss, state, e.dataset.test_images)
     refreshed = sum(d > config.refresh_drift for d in drifts) + 1
     summary[generator] = {} if generator == REAL else {"drift": drifts, "made": refreshed}

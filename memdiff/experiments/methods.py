@@ -13,8 +13,7 @@ import numpy as np
 
 from memdiff.classifier import heads, losses
 from memdiff.experiments.base import Experiment
-from memdiff.synthesis import generators
-from memdiff.synthesis.generators import Workshop
+from memdiff.synthesis.generators import GENERATORS, SynthesisSettings
 
 REAL = "real"
 
@@ -39,9 +38,11 @@ class Choice:
   tau: float = 1.0
 
 
-def workshop(e: Experiment) -> Workshop:
+def synthesis_settings(e: Experiment) -> SynthesisSettings:
   config = e.config
-  return Workshop(config.generators, config.diffusion, config.hallucination, e.dataset.num_classes)
+  return SynthesisSettings(
+    config.generators, config.diffusion, config.hallucination, e.dataset.num_classes
+  )
 
 
 def candidates(e: Experiment, name: str, loss: str) -> list[Choice]:
@@ -53,8 +54,9 @@ def candidates(e: Experiment, name: str, loss: str) -> list[Choice]:
   taus = head.taus if loss == "logit_adjustment" else (1.0,)
   strengths, fills = (0.0,), (0,)
   if name != REAL:
-    strengths = generators.strengths(name, workshop(e))
-    fills = generators.fills(name, e.config.generators) or (heads.ALL,)
+    generator = synthesis_settings(e).generator(name)
+    fixed = generator.numbers(e.dataset.train_counts) is not None
+    strengths, fills = generator.strengths, (heads.ALL,) if fixed else e.config.generators.fill_to
   every = itertools.product(taus, strengths, fills, head.exponents, head.l2)
   return [Choice(strength, fill, x, l2, tau) for tau, strength, fill, x, l2 in every]
 
@@ -89,7 +91,7 @@ def describe(e: Experiment, method: str, choices: dict[str, Choice]) -> str:
   elif name in REFERENCES:
     made = REFERENCES[name]
   else:
-    made = generators.DESCRIPTIONS[name]
+    made = GENERATORS[name].description
   words = f"{made}; {heads.LOSSES[loss]}"
   choice = choices.get(method)
   if choice is None:
@@ -99,14 +101,14 @@ def describe(e: Experiment, method: str, choices: dict[str, Choice]) -> str:
     details.append(f"tau {choice.tau:g}")
   if name != REAL and choice.fill != heads.ALL:
     details.append(f"filled to {choice.fill}")
-  if name != REAL and len(generators.strengths(name, workshop(e))) > 1:
+  if name != REAL and len(synthesis_settings(e).generator(name).strengths) > 1:
     details.append(f"strength {choice.strength:g}")
   return f"{words} ({', '.join(details)})"
 
 
 def describe_joint(e: Experiment, name: str) -> str:
   """Joint training with a generator, in words."""
-  made = "real images only" if name == REAL else f"real images and {generators.DESCRIPTIONS[name]}"
+  made = "real images only" if name == REAL else f"real images and {GENERATORS[name].description}"
   return f"encoder and head trained together on {made}; {heads.LOSSES[e.config.joint.loss]}"
 
 

@@ -16,16 +16,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from memdiff.errors import WorkdirError
 from memdiff.runtime import checkpoint as checkpoint_lib
-from memdiff.runtime import guard, programs
+from memdiff.runtime import guard, programs, results
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.meter import Meter
 from memdiff.runtime.stage import ExecutionConfig, LoopConfig, Run, Stage
 from memdiff.runtime.workdir import writing
 from memdiff.runtime.writers import History
 
-__all__ = ["ExecutionConfig", "LoopConfig", "Run", "Stage", "load_final", "train"]
+__all__ = ["ExecutionConfig", "LoopConfig", "Run", "Stage", "train"]
 
 
 class _Feed:
@@ -168,7 +167,8 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
   Args:
     stage: what to train.
     run: seeds, mesh, cadence, and where to report.
-    directory: of the stage; gets `checkpoints/`, `metrics.jsonl` and `speed.json`.
+    directory: of the stage; gets `checkpoints/`, `metrics.jsonl`, `speed.json` and, at the end,
+      `result.npz`.
 
   Returns:
     The final state, with a leading axis of seeds.
@@ -221,6 +221,8 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
         with meter.apart("checkpoint"):
           checkpointer.save(step, state, training.history.number)
       if done:
+        if stage.result:
+          results.save(directory, state, stage.result)
         return state
       if stops:
         checkpointer.wait()
@@ -252,21 +254,3 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
     feed.close()
     checkpointer.close()
     meter.save()
-
-
-def load_final(stage: Stage, run: Run, directory) -> Any:
-  """The state at the end of a finished stage, on the present devices."""
-  config = run.config
-  checkpointer = checkpoint_lib.Checkpointer(
-    directory / "checkpoints", config.keep_checkpoints, config.keep_every
-  )
-  try:
-    restored = checkpointer.restore(programs.abstract_state(stage, run))
-  finally:
-    checkpointer.close()
-  if restored is None or restored[0] != stage.num_steps:
-    raise WorkdirError(
-      f"{directory} holds no checkpoint of step {stage.num_steps}, the end of {stage.name}; remove"
-      f" the folder {directory} and the manifest.json beside or in it to train the stage anew."
-    )
-  return restored[1]

@@ -79,6 +79,7 @@ class Stage:
     batch_size: examples per step.
     batches: (seed, first step) -> an iterator over the host's part of each step's batch, for data
       too large for the devices; `batch` and `step` then get (own, host batch) in place of `own`.
+    result: the fields of the final state that later phases read, for `results.save`.
     one_by_one: whether every seed runs by itself, in a thread, rather than all as one batch; on one
       device. Convolutions on CPUs gain nothing from the batch, and the program is a third the size.
   """
@@ -93,6 +94,7 @@ class Stage:
   own: Any
   batch_size: int
   batches: Callable[[int, int], Iterator[Any]] | None = None
+  result: tuple[str, ...] = ("params",)
   one_by_one: bool = False
 
 

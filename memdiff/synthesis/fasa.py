@@ -15,18 +15,25 @@ distances of their means (there distances are handed over as similarities).
 
 import dataclasses
 import warnings
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from memdiff.config import at_least
+from memdiff.evaluation import cross_validation
+from memdiff.memory import exemplars as exemplars_lib
 from memdiff.memory.exemplars import Exemplars
+from memdiff.memory.feature_space import FeatureRuns
+from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.random import stream
 from memdiff.runtime.train_state import OptimizerConfig
+from memdiff.synthesis.generator import Generator, Sampler
 
 MOMENTUM = 0.1  # share of a minibatch in the running statistics
 VIRTUAL_WEIGHT = 0.1  # of the loss on virtual features
@@ -245,3 +252,46 @@ def adapt(
     epoch, start, jnp.arange(config.num_epochs)
   )
   return Adapted(statistics=statistics, probability=probability, losses=losses)
+
+
+@dataclasses.dataclass(frozen=True)
+class FASA(Generator):
+  """The method as a generator: its sampling probabilities become the trust in what it makes."""
+
+  config: FASAConfig
+
+  def prepare(self, runs: FeatureRuns, params: Any) -> Any:
+    del params
+    return _split(runs)
+
+  def sampler(self, labels: np.ndarray, feature_dim: int, mesh: Mesh) -> Sampler:
+    del feature_dim, mesh
+
+    def of_runs(keys, strength, runs, parts):
+      del strength, runs
+
+      def of_run(run):
+        key, (train, held_out, groups) = jax.tree.map(lambda x: x[run], (keys, parts))
+        adapted = adapt(stream(key, "adapt"), train, held_out, groups, self.config)
+        return sample(stream(key, "sample"), adapted, labels), class_weights(adapted)[labels]
+
+      return of_run
+
+    return of_runs
+
+
+def _split(runs: FeatureRuns) -> tuple[Exemplars, Exemplars, np.ndarray]:
+  """Four fifths of each run's exemplars, the fifth that is held out, and groups of the classes."""
+  num_classes = runs.exemplars.by_class.counts.shape[-1]
+  parts, groups = ([], []), []
+  features, labels = mesh_lib.fetch((runs.exemplars.features, runs.exemplars.labels))
+  for own, own_labels in zip(features, labels, strict=True):
+    fold = cross_validation.deal(own_labels, 5, seed=0)
+    for part, inside in zip(parts, (fold != 0, fold == 0), strict=True):
+      masked = np.where(inside, own_labels, num_classes)
+      part.append(exemplars_lib.make(own, masked, num_classes))
+    train = parts[0][-1]
+    means = np.asarray(exemplars_lib.class_means(jax.tree.map(jnp.asarray, train)))
+    groups.append(group_classes(means, train.by_class.counts))
+  train, held_out = (jax.tree.map(lambda *leaves: np.stack(leaves), *part) for part in parts)
+  return train, held_out, np.stack(groups)

@@ -36,11 +36,12 @@ from memdiff.diffusion.objectives import PLAIN
 from memdiff.diffusion.sampler import SAMPLERS
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.memory.exemplars import Exemplars
-from memdiff.memory.feature_space import Standardizer
+from memdiff.memory.feature_space import FeatureRuns, Standardizer
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.mesh import replicate
 from memdiff.runtime.train_state import OptimizerConfig
+from memdiff.synthesis.generator import Generator, Sampler
 from memdiff.synthesis.unet1d import GROUPS, UNet1D
 
 UNITS = ("raw_range", "standardized")
@@ -276,3 +277,42 @@ def sample(
   samples = jax.lax.map(sample_chunk, (jnp.arange(num_chunks), padded))
   samples = samples.reshape(num_chunks * chunk, -1)[: labels.shape[0]]
   return from_denoiser(config, standardizer, samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class LDMLR(Generator):
+  """A row as a generator."""
+
+  trains = True
+  name: str
+  config: LDMLRConfig
+  num_classes: int
+
+  def numbers(self, train_counts: np.ndarray) -> np.ndarray | None:
+    return published_numbers(train_counts) if self.name == "ldmlr_published" else None
+
+  def stage(self, runs: FeatureRuns, mesh: Mesh) -> Stage:
+    return make_stage(
+      self.name, self.config, runs.exemplars, runs.standardizer, self.num_classes, mesh
+    )
+
+  def sampler(self, labels: np.ndarray, feature_dim: int, mesh: Mesh) -> Sampler:
+    del feature_dim, mesh
+
+    def of_runs(keys, strength, runs, params):
+      del strength
+
+      def of_run(key, params, standardizer):
+        return sample(key, self.config, params, standardizer, labels, self.num_classes)
+
+      features = jax.vmap(of_run)(keys, params, runs.standardizer)
+      return lambda run: (features[run], jnp.ones(labels.shape))
+
+    return of_runs
+
+
+def row(name: str, share: float, num_classes: int) -> LDMLR:
+  """A row of ROWS, trained for a share of its steps."""
+  config = ROWS[name]
+  num_steps = max(round(share * config.num_steps), 1)
+  return LDMLR(name, dataclasses.replace(config, num_steps=num_steps), num_classes)

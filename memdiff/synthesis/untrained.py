@@ -5,75 +5,88 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 from memdiff.memory.exemplars import Exemplars
+from memdiff.memory.feature_space import FeatureRuns
 from memdiff.synthesis import gaussian, resampling
+from memdiff.synthesis.generator import Generator, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Generator:
-  """A way to make features of given classes out of exemplars.
+class Untrained(Generator):
+  """Draws from exemplars, or from statistics of them.
 
   Attributes:
-    description: for reports.
     sample: (key, exemplars, fitted, labels [M] int32, strength []) -> [M, D] in the exemplars'
       units; pure. Labels name classes with at least one exemplar.
-    strengths: candidates for `strength`, which cross-validation chooses from; one where it changes
-      nothing. What it means is in the docstring of `sample`.
+    strengths: one if it changes nothing. What it means is in the docstring of `sample`.
     fit: exemplars -> `fitted`, once for all labels and strengths; pure.
   """
 
-  description: str
   sample: Callable[[jax.Array, Exemplars, Any, jax.Array, Any], jax.Array]
-  strengths: tuple[float, ...]
+  strengths: tuple[float, ...] = (1.0,)
   fit: Callable[[Exemplars], Any] = lambda exemplars: ()
+
+  def prepare(self, runs: FeatureRuns, params: Any) -> Any:
+    """Fits every run, or one of them if all have the same exemplars."""
+    del params
+    exemplars, num_runs = runs.exemplars, runs.exemplars.labels.shape[0]
+    if runs.alike:
+      exemplars = jax.tree.map(lambda x: x[:1], exemplars)
+    fitted = jax.jit(lambda exemplars: jax.lax.map(self.fit, exemplars))(exemplars)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_runs, *x.shape[1:])), fitted)
+
+  def sampler(self, labels: np.ndarray, feature_dim: int, mesh: Mesh) -> Sampler:
+    """A run at a time, which bounds the memory."""
+    del feature_dim, mesh
+
+    def of_runs(keys, strength, runs, fitted):
+      def of_run(run):
+        key, exemplars, own = jax.tree.map(lambda x: x[run], (keys, runs.exemplars, fitted))
+        return self.sample(key, exemplars, own, labels, strength), jnp.ones(labels.shape)
+
+      return of_run
+
+    return of_runs
 
 
 _SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)  # times the deviation within classes
 
-GENERATORS = {
-  "duplicate": Generator(
+# Name -> (description for reports, generator).
+UNTRAINED = {
+  "duplicate": (
     "copies of the class's exemplars",
-    resampling.duplicate,
-    (0.0,),
+    Untrained(resampling.duplicate, (0.0,)),
   ),
-  "kernel_jitter": Generator(
+  "kernel_jitter": (
     "exemplars with noise of the shared within-class covariance",
-    resampling.kernel_jitter,
-    _SCALES,
-    gaussian.within_factor,
+    Untrained(resampling.kernel_jitter, _SCALES, gaussian.within_factor),
   ),
-  "feature_mixup": Generator(
+  "feature_mixup": (
     "exemplars mixed with a share of any other exemplar",
-    resampling.feature_mixup,
-    (0.1, 0.2, 0.35, 0.5),
+    Untrained(resampling.feature_mixup, (0.1, 0.2, 0.35, 0.5)),
   ),
-  "gaussian_diagonal": Generator(
+  "gaussian_diagonal": (
     "normal distribution, class mean and class variances",
-    gaussian.gaussian_diagonal,
-    _SCALES,
+    Untrained(gaussian.gaussian_diagonal, _SCALES),
   ),
-  "gaussian_shared": Generator(
+  "gaussian_shared": (
     "normal distribution, class mean and shared within-class covariance",
-    gaussian.gaussian_shared,
-    _SCALES,
-    gaussian.within_factor,
+    Untrained(gaussian.gaussian_shared, _SCALES, gaussian.within_factor),
   ),
-  "gaussian_shrunk": Generator(
+  "gaussian_shrunk": (
     "normal distribution, class mean and class covariance shrunk towards the shared one",
-    gaussian.gaussian_shrunk,
-    (3.0, 10.0, 30.0, 100.0, 300.0),
-    gaussian.within_factor,
+    Untrained(gaussian.gaussian_shrunk, (3.0, 10.0, 30.0, 100.0, 300.0), gaussian.within_factor),
   ),
-  "gaussian_shrunk_means": Generator(
+  "gaussian_shrunk_means": (
     "normal distribution, class mean shrunk towards the mean of all and shared covariance",
-    gaussian.gaussian_shrunk_means,
-    (1.0, 3.0, 10.0, 30.0),
-    gaussian.within_factor,
+    Untrained(gaussian.gaussian_shrunk_means, (1.0, 3.0, 10.0, 30.0), gaussian.within_factor),
   ),
-  "distribution_calibration": Generator(
+  "distribution_calibration": (
     "normal distribution with statistics of the nearest head classes (Yang et al. 2021)",
-    gaussian.distribution_calibration,
-    (0.0, 0.05, 0.2, 0.5),
+    Untrained(gaussian.distribution_calibration, (0.0, 0.05, 0.2, 0.5)),
   ),
 }

@@ -26,7 +26,7 @@ from memdiff.classifier.losses import LossConfig
 from memdiff.errors import ConfigError
 from memdiff.experiments.base import forward_images
 from memdiff.memory.memory_bank import BankConfig
-from memdiff.runtime import loop
+from memdiff.runtime import loop, results
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import stream
 from memdiff.runtime.train_state import OptimizerConfig
@@ -353,10 +353,10 @@ def test_a_stage_with_a_bank_trains_in_the_loop_and_is_found_again(mesh, tmp_pat
   records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [(r["step"], r["kind"]) for r in records] == [(0, "eval"), (2, "train"), (2, "eval")]
   assert all(len(r["metrics"]["loss"]) == 2 for r in records)
-  again = loop.load_final(stage, run, tmp_path)
+  again = results.load(tmp_path, mesh)
   for ours, theirs in zip(
-    jax.tree.leaves((again.params, again.bank, again.loss_state)),
-    jax.tree.leaves((state.params, state.bank, state.loss_state)),
+    jax.tree.leaves((again.params, again.model_state)),
+    jax.tree.leaves((state.params, state.model_state)),
     strict=True,
   ):
     np.testing.assert_array_equal(ours, theirs)

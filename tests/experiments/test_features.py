@@ -29,7 +29,6 @@ from memdiff.experiments import (
   feature_selection,
   feature_settings,
   feature_store,
-  features,
   methods,
 )
 from memdiff.experiments.base import Experiment
@@ -645,7 +644,7 @@ def test_every_candidate_is_judged_by_its_own_heads_and_the_prior_of_its_fold(
 def test_strengths_in_parts_are_judged_as_they_are_at_once(experiment, monkeypatch):
   folds = feature_selection.make_folds(experiment)
   at_once = feature_selection._predict_with(experiment, folds, "kernel_jitter")
-  monkeypatch.setattr(features, "_AT_ONCE", 1)
+  monkeypatch.setattr(feature_selection, "_AT_ONCE", 1)
   in_parts = feature_selection._predict_with(experiment, folds, "kernel_jitter")
   trained = experiment.workdir.path / "selection" / "heads" / "kernel_jitter"
   assert {path.name for path in trained.iterdir() if path.name.isdigit()} == set("01234")
@@ -733,7 +732,7 @@ def test_heads_are_read_as_they_were_trained_each_loss_by_itself(experiment, nam
   choices, _ = feature_store.load_selection(experiment)
   trained = feature_heads.head_training(experiment, space, choices, name)
   folder = experiment.workdir.folder("heads") / name
-  params = loop.load_final(trained.stage, trained.run, folder).params
+  params = loop.train(trained.stage, trained.run, folder).params  # it is finished
   prior = np.asarray(trained.stage.own["mixture"].prior)
   found = feature_heads.final_heads(experiment, choices, name)
   assert list(found) == list(LOSSES)

@@ -21,7 +21,7 @@ from memdiff.errors import ConfigError
 from memdiff.experiments import joint
 from memdiff.experiments.feature_settings import MemdiffConfig
 from memdiff.experiments.joint import Pool
-from memdiff.experiments.methods import workshop
+from memdiff.experiments.methods import synthesis_settings
 from memdiff.memory import memory_bank
 from tests import support
 
@@ -197,9 +197,9 @@ def test_every_refresh_draws_anew(experiment, mesh, tmp_path):
   config = e.config
   stage = joint.make_stage(e, config.joint, config.head.training, "j", 0, 7, None, None)
   state = jax.vmap(lambda key: stage.init(key, {"start": None, "pool": None}))(run.keys("test"))
-  shop = workshop(e)
+  settings = synthesis_settings(e)
   pools = [
-    joint.make_pool(e, shop, "kernel_jitter", state, tmp_path / name)
+    joint.make_pool(e, settings, "kernel_jitter", state, tmp_path / name)
     for name in ("round_1", "round_2", "round_1")
   ]
   np.testing.assert_array_equal(pools[0].features, pools[2].features)

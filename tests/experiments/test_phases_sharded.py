@@ -75,6 +75,7 @@ def train_on_features(settings, data, mesh):
   from memdiff.runtime import mesh as mesh_lib
   from memdiff.runtime.random import base_keys
   from memdiff.synthesis import feature_diffusion, generators
+  from memdiff.synthesis.memory_diffusion import MemoryDiffusion
 
   runs = make_runs(settings, data, mesh)
   own = feature_diffusion.make_data(
@@ -84,12 +85,12 @@ def train_on_features(settings, data, mesh):
   stage = feature_diffusion.make_stage(settings.diffusion, own, data.num_classes, mesh)
   state, metrics = steps_of(stage, settings, mesh)
 
-  shop = generators.Workshop(
-    settings.generators, settings.diffusion, settings.hallucination, data.num_classes
-  )
+  generator = MemoryDiffusion(settings.diffusion, settings.hallucination, data.num_classes)
   labels = np.repeat(np.arange(data.num_classes, dtype=np.int32), MADE)
-  program = generators.sampling_program("memdiff", shop, DIM, (MADE,) * data.num_classes, mesh)
-  strengths = generators.strengths("memdiff", shop)
+  program = generators.sampling_program(
+    generator, settings.generators.confidence, DIM, (MADE,) * data.num_classes, mesh
+  )
+  strengths = generator.strengths
   features, confidence = program(
     base_keys(settings.seeds, "sample"), jnp.asarray(strengths, jnp.float32), runs, state.ema_params
   )

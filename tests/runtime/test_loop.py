@@ -13,7 +13,7 @@ import pytest
 
 from memdiff.errors import NonFiniteError, WorkdirError
 from memdiff.runtime import checkpoint as checkpoints
-from memdiff.runtime import loop, train_state
+from memdiff.runtime import loop, results, train_state
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.checkpoint import Checkpointer
 from memdiff.runtime.loop import LoopConfig, Stage
@@ -160,7 +160,6 @@ def test_a_finished_stage_is_not_trained_again(mesh, tmp_path, uninterrupted):
   loop.train(make_stage(), run, tmp_path)
   again = loop.train(make_stage(poison=(0, 3)), run, tmp_path)  # a step would fail
   check_same(again, uninterrupted[0])
-  check_same(loop.load_final(make_stage(), run, tmp_path), uninterrupted[0])
   assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
 
 
@@ -246,7 +245,7 @@ def test_a_torn_newest_checkpoint_falls_back_to_the_older(mesh, tmp_path, uninte
   check_same(state, uninterrupted[0])
   assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
   assert steps_on_disk(tmp_path) == [20, 23]
-  check_same(loop.load_final(make_stage(), make_run(mesh), tmp_path), uninterrupted[0])
+  check_same(loop.train(make_stage(), make_run(mesh), tmp_path), uninterrupted[0])
 
 
 def spoil_metadata(folder, step):
@@ -333,10 +332,35 @@ def test_where_no_checkpoint_can_be_read_the_folder_is_named(mesh, tmp_path):
   assert "\n" not in message
 
 
-def test_the_end_of_an_unfinished_stage_cannot_be_loaded(mesh, tmp_path):
+def test_an_unfinished_stage_has_no_result(mesh, tmp_path):
   kill_at(mesh, tmp_path, 20)
-  with pytest.raises(WorkdirError, match="no checkpoint of step 23, the end of toy"):
-    loop.load_final(make_stage(), make_run(mesh), tmp_path)
+  with pytest.raises(WorkdirError, match=r"Cannot read .*result\.npz .*remove the folder"):
+    results.load(tmp_path, mesh)
+
+
+def test_the_result_of_a_stage_is_what_it_names_of_its_final_state(mesh, tmp_path):
+  stage = dataclasses.replace(make_stage(), result=("params", "step"))
+  state = loop.train(stage, make_run(mesh), tmp_path)
+  found = results.load(tmp_path, mesh)
+  jax.tree.map(
+    np.testing.assert_array_equal, (found.params, found.step), (state.params, state.step)
+  )
+  assert found.key is None and found.opt_state is None
+  with np.load(tmp_path / "result.npz") as arrays:
+    assert "step" in arrays.files and all(n.startswith(("params", "step")) for n in arrays.files)
+
+
+def test_a_stage_whose_state_nobody_reads_leaves_no_result(mesh, tmp_path):
+  loop.train(dataclasses.replace(make_stage(), result=()), make_run(mesh), tmp_path)
+  assert not (tmp_path / "result.npz").exists()
+
+
+def test_a_result_that_was_lost_between_checkpoint_and_end_is_made_up_for(mesh, tmp_path):
+  loop.train(make_stage(), make_run(mesh), tmp_path)
+  before = (tmp_path / "result.npz").read_bytes()
+  (tmp_path / "result.npz").unlink()
+  loop.train(make_stage(), make_run(mesh), tmp_path)
+  assert (tmp_path / "result.npz").read_bytes() == before
 
 
 # --- non-finite numbers ----------------------------------------------------------------------

@@ -21,14 +21,14 @@ from memdiff.memory.memory_bank import BankConfig
 from memdiff.runtime.random import base_keys
 from memdiff.runtime.train_state import OptimizerConfig
 from memdiff.synthesis import confidence as confidence_lib
-from memdiff.synthesis import fasa, generators, ldmlr
+from memdiff.synthesis import fasa, generators, ldmlr, memory_diffusion
 from memdiff.synthesis.confidence import ConfidenceConfig
 from memdiff.synthesis.denoisers import DenoiserConfig
 from memdiff.synthesis.fasa import FASAConfig
 from memdiff.synthesis.feature_diffusion import DiffusionConfig
-from memdiff.synthesis.generators import DESCRIPTIONS, DIFFUSIONS, LDMLR, GeneratorsConfig, Workshop
+from memdiff.synthesis.generators import GENERATORS, GeneratorsConfig, SynthesisSettings
 from memdiff.synthesis.hallucination import SamplerConfig
-from memdiff.synthesis.untrained import GENERATORS
+from memdiff.synthesis.untrained import UNTRAINED
 from tests import support
 
 COUNTS = np.array([12, 9, 5, 2])
@@ -41,8 +41,8 @@ CONFIG = GeneratorsConfig(
   confidence=ConfidenceConfig("cosine", power=1.0, calibrate=False, normalize=False),
   fasa=FASAConfig(num_epochs=4, batch_size=8, optimizer=OPTIMIZER), ldmlr_share=1.0,
 )  # fmt: skip
-SHOP = Workshop(
-  config=CONFIG,
+SETTINGS = SynthesisSettings(
+  generators=CONFIG,
   diffusion=DiffusionConfig(
     schedule=ScheduleConfig("cosine", 20), prediction="v", objective=objectives.PLAIN,
     ema_decay=0.9, num_steps=4, optimizer=OPTIMIZER,
@@ -50,14 +50,14 @@ SHOP = Workshop(
     condition="class_and_memory", class_exponent=0.5, label_dropout=0.1, anonymous=0.5,
     displacement=1.0, batch_size=16,
   ),
-  sampler=SamplerConfig(
+  hallucination=SamplerConfig(
     sampler="ddim", num_steps=4, condition="memory", guidance=(1.0, 2.0), start=(1.0,),
     x0_limit=6.0, chunk_size=64,
   ),
   num_classes=CLASSES,
 )  # fmt: skip
-ALL = sorted(DESCRIPTIONS)
-TRAINED = sorted(DIFFUSIONS | LDMLR)
+ALL = sorted(GENERATORS)
+TRAINED = ["class_only", "ldmlr", "ldmlr_published", "memdiff"]
 
 
 class Tiny(nn.Module):
@@ -145,30 +145,29 @@ def test_numbers_follow_the_plan_but_for_the_published_fifth(name):
   expected = [0, 0, 11, 19]
   if name == "ldmlr_published":
     expected = [100, 12, 5, 5]
-  made = generators.numbers(name, counts, CONFIG)
+  made = SETTINGS.numbers(name, counts)
   assert made.tolist() == expected and made.dtype == np.int32
-  # What fills of heads are chosen from: as far as planned, or all that the published code makes.
-  filled = [np.clip(fill - counts, 0, made) for fill in generators.fills(name, CONFIG)]
-  assert filled[-1].tolist() == expected
-  assert len(filled) == (1 if name == "ldmlr_published" else 2)
-  if name != "ldmlr_published":
-    assert filled[0].tolist() == [0, 0, 0, 7]  # up to 8
+  fixed = SETTINGS.generator(name).numbers(counts)
+  assert (fixed is None) == (name != "ldmlr_published")
 
 
 def test_strengths_are_candidates_of_the_generator_or_scales_of_guidance():
   for name in ALL:
     expected = (1.0,)
-    if name in GENERATORS:
-      expected = GENERATORS[name].strengths
+    if name in UNTRAINED:
+      expected = UNTRAINED[name][1].strengths
     if name == "memdiff":
       expected = (1.0, 2.0)
-    assert generators.strengths(name, SHOP) == expected
+    assert SETTINGS.generator(name).strengths == expected
 
 
-def test_there_are_names_of_every_kind_and_no_others():
-  kinds = [set(GENERATORS), {"fasa"}, set(LDMLR), set(DIFFUSIONS)]
-  assert set().union(*kinds) == set(DESCRIPTIONS) and sum(map(len, kinds)) == len(DESCRIPTIONS)
-  assert len(set(DESCRIPTIONS.values())) == len(DESCRIPTIONS)
+def test_every_generator_has_a_name_a_description_and_equal_programs():
+  assert set(UNTRAINED) | {"fasa"} | set(TRAINED) == set(GENERATORS)
+  assert len({row.description for row in GENERATORS.values()}) == len(GENERATORS)
+  for name in ALL:
+    assert SETTINGS.generator(name).trains == (name in TRAINED)
+    assert SETTINGS.generator(name) == SETTINGS.generator(name)
+    assert hash(SETTINGS.generator(name)) == hash(SETTINGS.generator(name))
   values = as_dict(CONFIG) | {"names": tuple(ALL)}
   assert build(GeneratorsConfig, values).names == tuple(ALL)
 
@@ -231,12 +230,14 @@ def runs(mesh):
 SEEDS = (5, 6, 5)
 
 
-def train_and_make(name, runs, mesh, folder, seeds=SEEDS, shop=SHOP, chosen=None, streams=""):
+def train_and_make(
+  name, runs, mesh, folder, seeds=SEEDS, settings=SETTINGS, chosen=None, streams=""
+):
   run = support.make_run(mesh, seeds, 4, streams=streams)
-  chosen = chosen or generators.strengths(name, shop)[:2]
-  own = folder / "diffusion" / name  # names the random streams too
-  generators.train(name, shop, runs, run, own)
-  return generators.make(name, shop, runs, run, own, MADE, chosen)
+  chosen = chosen or settings.generator(name).strengths[:2]
+  own = folder / "diffusion" / name
+  generators.train(name, settings, runs, run, own, f"diffusion/{name}")
+  return generators.make(name, settings, runs, run, own, MADE, chosen)
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +256,7 @@ def made(runs, mesh, workdir):
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_generator_makes_features_of_the_classes_asked_for(made, runs, name):
-  result, num_strengths = made(name), len(generators.strengths(name, SHOP)[:2])
+  result, num_strengths = made(name), len(SETTINGS.generator(name).strengths[:2])
   assert result.features.shape == (3, num_strengths, len(LABELS), DIM)
   assert result.confidence.shape == (3, num_strengths, len(LABELS))
   np.testing.assert_array_equal(result.labels, LABELS)
@@ -269,13 +270,13 @@ def test_features_are_nowhere_negative_where_training_features_are_not(made, run
   s = jax.tree.map(lambda leaf: np.asarray(leaf)[:, None, None], runs.standardizer)
   raw = np.asarray(made(name).features) * s.scale + s.mean
   assert raw[..., :-1].min() > -1e-4
-  assert (raw[..., -1] < 0).any() or name in LDMLR  # hardly trained
+  assert (raw[..., -1] < 0).any() or name in ldmlr.ROWS  # hardly trained
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_seeds_decide_what_is_made(made, runs, mesh, tmp_path, name):
   features = np.asarray(made(name).features)
-  if name not in LDMLR:  # where the order of the data is another in every run
+  if name not in ldmlr.ROWS:  # where the order of the data is another in every run
     np.testing.assert_array_equal(features[0], features[2])  # same data, same seed
   other = train_and_make(name, runs, mesh, tmp_path, (5, 6, 7))
   np.testing.assert_array_equal(other.features[:2], features[:2])
@@ -290,7 +291,7 @@ def test_streams_keep_folds_and_seeds_of_one_number_apart(made, runs, mesh, tmp_
   assert differ.mean() > 0.3
 
 
-@pytest.mark.parametrize("name", sorted({*GENERATORS, "fasa"} - {"distribution_calibration"}))
+@pytest.mark.parametrize("name", sorted({*UNTRAINED, "fasa"} - {"distribution_calibration"}))
 def test_features_lie_at_the_class_and_the_run_they_are_made_for(made, runs, name):
   features, confidence = (np.asarray(x) for x in (made(name).features, made(name).confidence))
   hits = []
@@ -348,7 +349,9 @@ def test_samples_of_all_strengths_are_in_memory_once(mesh):
     head={"kernel": shape(num_runs, dim, CLASSES), "bias": shape(num_runs, CLASSES)},
   )
   numbers = (number, *(0,) * (CLASSES - 1))
-  program = generators.sampling_program("kernel_jitter", SHOP, dim, numbers, mesh)
+  program = generators.sampling_program(
+    SETTINGS.generator("kernel_jitter"), CONFIG.confidence, dim, numbers, mesh
+  )
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_runs))
   lowered = program.lower(keys, shape(num_strengths), runs, shape(num_runs, dim, dim))
   memory = lowered.compile().memory_analysis()
@@ -379,19 +382,21 @@ def test_strengths_come_in_the_order_they_are_chosen(runs, mesh, tmp_path):
 def test_only_denoisers_are_trained(made, runs, mesh, tmp_path, name):
   folder = tmp_path / name
   if name in TRAINED:
-    with pytest.raises(WorkdirError, match="no checkpoint of step 4"):
-      generators.make(name, SHOP, runs, support.make_run(mesh, SEEDS, 4), folder, MADE, (1.0,))
+    with pytest.raises(WorkdirError, match=r"Cannot read .*result\.npz"):
+      generators.make(name, SETTINGS, runs, support.make_run(mesh, SEEDS, 4), folder, MADE, (1.0,))
   else:
-    generators.train(name, SHOP, runs, support.make_run(mesh, SEEDS, 4), folder)
+    generators.train(name, SETTINGS, runs, support.make_run(mesh, SEEDS, 4), folder, name)
     assert not folder.exists()
 
 
 @pytest.mark.parametrize(("share", "steps"), [(1.0, 4), (0.5, 2), (0.01, 1), (2.5, 10)])
 def test_a_share_of_the_published_steps_trains_ldmlr(runs, mesh, share, steps):
-  shop = dataclasses.replace(SHOP, config=dataclasses.replace(CONFIG, ldmlr_share=share))
-  for name in LDMLR:
-    assert generators.stage(name, shop, runs, mesh).num_steps == steps
-  assert generators.stage("memdiff", shop, runs, mesh).num_steps == 4
+  settings = dataclasses.replace(
+    SETTINGS, generators=dataclasses.replace(CONFIG, ldmlr_share=share)
+  )
+  for name in ldmlr.ROWS:
+    assert settings.generator(name).stage(runs, mesh).num_steps == steps
+  assert settings.generator("memdiff").stage(runs, mesh).num_steps == 4
 
 
 def test_class_only_ignores_the_bank_and_memdiff_does_not(made, runs, mesh, workdir, tmp_path):
@@ -409,7 +414,7 @@ def test_class_only_ignores_the_bank_and_memdiff_does_not(made, runs, mesh, work
 def test_runs_are_sampled_one_by_one_as_together(made, runs, mesh, workdir, monkeypatch):
   together = made("memdiff")
   generators.sampling_program.cache_clear()
-  monkeypatch.setattr(generators, "_TOGETHER", 0)
+  monkeypatch.setattr(memory_diffusion, "_TOGETHER", 0)
   alone = train_and_make("memdiff", runs, mesh, workdir)  # is trained already
   generators.sampling_program.cache_clear()
   for name in ("features", "confidence"):
@@ -421,9 +426,9 @@ def test_guidance_of_memdiff_is_that_of_each_scale_alone(made, runs, mesh, workd
   """A single scale of 1 runs without the pair, and from the same noise."""
   features = np.asarray(made("memdiff").features)
   for k, scale in enumerate((1.0, 2.0)):
-    sampling = dataclasses.replace(SHOP.sampler, guidance=(scale,))
-    shop = dataclasses.replace(SHOP, sampler=sampling)
-    alone = train_and_make("memdiff", runs, mesh, workdir, shop=shop)  # is trained already
+    sampling = dataclasses.replace(SETTINGS.hallucination, guidance=(scale,))
+    settings = dataclasses.replace(SETTINGS, hallucination=sampling)
+    alone = train_and_make("memdiff", runs, mesh, workdir, settings=settings)  # is trained already
     assert alone.features.shape[1] == 1
     np.testing.assert_allclose(alone.features[:, 0], features[:, k], rtol=1e-3, atol=1e-3)
   assert np.abs(features[:, 0] - features[:, 1]).max() > 1e-2
@@ -431,9 +436,9 @@ def test_guidance_of_memdiff_is_that_of_each_scale_alone(made, runs, mesh, workd
 
 def test_memdiff_may_begin_at_exemplars(runs, mesh, workdir):
   """With little noise features stay near exemplars of their class, with all of it they do not."""
-  sampling = dataclasses.replace(SHOP.sampler, guidance=(1.0,), start=(0.01, 1.0))
-  shop = dataclasses.replace(SHOP, sampler=sampling)
-  result = train_and_make("memdiff", runs, mesh, workdir, shop=shop)
+  sampling = dataclasses.replace(SETTINGS.hallucination, guidance=(1.0,), start=(0.01, 1.0))
+  settings = dataclasses.replace(SETTINGS, hallucination=sampling)
+  result = train_and_make("memdiff", runs, mesh, workdir, settings=settings)
   for r in range(len(SEEDS)):
     own, own_labels = (np.asarray(x[r]) for x in (runs.exemplars.features, runs.exemplars.labels))
     distance = np.linalg.norm(result.features[r][:, :, None] - own[None, None], axis=-1)
@@ -448,8 +453,8 @@ def test_memdiff_may_begin_at_exemplars(runs, mesh, workdir):
 def test_trust_of_fasa_multiplies_the_confidence(runs, mesh, tmp_path, monkeypatch):
   trust = np.array([0.9, 0.5, 1.0, 0.25], np.float32)
   monkeypatch.setattr(fasa, "class_weights", lambda adapted: jnp.asarray(trust))
-  shop = dataclasses.replace(SHOP, config=dataclasses.replace(CONFIG, ldmlr_share=7.0))
-  result = train_and_make("fasa", runs, mesh, tmp_path, shop=shop)  # programs stay, by their shop
+  settings = dataclasses.replace(SETTINGS, generators=dataclasses.replace(CONFIG, ldmlr_share=7.0))
+  result = train_and_make("fasa", runs, mesh, tmp_path, settings=settings)
   judge = judge_by(CONFIG.confidence)
   for run in range(3):
     exemplars, head = jax.tree.map(lambda leaf, run=run: leaf[run], (runs.exemplars, runs.head))
@@ -478,7 +483,7 @@ def test_fasa_holds_out_a_fifth_of_each_class_but_never_its_last(mesh):
   labels[1, np.flatnonzero(labels[1] == 3)[:1]] = CLASSES  # padding, and a class of one
   labels[1, np.flatnonzero(labels[1] == 0)[:4]] = CLASSES
   runs = runs.replace(exemplars=runs.exemplars.replace(labels=jnp.asarray(labels)))
-  train, held_out, groups = generators._fasa_parts(runs)
+  train, held_out, groups = fasa._split(runs)
   for run in range(2):
     real = labels[run] < CLASSES
     parts = np.stack([train.labels[run], held_out.labels[run]])

@@ -10,7 +10,7 @@ from scipy import stats
 
 from memdiff.memory import exemplars as exemplars_lib
 from memdiff.synthesis import gaussian
-from memdiff.synthesis.untrained import GENERATORS
+from memdiff.synthesis.untrained import UNTRAINED
 
 COUNTS = np.array([30, 0, 12, 1, 3, 8])  # an empty class and one of a single exemplar
 CLASSES, DIM = len(COUNTS), 4
@@ -43,7 +43,7 @@ def make_exemplars(features=FEATURES, labels=LABELS, padding=0):
 
 def fit_and_sample(name):
   """(key, exemplars, labels, strength) -> samples."""
-  generator = GENERATORS[name]
+  generator = UNTRAINED[name][1]
 
   def draw(key, exemplars, labels, strength):
     return generator.sample(key, exemplars, generator.fit(exemplars), labels, strength)
@@ -234,11 +234,11 @@ def test_without_strength_exemplars_come_back(name):
 
 # --- what holds for all ----------------------------------------------------------------------
 
-ALL = sorted(GENERATORS)
+ALL = sorted(UNTRAINED)
 
 
 def strongest(name):
-  return GENERATORS[name].strengths[-1]
+  return UNTRAINED[name][1].strengths[-1]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -303,9 +303,9 @@ def test_no_generator_holds_a_covariance_per_class(name):
 
 
 def test_the_table_is_fit_for_reports_and_selection():
-  assert len({g.description for g in GENERATORS.values()}) == len(GENERATORS)
-  for name, generator in GENERATORS.items():
+  assert len({description for description, _ in UNTRAINED.values()}) == len(UNTRAINED)
+  for name, (_, generator) in UNTRAINED.items():
     assert list(generator.strengths) == sorted(set(generator.strengths)), name
     assert all(s >= 0 for s in generator.strengths)
-  assert min(GENERATORS["gaussian_shrunk"].strengths) > 0
-  assert max(GENERATORS["feature_mixup"].strengths) <= 1
+  assert min(UNTRAINED["gaussian_shrunk"][1].strengths) > 0
+  assert max(UNTRAINED["feature_mixup"][1].strengths) <= 1

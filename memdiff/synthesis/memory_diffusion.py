@@ -1,0 +1,86 @@
+"""memdiff's generator, the diffusion conditioned on the memory, and the same without it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from memdiff.diffusion.schedules import NoiseSchedule
+from memdiff.memory import exemplars as exemplars_lib
+from memdiff.memory.feature_space import FeatureRuns
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.random import stream
+from memdiff.runtime.stage import Stage
+from memdiff.synthesis import feature_diffusion, hallucination
+from memdiff.synthesis.feature_diffusion import DiffusionConfig
+from memdiff.synthesis.generator import Generator, Sampler
+from memdiff.synthesis.hallucination import SamplerConfig
+
+_TOGETHER = 2**26  # bytes of features up to which all runs are sampled at once
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryDiffusion(Generator):
+  """Diffusion of features; `diffusion` and `hallucination` say how it trains and how it samples."""
+
+  trains = True
+  diffusion: DiffusionConfig
+  hallucination: SamplerConfig
+  num_classes: int
+
+  @property
+  def strengths(self) -> tuple[float, ...]:
+    return self.hallucination.strengths
+
+  def stage(self, runs: FeatureRuns, mesh: Mesh) -> Stage:
+    data = feature_diffusion.make_data(
+      runs.exemplars.features, mesh_lib.fetch(runs.exemplars.labels), runs.bank, self.num_classes,
+      self.diffusion.class_exponent, mesh,
+    )  # fmt: skip
+    return feature_diffusion.make_stage(self.diffusion, data, self.num_classes, mesh)
+
+  def sampler(self, labels: np.ndarray, feature_dim: int, mesh: Mesh) -> Sampler:
+    """A single strength is static, which spares guidance's pair of calls at a scale of 1."""
+    config = self.hallucination
+    denoiser = feature_diffusion.make_denoiser(self.diffusion, self.num_classes, feature_dim)
+    schedule = NoiseSchedule(self.diffusion.schedule)
+
+    def of_runs(keys, strength, runs, params):
+      if len(config.strengths) == 1:
+        strength = config.strengths[0]
+
+      def of_run(key, params, bank, exemplars):
+        origins = None
+        if min(config.start) < 1:
+          origins = exemplars_lib.draw(stream(key, "origin"), exemplars, labels)
+        return hallucination.sample_features(
+          denoiser, params, schedule, bank, labels, key, config, self.diffusion.prediction, mesh,
+          origins=origins, **config.at(strength),
+        )  # fmt: skip
+
+      arguments = keys, params, runs.bank, runs.exemplars
+      trust = jnp.ones(labels.shape)
+      if len(keys) * labels.size * feature_dim * 4 > _TOGETHER:
+        return lambda run: (of_run(*_of_run(arguments, run)), trust)
+      features = jax.vmap(of_run)(*arguments)
+      return lambda run: (features[run], trust)
+
+    return of_runs
+
+
+def _of_run(tree: Any, run: jax.Array) -> Any:
+  return jax.tree.map(lambda x: x[run], tree)
+
+
+def class_only(
+  diffusion: DiffusionConfig, hallucination: SamplerConfig, num_classes: int
+) -> MemoryDiffusion:
+  """The same denoiser, conditioned on the class alone and sampled from noise."""
+  return MemoryDiffusion(
+    dataclasses.replace(diffusion, condition="class"),
+    dataclasses.replace(hallucination, condition="class", guidance=(1.0,), start=(1.0,)),
+    num_classes,
+  )
