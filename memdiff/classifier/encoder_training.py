@@ -26,7 +26,7 @@ from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.random import stream
-from memdiff.runtime.train_state import OptimizerConfig
+from memdiff.runtime.train_state import OptimizerConfig, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ def make_stage(
     name=name,
     num_steps=config.num_steps(num_examples),
     init=_make_init(setup, encoder.weights_sha256(encoder_config)),
-    batch=program.draw,
+    batch=program.prepare,
     step=program.step,
     evaluate=None if dataset.streamed or rows is not None else program.evaluate,
     shared=shared,
@@ -199,6 +199,10 @@ class _Setup:
   mesh: Mesh
 
   @property
+  def row(self) -> losses.Loss:
+    return losses.LOSSES[self.loss]
+
+  @property
   def model(self) -> nn.Module:
     return encoder.make_model(self.encoder_config, self.loss, self.num_classes)
 
@@ -217,13 +221,6 @@ class _Setup:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Program:
-  draw: Callable
-  step: Callable
-  evaluate: Callable
-
-
 @functools.lru_cache(maxsize=8)
 def _make_init(setup: _Setup, weights: str | None) -> Callable:
   """The initial state; the same function for seeds and folds, so that it compiles once.
@@ -231,7 +228,7 @@ def _make_init(setup: _Setup, weights: str | None) -> Callable:
   `weights` is the digest of the file that parameters are read from.
   """
   del weights
-  row, model = losses.LOSSES[setup.loss], setup.model
+  row, model = setup.row, setup.model
 
   def init(key, _):
     variables = encoder.initial_variables(
@@ -256,106 +253,116 @@ def _make_init(setup: _Setup, weights: str | None) -> Callable:
   return init
 
 
-@functools.lru_cache(maxsize=8)
-def _program(
-  setup: _Setup, num_examples: int, *, streamed: bool, of_runs: bool, held_out: bool
-) -> _Program:
-  """The functions of a stage, the same ones whenever they are asked for.
+@dataclasses.dataclass(frozen=True)
+class _Program:
+  """The functions of a stage.
 
-  Args:
+  Attributes:
     setup: see there.
     num_examples: in an epoch.
     streamed: whether batches come from the host.
     of_runs: whether every run has rows, class counts and pixel statistics of its own.
     held_out: whether there are held-out images to score.
   """
-  config, encoder_config, bank_config = setup.config, setup.encoder_config, setup.bank_config
-  mesh, model, row = setup.mesh, setup.model, losses.LOSSES[setup.loss]
-  optimizer = setup.optimizer(config.num_steps(num_examples))
 
-  def draw(state, shared, own):
+  setup: _Setup
+  num_examples: int
+  streamed: bool
+  of_runs: bool
+  held_out: bool
+
+  def draw(self, state: TrainState, shared: Any, own: Any) -> tuple[jax.Array, jax.Array]:
     """A batch of uint8 images and labels, split over the devices."""
-    if streamed:
+    if self.streamed:
       _, batch = own
       return batch["images"], batch["labels"]
     index = batches.epoch_indices(
-      stream(state.key, "order"), state.step, num_examples, config.batch_size
+      stream(state.key, "order"), state.step, self.num_examples, self.setup.config.batch_size
     )
-    index = own["rows"][index] if of_runs else index
-    return mesh_lib.shard_batch((shared["images"][index], shared["labels"][index]), mesh)
+    index = own["rows"][index] if self.of_runs else index
+    rows = shared["images"][index], shared["labels"][index]
+    return mesh_lib.shard_batch(rows, self.setup.mesh)
 
-  def prepare(state, shared, own):
+  def prepare(self, state: TrainState, shared: Any, own: Any):
     """The loss's views of a batch, one after the other, its labels, and mixup's partners."""
-    images, labels = draw(state, shared, own)
+    config = self.setup.config
+    images, labels = self.draw(state, shared, own)
     key = stream(state.key, "views", state.step)
-    statistics = own["statistics"] if of_runs else shared
+    statistics = own["statistics"] if self.of_runs else shared
     views = [
       augmented(
-        jax.random.fold_in(key, view), images, config.augment, encoder_config.input, statistics
+        jax.random.fold_in(key, view),
+        images,
+        config.augment,
+        self.setup.encoder_config.input,
+        statistics,
       )
-      for view in range(row.views)
+      for view in range(self.setup.row.views)
     ]
     partner = share = None
     if config.augment.mixup > 0:
       views[0], partner, share = augment.mixup(stream(key, "mixup"), views[0], config.augment.mixup)
     return jnp.concatenate(views), labels, partner, share
 
-  def step(state, shared, own):
-    images, labels, partner, share = prepare(state, shared, own)
-    counts = own["counts"] if of_runs else shared["train_counts"]
-    objective = setup.objective(counts, num_examples)
-    batch = len(labels)
-
-    def loss_of(params):
-      variables = {"params": params, "batch_stats": state.model_state}
-      (logits, features), updates = model.apply(
-        variables, images, train=True, mutable=["batch_stats"]
-      )
-      value, loss_state = objective(
-        logits[:batch],
-        features[:batch],
-        labels,
-        state.loss_state,
-        state.step,
-        bank=state.bank,
-        partner_labels=None if partner is None else labels[partner],
-        share=share,
-      )
-      statistics = updates["batch_stats"]
-      if row.contrastive:
-        embeddings, centres, statistics = projection.project(
-          params, statistics, features[batch:], config.loss_parameters
-        )
-        value = value + objective.contrastive_term(embeddings, centres, labels)
-      return value, (logits[:batch], features[:batch], statistics, loss_state)
-
-    (value, (logits, features, model_state, loss_state)), gradients = jax.value_and_grad(
-      loss_of, has_aux=True
+  def step(self, state: TrainState, shared: Any, own: Any):
+    batch = self.prepare(state, shared, own)
+    counts = own["counts"] if self.of_runs else shared["train_counts"]
+    objective = self.setup.objective(counts, self.num_examples)
+    (value, (logits, features, changes)), gradients = jax.value_and_grad(
+      lambda params: self._loss(params, state, batch, objective), has_aux=True
     )(state.params)
-    bank = state.bank and memory_bank.update(
+    labels = batch[1]
+    changes["bank"] = state.bank and memory_bank.update(
       state.bank,
       features,
       labels,
       jnp.ones(labels.shape, bool),
       stream(state.key, "reservoir", state.step),
-      horizon=bank_config.horizon,
-      mesh=mesh,
+      horizon=self.setup.bank_config.horizon,
+      mesh=self.setup.mesh,
     )
     metrics = {"loss": value, "accuracy": jnp.mean(logits.argmax(axis=-1) == labels)}
-    state = train_state.apply_gradients(
-      state, gradients, optimizer, model_state=model_state, bank=bank, loss_state=loss_state
-    )
-    return state, metrics
+    optimizer = self.setup.optimizer(self.setup.config.num_steps(self.num_examples))
+    return train_state.apply_gradients(state, gradients, optimizer, **changes), metrics
 
-  def evaluate(state, shared, _):
+  def _loss(self, params: Any, state: TrainState, batch: Any, objective: losses.Objective):
+    """(loss, (logits, features, changed fields of the state)), of the first view's rows."""
+    images, labels, partner, share = batch
+    size, config = len(labels), self.setup.config.loss_parameters
+    variables = {"params": params, "batch_stats": state.model_state}
+    (logits, features), updates = self.setup.model.apply(
+      variables, images, train=True, mutable=["batch_stats"]
+    )
+    value, loss_state = objective(
+      logits[:size],
+      features[:size],
+      labels,
+      state.loss_state,
+      state.step,
+      bank=state.bank,
+      partner_labels=None if partner is None else labels[partner],
+      share=share,
+    )
+    statistics = updates["batch_stats"]
+    if self.setup.row.contrastive:
+      embeddings, centres, statistics = projection.project(
+        params, statistics, features[size:], config
+      )
+      value = value + objective.contrastive_term(embeddings, centres, labels)
+    changes = {"model_state": statistics, "loss_state": loss_state}
+    return value, (logits[:size], features[:size], changes)
+
+  def evaluate(self, state: TrainState, shared: Any, _) -> dict[str, jax.Array]:
     def predict(images):
-      images = encoder.normalize(encoder_config.input, images, shared)
-      return encoder.apply_eval(model, state, images)[0]
+      images = encoder.normalize(self.setup.encoder_config.input, images, shared)
+      return encoder.apply_eval(self.setup.model, state, images)[0]
 
     scores = encoder.score(predict, shared["test_images"], shared["test_labels"])
-    if held_out:
+    if self.held_out:
       others = encoder.score(predict, shared["holdout_images"], shared["holdout_labels"])
       scores |= {f"holdout_{name}": value for name, value in others.items()}
     return scores
 
-  return _Program(prepare, step, evaluate)
+
+# The same object whenever it is asked for, so that stages share their programs.
+_program = functools.lru_cache(maxsize=8)(_Program)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from memdiff.config import at_least, between, one_of
-from memdiff.contrastive import supervised_contrastive, unit_length
 from memdiff.diffusion import objectives
 from memdiff.diffusion.objectives import ObjectiveConfig
 from memdiff.diffusion.sampler import model_time
@@ -22,9 +21,6 @@ from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.random import normal, stream
 from memdiff.runtime.train_state import OptimizerConfig
-
-# Parameters that only training needs lie beside the denoiser's own, which do not read them.
-PROJECTION = "supcon_projection"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +37,14 @@ class TrainingConfig:
 
 @flax.struct.dataclass
 class Batch:
-  """What a denoiser is trained on; the last three fields serve terms of the objective."""
+  """What a denoiser is trained on; the last three fields are there if a term needs them."""
 
   x0: Any  # [B, ...]
   label: Any  # [B] int32, as the denoiser sees it: num_classes where the class is not told
   memory: Any  # what the denoiser takes as memory; rows dropped together with the label
-  true_label: Any = None  # [B] int32, of supcon: equal where rows are of one class, told or not
-  other_label: Any = None  # [B] int32, of cbdm: y', dropped where the label is
-  other_memory: Any = None  # of cbdm: the memory of y'
-
-
-def _project(params: Any, bottleneck: jax.Array, dim: int) -> jax.Array:
-  """One linear layer, then unit length. [B, W] -> [B, dim]."""
-  return unit_length(nn.Dense(dim).apply({"params": params}, bottleneck), 1)
+  true_label: Any = None  # [B] int32, equal if rows are of one class, told or not
+  other_label: Any = None  # [B] int32, another class, dropped if the label is
+  other_memory: Any = None  # of that class
 
 
 def loss_terms(
@@ -69,56 +60,44 @@ def loss_terms(
   Args:
     config: prediction and objective.
     denoiser: Flax module (x_t, t, label, memory) -> (prediction, bottleneck [B, W]).
-    params: of the denoiser, and of the projection where `objective.supcon` has a weight.
+    params: of the denoiser and of the terms, as `init_params` makes them.
     batch: B clean samples and their conditions.
     t: [B] step indices.
     eps: [B, ...] standard normal.
   """
-  schedule, objective = NoiseSchedule(config.schedule), config.objective
+  schedule = NoiseSchedule(config.schedule)
   signal, noise = schedule.scales(t, batch.x0)
   x_t = schedule.noise(batch.x0, t, eps)
-  time = t / schedule.num_steps
 
   def denoise(label, memory):
     return denoiser.apply({"params": params}, x_t, model_time(t, schedule), label, memory)
 
-  def to_eps(output):
-    a, b = objectives.eps_weights(config.prediction, signal, noise)
-    return a * x_t + b * output
-
   output, bottleneck = denoise(batch.label, batch.memory)
-  target = objectives.target(config.prediction, batch.x0, eps, signal, noise)
-  squared = objectives.mean_squared_error(output, target)
-  if objective.min_snr > 0:
-    weights = objectives.min_snr_weights(config.prediction, signal, noise, objective.min_snr)
-    squared = weights.reshape(-1) * squared
-  terms = {"mse": squared.mean()}
-  if objective.loss == "infonce":
-    contrast = objectives.infonce(to_eps(output), eps, objective.infonce.temperature)
-    terms = {"mse": objective.infonce.mse_weight * terms["mse"], "infonce": contrast.mean()}
-  if objective.supcon.weight > 0:
-    c = objective.supcon
-    terms["supcon"] = supervised_contrastive(
-      _project(params[PROJECTION], bottleneck, c.projection_dim),
-      batch.true_label,
-      c.temperature,
-      objectives.supcon_weights(time, c.weight, c.decay),
-    )
-  if objective.cbdm.weight > 0:
-    other, _ = denoise(batch.other_label, batch.other_memory)
-    gap = objectives.class_balance(to_eps(output), to_eps(other), time, objective.cbdm.commitment)
-    terms["cbdm"] = objective.cbdm.weight * gap.mean()
-  return terms
+  prediction = objectives.Prediction(
+    kind=config.prediction,
+    batch=batch,
+    params=params,
+    x_t=x_t,
+    eps=eps,
+    signal=signal,
+    noise=noise,
+    time=t / schedule.num_steps,
+    output=output,
+    bottleneck=bottleneck,
+    denoise=lambda label, memory: denoise(label, memory)[0],
+  )
+  terms = objectives.terms_of(config.objective)
+  return {name: term.value(config.objective, prediction) for name, term in terms.items()}
 
 
 def init_params(key: jax.Array, config: TrainingConfig, denoiser: nn.Module, batch: Batch) -> Any:
-  """Parameters of the denoiser, with those of the projection beside them where one is trained."""
+  """Parameters of the denoiser, with those of terms beside them, which the denoiser ignores."""
   inputs = batch.x0, jnp.zeros(batch.label.shape), batch.label, batch.memory
   params = denoiser.init(stream(key, "params"), *inputs)["params"]
-  if config.objective.supcon.weight > 0:
-    _, bottleneck = denoiser.apply({"params": params}, *inputs)
-    layer = nn.Dense(config.objective.supcon.projection_dim)
-    params = {**params, PROJECTION: layer.init(stream(key, "projection"), bottleneck)["params"]}
+  for term in objectives.terms_of(config.objective).values():
+    if term.init is not None:
+      _, bottleneck = denoiser.apply({"params": params}, *inputs)
+      params = {**params, term.parameters: term.init(key, config.objective, bottleneck)}
   return params
 
 

@@ -8,15 +8,21 @@ n = sqrt(1 - abar_t), but not in how errors weigh at either end of the schedule:
 - `v` = s eps - n x_0 (Salimans and Ho, "Progressive distillation", 2022), well-conditioned at both
   ends: x_0 = s x_t - n v.
 
-All functions here are per sample; means over the batch are taken where the terms are added up.
+The formulas are per sample. TERMS, at the end, makes summands of the loss of them: to add one, give
+it a config, a formula and a row.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from memdiff.config import above, at_least, one_of
+from memdiff.contrastive import supervised_contrastive, unit_length
+from memdiff.runtime.random import stream
 
 PREDICTIONS = ("eps", "v", "x0")
 LOSSES = ("mse", "infonce")
@@ -178,3 +184,118 @@ def class_balance(
   stop = jax.lax.stop_gradient
   pull = mean_squared_error(eps_hat, stop(other))
   return time * (pull + commitment * mean_squared_error(other, stop(eps_hat)))
+
+
+# --- terms of the loss -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """What a denoiser makes of a noised batch, and what terms may hold it against.
+
+  Attributes:
+    kind: what the denoiser predicts, one of PREDICTIONS.
+    batch: its clean samples and conditions, a `denoiser_training.Batch`.
+    params: of the denoiser, and beside them those of terms.
+    x_t, eps: [B, ...] the noised samples and their noise.
+    signal, noise: s and n, broadcasting against x_t.
+    time: [B] t / T.
+    output: [B, ...] the prediction.
+    bottleneck: [B, W].
+    denoise: (label, memory) -> the prediction for the same x_t under another condition.
+  """
+
+  kind: str
+  batch: Any
+  params: Any
+  x_t: jax.Array
+  eps: jax.Array
+  signal: jax.Array
+  noise: jax.Array
+  time: jax.Array
+  output: jax.Array
+  bottleneck: jax.Array
+  denoise: Callable[[jax.Array, Any], jax.Array]
+
+  def as_noise(self, output: jax.Array) -> jax.Array:
+    """A prediction as predicted noise. [B, ...]."""
+    a, b = eps_weights(self.kind, self.signal, self.noise)
+    return a * self.x_t + b * output
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+  """A summand of the loss.
+
+  Attributes:
+    wanted: whether a config asks for it; otherwise it is left out of the program.
+    value: (config, prediction) -> its mean over the batch, weight applied.
+    needs: fields of the batch beside x0, label and memory, which only some terms make it draw.
+    parameters: the name of its own parameters beside the denoiser's; empty: it has none.
+    init: (key, config, bottleneck [B, W]) -> these parameters.
+  """
+
+  wanted: Callable[[ObjectiveConfig], bool]
+  value: Callable[[ObjectiveConfig, Prediction], jax.Array]
+  needs: tuple[str, ...] = ()
+  parameters: str = ""
+  init: Callable[[jax.Array, ObjectiveConfig, jax.Array], Any] | None = None
+
+
+def _mse(config: ObjectiveConfig, p: Prediction) -> jax.Array:
+  wanted = target(p.kind, p.batch.x0, p.eps, p.signal, p.noise)
+  squared = mean_squared_error(p.output, wanted)
+  if config.min_snr > 0:
+    weights = min_snr_weights(p.kind, p.signal, p.noise, config.min_snr)
+    squared = weights.reshape(-1) * squared
+  weight = config.infonce.mse_weight if config.loss == "infonce" else 1
+  return weight * squared.mean()
+
+
+def _infonce(config: ObjectiveConfig, p: Prediction) -> jax.Array:
+  return infonce(p.as_noise(p.output), p.eps, config.infonce.temperature).mean()
+
+
+def _init_projection(key: jax.Array, config: ObjectiveConfig, bottleneck: jax.Array) -> Any:
+  layer = nn.Dense(config.supcon.projection_dim)
+  return layer.init(stream(key, "projection"), bottleneck)["params"]
+
+
+def _supcon(config: ObjectiveConfig, p: Prediction) -> jax.Array:
+  """On one linear layer of the bottleneck, of unit length."""
+  layer, c = nn.Dense(config.supcon.projection_dim), config.supcon
+  embeddings = unit_length(layer.apply({"params": p.params[PROJECTION]}, p.bottleneck), 1)
+  weights = supcon_weights(p.time, c.weight, c.decay)
+  return supervised_contrastive(embeddings, p.batch.true_label, c.temperature, weights)
+
+
+def _cbdm(config: ObjectiveConfig, p: Prediction) -> jax.Array:
+  other = p.denoise(p.batch.other_label, p.batch.other_memory)
+  gap = class_balance(p.as_noise(p.output), p.as_noise(other), p.time, config.cbdm.commitment)
+  return config.cbdm.weight * gap.mean()
+
+
+PROJECTION = "supcon_projection"
+
+TERMS = {
+  "mse": Term(lambda config: True, _mse),
+  "infonce": Term(lambda config: config.loss == "infonce", _infonce),
+  "supcon": Term(
+    lambda config: config.supcon.weight > 0,
+    _supcon,
+    needs=("true_label",),
+    parameters=PROJECTION,
+    init=_init_projection,
+  ),
+  "cbdm": Term(lambda config: config.cbdm.weight > 0, _cbdm, needs=("other_label", "other_memory")),
+}
+
+
+def terms_of(config: ObjectiveConfig) -> dict[str, Term]:
+  """The terms that a config asks for, by name."""
+  return {name: term for name, term in TERMS.items() if term.wanted(config)}
+
+
+def needed(config: ObjectiveConfig) -> set[str]:
+  """The fields of a batch, beside x0, label and memory, that these terms need."""
+  return {field for term in terms_of(config).values() for field in term.needs}

@@ -30,6 +30,7 @@ from memdiff.memory import feature_space, memory_bank
 from memdiff.runtime import loop, train_state
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import stream
+from memdiff.runtime.train_state import TrainState
 from memdiff.runtime.workdir import read_arrays, write_arrays
 from memdiff.synthesis import generators
 from memdiff.synthesis.generators import GENERATORS, SynthesisSettings
@@ -129,71 +130,98 @@ def make_stage(
     start: the state at `first`, seeds leading; None: a new one.
     pool: synthetic features, seeds leading; None: none.
   """
-  settings, dataset, mesh = e.config, e.dataset, e.mesh
-  classifier, encoder_config = settings.classifier, settings.encoder
-  num_examples, num_classes = len(dataset.train_labels), dataset.num_classes
-  num_steps = classifier.num_steps(num_examples)
-  model = encoder.make_model(encoder_config, config.loss, num_classes)
-  optimizer = train_state.make_optimizer(classifier.optimizer, num_steps)
-  real_counts = jnp.asarray(dataset.train_counts, jnp.float32)
-  ramp_from = round_limits(config, num_steps)[1]
+  program = _Program(e, config, head)
+  return loop.Stage(
+    name=name,
+    num_steps=last - first,
+    init=program.init,
+    batch=lambda state, shared, _: program.draw(state, shared),
+    step=program.step,
+    evaluate=program.evaluate,
+    shared=encoder.device_data(e.config.encoder.input, e.dataset, e.mesh),
+    own={"start": start, "pool": pool},
+    batch_size=e.config.classifier.batch_size,
+    result=(),  # the state goes from round to round
+  )
 
-  def init(key, own):
+
+class _Program:
+  """The functions of a stage."""
+
+  def __init__(self, e: Experiment, config: JointConfig, head: HeadConfig):
+    self._config, self._head, self._dataset, self._mesh = config, head, e.dataset, e.mesh
+    self._classifier, self._encoder = e.config.classifier, e.config.encoder
+    self._bank = e.config.memory_bank
+    self._num_examples = len(e.dataset.train_labels)
+    self._num_steps = self._classifier.num_steps(self._num_examples)
+    self._model = encoder.make_model(self._encoder, config.loss, e.dataset.num_classes)
+    self._optimizer = train_state.make_optimizer(self._classifier.optimizer, self._num_steps)
+    self._real_counts = jnp.asarray(e.dataset.train_counts, jnp.float32)
+
+  def init(self, key: jax.Array, own: Any) -> TrainState:
     if own["start"] is not None:
       return jax.tree.map(jnp.copy, own["start"])  # the state is donated
     variables = encoder.initial_variables(
-      encoder_config, model, dataset.train_images.shape[1:], stream(key, "params")
-    )
-    bank = memory_bank.create(
-      num_classes, settings.memory_bank.num_slots, encoder_config.feature_dim
+      self._encoder, self._model, self._dataset.train_images.shape[1:], stream(key, "params")
     )
     return train_state.create(
-      key, variables["params"], optimizer, model_state=variables["batch_stats"], bank=bank
+      key,
+      variables["params"],
+      self._optimizer,
+      model_state=variables["batch_stats"],
+      bank=memory_bank.create(
+        self._dataset.num_classes, self._bank.num_slots, self._encoder.feature_dim
+      ),
     )
 
-  def draw(state, shared):
+  def draw(self, state: TrainState, shared: Any) -> tuple[jax.Array, jax.Array]:
+    """Normalised images and labels of a batch."""
     index = batches.epoch_indices(
-      stream(state.key, "order"), state.step, num_examples, classifier.batch_size
+      stream(state.key, "order"), state.step, self._num_examples, self._classifier.batch_size
     )
-    images, labels = mesh_lib.shard_batch((shared["images"][index], shared["labels"][index]), mesh)
-    key = stream(state.key, "views", state.step)
-    return encoder_training.augmented(
-      key, images, classifier.augment, encoder_config.input, shared
-    ), labels
+    rows = shared["images"][index], shared["labels"][index]
+    images, labels = mesh_lib.shard_batch(rows, self._mesh)
+    key, config = stream(state.key, "views", state.step), self._classifier.augment
+    return encoder_training.augmented(key, images, config, self._encoder.input, shared), labels
 
-  def added_rows(state, pool):
+  def _added_rows(self, state: TrainState, pool: Pool):
     """Features [A, D] as they would be now, labels [A], confidence [A]."""
-    index = jax.random.randint(
-      stream(state.key, "added", state.step), (config.added_batch_size,), 0, len(pool.labels)
-    )
+    key = stream(state.key, "added", state.step)
+    index = jax.random.randint(key, (self._config.added_batch_size,), 0, len(pool.labels))
     labels = pool.labels[index]
     moved = (state.bank.prototype[: len(pool.prototype)] - pool.prototype)[labels]
     features = jnp.maximum(pool.features[index] + moved, 0.0)  # as after the encoder's ReLU
     return features, labels, pool.confidence[index]
 
-  def step(state, shared, own):
-    images, labels = draw(state, shared)
-    pool, size = own["pool"], len(labels)
-    active = state.step >= round(head.defer * num_steps)
-    weight = curriculum(state.step, ramp_from, num_steps, config.ramp)
-    added_counts = jnp.zeros_like(real_counts)
+  def _class_terms(self, state: TrainState, pool: Pool | None, weight: jax.Array):
+    """(offset [C], gamma [C]) of the loss."""
+    added_counts = jnp.zeros_like(self._real_counts)
     if pool is not None:
-      added_counts = jax.ops.segment_sum(pool.confidence, pool.labels, num_classes)
-    offset, gamma = weighted_rows(
-      config.loss, real_counts, added_counts, weight, config.counts, head.beta, active
-    )
+      number = self._dataset.num_classes
+      added_counts = jax.ops.segment_sum(pool.confidence, pool.labels, number)
+    active = state.step >= round(self._head.defer * self._num_steps)
+    return weighted_rows(
+      self._config.loss, self._real_counts, added_counts, weight, self._config.counts,
+      self._head.beta, active,
+    )  # fmt: skip
+
+  def step(self, state: TrainState, shared: Any, own: Any):
+    (images, labels), pool = self.draw(state, shared), own["pool"]
+    size, ramp_from = len(labels), round_limits(self._config, self._num_steps)[1]
+    weight = curriculum(state.step, ramp_from, self._num_steps, self._config.ramp)
+    offset, gamma = self._class_terms(state, pool, weight)
 
     def loss_of(params):
       variables = {"params": params, "batch_stats": state.model_state}
-      (logits, features), updates = model.apply(
+      (logits, features), updates = self._model.apply(
         variables, images, train=True, mutable=["batch_stats"]
       )
       total = jnp.sum(gamma[labels] * losses.cross_entropy(logits + offset[None], labels))
       if pool is not None:
-        added, added_labels, trust = added_rows(state, pool)
+        added, added_labels, trust = self._added_rows(state, pool)
         added_logits = feature_space.logits_of(params["head"], added) + offset[None]
         # Every synthetic feature counts as one image that is trusted so far.
-        share = len(pool.labels) / num_examples * size / config.added_batch_size
+        share = len(pool.labels) / self._num_examples * size / self._config.added_batch_size
         rows = gamma[added_labels] * trust * losses.cross_entropy(added_logits, added_labels)
         total = total + weight * share * jnp.sum(rows)
       return total / size, (logits, features, updates["batch_stats"])
@@ -201,36 +229,25 @@ def make_stage(
     (value, (logits, features, model_state)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
       state.params
     )
+    key = stream(state.key, "reservoir", state.step)
     bank = memory_bank.update(
-      state.bank, features, labels, jnp.ones(labels.shape, bool),
-      stream(state.key, "reservoir", state.step), horizon=settings.memory_bank.horizon, mesh=mesh,
+      state.bank, features, labels, jnp.ones(labels.shape, bool), key,
+      horizon=self._bank.horizon, mesh=self._mesh,
     )  # fmt: skip
     metrics = {"loss": value, "accuracy": jnp.mean(logits.argmax(axis=-1) == labels)}
     if pool is not None:
       metrics["drift"] = drift(bank, pool)
-    return train_state.apply_gradients(
-      state, gradients, optimizer, model_state=model_state, bank=bank
-    ), metrics
+    state = train_state.apply_gradients(
+      state, gradients, self._optimizer, model_state=model_state, bank=bank
+    )
+    return state, metrics
 
-  def evaluate(state, shared, _):
+  def evaluate(self, state: TrainState, shared: Any, _) -> dict[str, jax.Array]:
     def predict(images):
-      images = encoder.normalize(encoder_config.input, images, shared)
-      return encoder.apply_eval(model, state, images)[0]
+      images = encoder.normalize(self._encoder.input, images, shared)
+      return encoder.apply_eval(self._model, state, images)[0]
 
     return encoder.score(predict, shared["test_images"], shared["test_labels"])
-
-  return loop.Stage(
-    name=name,
-    num_steps=last - first,
-    init=init,
-    batch=lambda state, shared, _: draw(state, shared),
-    step=step,
-    evaluate=evaluate,
-    shared=encoder.device_data(encoder_config.input, dataset, mesh),
-    own={"start": start, "pool": pool},
-    batch_size=classifier.batch_size,
-    result=(),  # the state goes from round to round
-  )
 
 
 def round_limits(config: JointConfig, num_steps: int) -> list[int]:

@@ -11,6 +11,7 @@ write. What was evaluated at a checkpoint is not evaluated again after a resume.
 import dataclasses
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -101,11 +102,33 @@ class _Training:
     self.meter = Meter(directory, stage.batch_size, len(run.seeds))
     self.history = History(directory / "metrics.jsonl")
 
-  def resume(self, step: int, *, restored: bool) -> None:
-    """Drops the records beyond `step`, which a killed process had written."""
-    kept = self.history.rewind(step if restored else -1)
-    self.run.tensorboard.rewind(self.stage.name, step if restored else -1)
+  def begin(self, checkpointer: checkpoint_lib.Checkpointer) -> tuple[int, Any, int]:
+    """The newest checkpoint, or the initial state; drops the records of later steps.
+
+    Returns:
+      (step, state, the step at which all is evaluated and saved, or -1).
+    """
+    stage, run = self.stage, self.run
+    newest = self.history.complete_until(checkpointer.records())
+    restored = checkpointer.restore(programs.abstract_state(stage, run), newest)
+    if restored is None:
+      step, written = 0, -1
+      with self.meter.apart("compile"):
+        state = jax.block_until_ready(programs.make_init(stage, run)())
+    else:
+      (step, state), written = restored, restored[0]
+      run.progress.say(f"{stage.name} resumes at step {step}/{stage.num_steps}")
+    kept = self.history.rewind(written)
+    run.tensorboard.rewind(stage.name, written)
     self._skipped = sum(int(max(r["metrics"].get("skipped", [0]))) for r in kept)
+    return step, state, written
+
+  def compile(self, dispatch: programs.Dispatch, arguments: tuple, at_most: int) -> Callable:
+    words = f"{self.stage.name} ({at_most} steps per dispatch)"
+    with self.meter.apart("compile"):
+      executable = dispatch.compile(arguments, at_most, self.run.progress.compiling(words))
+    self.meter.compiled(executable)
+    return executable
 
   def write(self, step: int, kind: str, metrics: dict[str, np.ndarray]) -> None:
     self.history.write(step, kind, metrics)
@@ -187,18 +210,7 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
   checkpointer = checkpoint_lib.Checkpointer(
     directory / "checkpoints", config.keep_checkpoints, config.keep_every
   )
-  newest = training.history.complete_until(checkpointer.records())
-  restored = checkpointer.restore(programs.abstract_state(stage, run), newest)
-  if restored is None:
-    step = 0
-    with meter.apart("compile"):
-      state = jax.block_until_ready(programs.make_init(stage, run)())
-  else:
-    step, state = restored
-    progress.say(f"{stage.name} resumes at step {step}/{stage.num_steps}")
-  training.resume(step, restored=restored is not None)
-  written = step if restored else -1  # at which all is evaluated and saved
-
+  step, state, written = training.begin(checkpointer)
   at_most = min(config.steps_per_dispatch, stage.num_steps)
   feed = _Feed(stage, run, step, at_most)
   profile = _Profile(stage, run, directory / "profile")
@@ -235,11 +247,7 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
       number = mesh_lib.replicate(run.mesh, np.int32(count))
       arguments = (state, alive, stage.shared, stage.own, batches, number)
       if executable is None:
-        with meter.apart("compile"):
-          executable = dispatch.compile(
-            arguments, at_most, progress.compiling(f"{stage.name} ({at_most} steps per dispatch)")
-          )
-        meter.compiled(executable)
+        executable = training.compile(dispatch, arguments, at_most)
         progress.start_stage(step)
       meter.start()
       profile.at(step, state)

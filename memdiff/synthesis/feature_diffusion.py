@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from input_pipeline.batches import draw_members, group_by_class
 from memdiff.config import at_least, between, one_of
-from memdiff.diffusion import denoiser_training
+from memdiff.diffusion import denoiser_training, objectives
 from memdiff.diffusion.denoiser_training import Batch, TrainingConfig
 from memdiff.memory import memory_bank
 from memdiff.memory.exemplars import Exemplars
@@ -142,13 +142,14 @@ def draw_batch(
 
   told, told_memory = shown(label, memory)
   batch = Batch(x0=x0 + shift, label=told, memory=told_memory)
-  objective = config.objective
-  if objective.supcon.weight > 0:  # a class that was moved has no other member in the batch
+  needed = objectives.needed(config.objective)
+  if "true_label" in needed:  # a class that was moved has no other member in the batch
     itself = num_classes + jnp.arange(config.batch_size)
     alone = moved & (config.displacement > 0)
     batch = batch.replace(true_label=jnp.where(alone, itself, label))
-  if objective.cbdm.weight > 0:
-    other, other_memory = shown(*draw_other(key, own, label, memory, objective.cbdm.labels, mesh))
+  if "other_label" in needed:
+    labels = config.objective.cbdm.labels
+    other, other_memory = shown(*draw_other(key, own, label, memory, labels, mesh))
     batch = batch.replace(other_label=other, other_memory=other_memory)
   return batch
 

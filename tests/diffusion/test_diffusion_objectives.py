@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memdiff.diffusion import denoiser_training, objectives
-from memdiff.diffusion.denoiser_training import PROJECTION, Batch, TrainingConfig
-from memdiff.diffusion.objectives import PLAIN
+from memdiff.diffusion.denoiser_training import Batch, TrainingConfig
+from memdiff.diffusion.objectives import PLAIN, PROJECTION
 from memdiff.diffusion.sampler import model_time
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.memory import memory_bank
