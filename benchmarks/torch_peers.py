@@ -27,7 +27,7 @@ def time_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class UNet1D(nn.Module):
-  """LDMLR's network, from the parameters of memdiff.baselines.unet1d."""
+  """LDMLR's network, from the parameters of memdiff.synthesis.unet1d."""
 
   def __init__(self, params: Mapping[str, Any], width: int, num_levels: int):
     super().__init__()

@@ -2,9 +2,11 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
+from memdiff import pipeline
 from tests.support import ROOT
 
 # What each part may import of memdiff, beside itself; see docs/design.md.
@@ -86,3 +88,19 @@ def test_files_and_functions_are_short(folder):
       if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         length = node.end_lineno - node.lineno + 1
         assert length <= MOST_LINES_OF_A_FUNCTION, f"{path}: {node.name} has {length} lines"
+
+
+def test_the_picture_of_the_data_flow_names_the_phases_and_the_parts():
+  picture = (ROOT / "docs" / "images" / "data_flow.svg").read_text(encoding="utf-8")
+  words = set(re.findall(r">([a-z_]+)</text>", picture))
+  phases = {phase.name for phase in pipeline.KINDS["memdiff"].phases}
+  parts = {path.name for path in (ROOT / "memdiff").iterdir() if (path / "__init__.py").exists()}
+  assert phases | parts | {"input_pipeline"} <= words
+
+
+def test_the_design_page_names_files_that_exist():
+  page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+  paths = re.findall(r"`((?:memdiff|input_pipeline|tests|configs)/[\w/.]+\.py)`", page)
+  assert len(paths) > 10
+  for path in paths + [f"memdiff/experiments/{name}" for name in re.findall(r"`(\w+\.py)`", page)]:
+    assert (ROOT / path).exists() or (ROOT / path.replace("experiments/", "")).exists(), path

@@ -250,7 +250,7 @@ TWO_STEPS = 2 * 9 / COUNTS.sum()  # epochs of batches of nine
 WITHOUT_SELECTION = (
   "cifar10_lt", "fashion_mnist_lt", "imagenet_lt", "inaturalist2018", "isolating_cifar10_lt"
 )  # fmt: skip
-SOME_GENERATORS = {  # of those named; tests/baselines runs each, and each costs seconds here
+SOME_GENERATORS = {  # of those named; tests/synthesis runs each, and each costs seconds here
   ("isolating_cifar100_lt", "foreign"): ("fasa", "memdiff"),
   ("features", "default"): ("gaussian_shrunk", "class_only", "memdiff"),
 }

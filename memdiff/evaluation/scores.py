@@ -4,7 +4,7 @@ A class without test examples has no score of its own and is left out of every m
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -84,6 +84,31 @@ def plain(value):
   return float(value) if np.isfinite(value) else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """A score of predictions on the test set.
+
+  Attributes:
+    title: of its column in the table of methods.
+    score: (predictions [S, T], labels [T], number of classes) -> [S].
+  """
+
+  title: str
+  score: Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+
+
+def _criterion(title: str, name: str) -> Metric:
+  return Metric(title, lambda predictions, labels, c: criteria.score(predictions, labels, name, c))
+
+
+# What every row of a report has beside the groups; a further row here is a further column there.
+METRICS = {
+  "balanced_accuracy": _criterion("balanced", "balanced_accuracy"),
+  "top1": _criterion("top-1", "accuracy"),
+  "macro_f1": _criterion("macro-F1", "macro_f1"),
+}
+
+
 def score_method(
   method: str,
   description: str,
@@ -104,25 +129,18 @@ def score_method(
     num_classes: C.
 
   Returns:
-    {method, description, seeds, top1, balanced_accuracy, many, medium, few, macro_f1,
-    per_class_top1, per_class_f1}, each score as {mean, std} of fractions.
+    {method, description, seeds, many, medium, few, per_class_top1, per_class_f1} and every name in
+    METRICS, each score as {mean, std} of fractions.
   """
   scores = [per_class_scores(p, labels, num_classes) for p in predictions]
   accuracy = np.stack([a for a, _ in scores])
   f1 = np.stack([f for _, f in scores])
-  row = {
-    "method": method,
-    "description": description,
-    "seeds": list(seeds),
-    "top1": mean_std(criteria.score(predictions, labels, "accuracy", num_classes)),
-    "balanced_accuracy": mean_std(
-      criteria.score(predictions, labels, "balanced_accuracy", num_classes)
-    ),
-  }
+  row = {"method": method, "description": description, "seeds": list(seeds)}
+  for name, metric in METRICS.items():
+    row[name] = mean_std(metric.score(predictions, labels, num_classes))
   for group in groups:
     scored = [c for c in group.classes if np.isfinite(accuracy[:, c]).all()]
     row[group.name] = mean_std(accuracy[:, scored].mean(axis=1)) if scored else dict(NOTHING)
-  row["macro_f1"] = mean_std(criteria.score(predictions, labels, "macro_f1", num_classes))
   row["per_class_top1"] = mean_std(accuracy)
   row["per_class_f1"] = mean_std(f1)
   return row

@@ -18,6 +18,7 @@ from memdiff.evaluation.numerals import (
   share_bounds,
   to,
 )
+from memdiff.evaluation.scores import METRICS
 
 # The columns of published tables; a report puts balanced accuracy before them.
 HEADLINE_COLUMNS = (
@@ -43,12 +44,12 @@ _METRIC_TITLES = {
 
 
 def columns(report: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-  """(key, title) of the scores in the table of methods."""
-  rows = report.get("classification") or []
-  balanced = (
-    (("balanced_accuracy", "balanced"),) if any("balanced_accuracy" in r for r in rows) else ()
-  )
-  return (*balanced, *HEADLINE_COLUMNS)
+  """(key, title) of the scores in the table of methods: balanced accuracy first, new ones last."""
+  known = {key for key, _ in HEADLINE_COLUMNS}
+  there = {key for row in report.get("classification") or [] for key in row}
+  others = [(n, metric.title) for n, metric in METRICS.items() if n in there and n not in known]
+  first = [column for column in others if column[0] == "balanced_accuracy"]
+  return (*first, *HEADLINE_COLUMNS, *(column for column in others if column not in first))
 
 
 def short(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:

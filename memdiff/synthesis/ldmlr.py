@@ -229,7 +229,7 @@ def make_stage(
     replicate(mesh, make_rows(config, exemplars, standardizer, num_classes)),
     mesh,
   )
-  return dataclasses.replace(stage, name=f"baselines/{name}")
+  return dataclasses.replace(stage, name=name)
 
 
 def sample(

@@ -202,7 +202,7 @@ def test_the_mended_row_learns_the_mean_of_every_class_and_dimension(mesh):
   optimizer = dataclasses.replace(ROWS["ldmlr"].optimizer, learning_rate=3e-3)
   fields = {"optimizer": optimizer, "ema_decay": 0.9, "sample_steps": 10}
   stage = make_stage("ldmlr", mesh, **fields)
-  assert stage.name == "baselines/ldmlr" and stage.num_steps == 200
+  assert stage.name == "ldmlr" and stage.num_steps == 200
   state, losses = train(stage, 200)
   assert losses[-20:].mean() < 0.4 * losses[:5].mean()
   labels = np.repeat([0, 1], 100)
