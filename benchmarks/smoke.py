@@ -4,8 +4,9 @@
   python -m benchmarks.smoke record after.json       in the other
   python -m benchmarks.smoke compare before.json after.json
 
-Runs of every kind of experiment with every generator take two minutes on two cores. All numbers of
-their reports and training curves are kept, times aside.
+Runs of every kind of experiment, with every generator but LDMLR, take about eight CPU-minutes if
+all programs have to be compiled. All numbers of their reports and training curves are kept, times
+aside.
 """
 
 import json
