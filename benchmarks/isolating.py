@@ -22,6 +22,7 @@ from typing import Any
 
 from memdiff.evaluation import answer, tables, wording
 from memdiff.evaluation.lookup import is_reference, mean_of, row_of
+from memdiff.evaluation.method import Method
 from memdiff.evaluation.numerals import is_interval, share, share_bounds
 from memdiff.runtime.workdir import write_atomically, write_json
 
@@ -95,7 +96,8 @@ def _by_generator(report: Mapping[str, Any]) -> dict[str, dict[str, dict]]:
   """generator -> loss -> row; own heads and references too."""
   found: dict[str, dict[str, dict]] = {}
   for row in report["classification"]:
-    name, _, loss = row["method"].partition("+")
+    method = Method(row["method"])
+    name, loss = method.generator, method.loss
     found.setdefault(name, {})[loss or _AS_TRAINED] = row
   return found
 
@@ -121,7 +123,7 @@ def _as_chosen(report: Mapping[str, Any], name: str) -> str:
   judged = [method for method in methods if method in known]
   if judged:
     return max(judged, key=lambda method: known[method]["score"])
-  return f"{name}+{report['comparison']['method'].partition('+')[2]}"
+  return Method.of(name, Method(report["comparison"]["method"]).loss)
 
 
 def chosen_table(report: Mapping[str, Any]) -> str:
@@ -179,7 +181,7 @@ def settings_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
   lines = []
   for title, report in reports.items():
     compared, (name, key) = report["comparison"], _criterion(report)
-    loss = compared["reference"].partition("+")[2]
+    loss = Method(compared["reference"]).loss
     methods = (
       compared["control"], compared["method"], f"unseen_exemplars+{loss}", compared["reference"],
     )  # fmt: skip
@@ -199,7 +201,7 @@ def judged_table(report: Mapping[str, Any]) -> str:
   """A line per generator under the loss that cross-validation prefers for it, tested or not."""
   (_, key), best = _criterion(report), {}
   for method, entry in report["recommendation"]["scores"].items():
-    name = method.partition("+")[0]
+    name = Method(method).generator
     if name not in best or entry["score"] > best[name][1]["score"]:
       best[name] = method, entry
   lines = [

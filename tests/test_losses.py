@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memdiff.classifier import losses
+from memdiff.classifier import losses, priors
 
 
 def effective_number(counts, beta):
@@ -20,23 +20,23 @@ def effective_number(counts, beta):
   st.sampled_from([0.0, 0.5, 0.9, 0.99, 0.9999]),
 )
 def test_effective_number_is_a_geometric_sum(counts, beta):
-  weights = losses.effective_number(jnp.asarray(counts, jnp.float32), beta)
+  weights = priors.effective_number(jnp.asarray(counts, jnp.float32), beta)
   np.testing.assert_allclose(weights, effective_number(counts, beta), rtol=2e-4)
   assert weights.dtype == jnp.float32 and float(weights.mean()) == pytest.approx(1, rel=1e-5)
 
 
 def test_effective_number_between_uniform_and_inverse_counts():
   counts = jnp.array([100.0, 10.0, 1.0])
-  np.testing.assert_allclose(losses.effective_number(counts, 0.0), 1.0)
+  np.testing.assert_allclose(priors.effective_number(counts, 0.0), 1.0)
   inverse = 1 / np.array([100, 10, 1])
   np.testing.assert_allclose(
-    losses.effective_number(counts, 0.999999), inverse / inverse.mean(), rtol=1e-3
+    priors.effective_number(counts, 0.999999), inverse / inverse.mean(), rtol=1e-3
   )
 
 
 def test_effective_number_normalises_every_row():
   counts = np.array([[5.0, 1.0, 40.0], [7.0, 7.0, 7.0]], np.float32)
-  weights = losses.effective_number(jnp.asarray(counts), 0.9)
+  weights = priors.effective_number(jnp.asarray(counts), 0.9)
   for row in range(2):
     expected = effective_number(counts[row].astype(int), 0.9)
     np.testing.assert_allclose(weights[row], expected, rtol=1e-5)

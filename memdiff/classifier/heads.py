@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from memdiff.classifier import losses
+from memdiff.classifier.priors import effective_number, log_shares
 from memdiff.config import at_least, between, one_of
 from memdiff.memory.exemplars import Exemplars
 from memdiff.memory.feature_space import logits_of
@@ -205,7 +206,7 @@ def mixtures(data: HeadData, settings: Sequence[Setting]) -> Mixture:
 
 def adjusted(head: dict[str, jax.Array], prior: jax.Array, tau: float) -> dict[str, jax.Array]:
   """The head whose logits are lowered by tau log prior (Menon et al. 2021, eq. 9)."""
-  return head | {"bias": head["bias"] - tau * jnp.log(jnp.maximum(prior, 1e-12))}
+  return head | {"bias": head["bias"] - tau * log_shares(prior)}
 
 
 @jax.jit
@@ -228,7 +229,7 @@ def predict(
   def of_head(arguments):
     params, prior, run = arguments
     logits = logits_of(params, features[run])
-    lower = taus[:, None] * jnp.log(jnp.maximum(prior, 1e-12))[None]
+    lower = taus[:, None] * log_shares(prior)[None]
     return jax.vmap(lambda offset: (logits - offset[None]).argmax(axis=-1))(lower)
 
   return jax.lax.map(of_head, (params, prior, run)).swapaxes(0, 1)
@@ -291,10 +292,10 @@ def class_terms(
   seen = counts.astype(jnp.float32)
   if config.gamma_counts == "effective":  # in units of real features
     seen = counts.sum(axis=1, keepdims=True) * mixed.prior / mixed.real[:, None]
-  gamma = losses.effective_number(jnp.maximum(seen, 1e-3), config.beta)
+  gamma = effective_number(jnp.maximum(seen, 1e-3), config.beta)
   balanced, csl = ((own["loss"] == TRAINED.index(n))[:, None] for n in ("balanced_softmax", "csl"))
   return {
-    "offset": jnp.where(balanced, jnp.log(jnp.maximum(mixed.prior, 1e-12)), 0.0),
+    "offset": jnp.where(balanced, log_shares(mixed.prior), 0.0),
     "gamma": jnp.where(csl, gamma, 1.0),
   }
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from memdiff import contrastive
 from memdiff.classifier import stateful_losses
+from memdiff.classifier.priors import effective_number, log_prior, with_mean_one
 from memdiff.config import above, at_least, between
 from memdiff.errors import ConfigError
 
@@ -44,31 +44,11 @@ class LossConfig:
 # --- weights of the classes ------------------------------------------------------------------
 
 
-def effective_number(counts, beta: float):
-  """Class-balanced weights (1 - beta) / (1 - beta^n), normalised to mean 1.
-
-  Cui et al., "Class-balanced loss based on effective number of samples", 2019, eq. 4.
-
-  Args:
-    counts: [..., C] positive, how many examples (or how much weight) each class has.
-    beta: in [0, 1); 0 weighs all classes alike, towards 1 the weights become 1/n.
-
-  Returns:
-    [..., C] float32.
-  """
-  weights = (1 - beta) / -jnp.expm1(counts * np.log(beta)) if beta > 0 else jnp.ones_like(counts)
-  return _with_mean_one(jnp.asarray(weights, jnp.float32))
-
-
-def _with_mean_one(weights):
-  return weights / weights.mean(axis=-1, keepdims=True)
-
-
 # Rule -> (counts [C] float32, config) -> gamma [C].
 CLASS_WEIGHTS: dict[str, Callable[[jax.Array, LossConfig], jax.Array]] = {
   "effective_number": lambda n, config: effective_number(n, config.beta),
-  "inverse": lambda n, config: _with_mean_one(1 / n),
-  "inverse_sqrt": lambda n, config: _with_mean_one(jax.lax.rsqrt(n)),
+  "inverse": lambda n, config: with_mean_one(1 / n),
+  "inverse_sqrt": lambda n, config: with_mean_one(jax.lax.rsqrt(n)),
   # Weights of at most 1, as "Bag of tricks" (Zhang et al. 2021) has its cost-sensitive CE.
   "power": lambda n, config: (n.min() / n) ** config.power,
 }
@@ -118,7 +98,7 @@ def logit_adjusted(
   Menon et al., "Long-tail learning via logit adjustment", 2021, eq. 10. tau = 1 is the balanced
   softmax of Ren et al., "Balanced meta-softmax for long-tailed visual recognition", 2020, eq. 4.
   """
-  return cross_entropy(logits + tau * jnp.log(counts / counts.sum())[None], labels)
+  return cross_entropy(logits + tau * log_prior(counts)[None], labels)
 
 
 # Name -> (logits, labels, counts, scale, config) -> [B].

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memdiff.classifier.priors import log_prior
+
 TAUS = tuple(np.linspace(0, 2, 21).round(1).tolist())  # Kang et al. 2020 sweep [0, 2]
 
 
@@ -18,7 +20,7 @@ def linear_logits(head: Mapping[str, jax.Array], features: jax.Array) -> jax.Arr
 
 def adjusted_logits(logits: jax.Array, counts: jax.Array, tau: float) -> jax.Array:
   """logits - tau log prior. Menon et al. 2021, eq. 9. `counts` is [C]."""
-  return logits - tau * jnp.log(counts / counts.sum())[None]
+  return logits - tau * log_prior(counts)[None]
 
 
 def tau_normalized_logits(

@@ -10,7 +10,9 @@ import numpy as np
 
 from input_pipeline import embeddings
 from memdiff.classifier.encoder_training import trained_losses
+from memdiff.classifier.priors import log_prior
 from memdiff.evaluation import quality
+from memdiff.evaluation.method import Method
 from memdiff.experiments import record, summaries
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.feature_scores import (
@@ -30,7 +32,6 @@ from memdiff.experiments.methods import (
   REAL,
   REFERENCES,
   Choice,
-  log_prior,
   own_tau,
 )
 from memdiff.memory.feature_space import raw_head
@@ -78,7 +79,7 @@ def _synthetic(
   """`of_strength` of the strength that was chosen for a generator and a loss; all or some parts."""
   if parts is not None:
     parts = ("strengths", *parts)
-  return of_strength(load_synthetic(e, name, parts), choices[f"{name}+{loss}"])
+  return of_strength(load_synthetic(e, name, parts), choices[Method.of(name, loss)])
 
 
 def judge(e: Experiment, space: Space, choices: Mapping[str, Choice], loss: str) -> dict:
@@ -177,7 +178,7 @@ def draw(
     gaps = [
       (row["method"], row["gap_closed"]["mean"], row["gap_closed"]["interval"])
       for row in scored.rows
-      if row["method"].split("+")[0] not in REFERENCES
+      if Method(row["method"]).generator not in REFERENCES
     ]
     yield "gap_closed", plots.gap_closed(gaps)
   if len(data.left_out_labels):
@@ -240,7 +241,7 @@ def evaluate(e: Experiment) -> dict:
   """Scores, measures, draws."""
   space, (choices, recommendation) = load_space(e), load_selection(e)
   method, control = compared_methods(e, recommendation)
-  generator, _, loss = method.partition("+")
+  generator, loss = method.generator, method.loss
   shown = _synthetic(e, choices, generator, loss)
   features = features_of_first_seed(e, space, shown)
   del shown["features"]  # of all seeds: much memory
@@ -255,8 +256,9 @@ def evaluate(e: Experiment) -> dict:
     save_recommended_head(e, space, scored, chosen, choices)
     if isinstance(e.dataset, embeddings.LongTailEmbeddings):
       # The recommended generator's; where that is none, those of the one that was compared.
-      known = chosen.split("+")[0] in e.config.generators.names
-      name, _, loss = (chosen if known else comparison["method"]).partition("+")
+      known = Method(chosen).generator in e.config.generators.names
+      exported = Method(chosen if known else comparison["method"])
+      name, loss = exported.generator, exported.loss
       export_embeddings(e, name, _synthetic(e, choices, name, loss))
     if recommendation:
       recommendation = recommendation | {"agreement": agreement(scored, recommendation)}

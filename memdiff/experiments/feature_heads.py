@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memdiff.classifier import heads
+from memdiff.evaluation.method import Method
 from memdiff.experiments.base import (
   Experiment,
   last_metrics,
@@ -75,7 +76,9 @@ def head_training(e: Experiment, space: Space, choices: dict[str, Choice], name:
     added, strengths = load_added(e, space, name)
   settings, of_losses = [], []
   for loss in e.config.head.losses:
-    choice = choices.get(f"{name}+{loss}") or _reference_choice(name, choices[f"{REAL}+{loss}"])
+    choice = choices.get(Method.of(name, loss)) or _reference_choice(
+      name, choices[Method.of(REAL, loss)]
+    )
     for run, seed in enumerate(e.seeds):
       settings.append(
         head_setting(e.run, choice, name, loss, run=run, seed=seed, strengths=strengths)
@@ -165,7 +168,7 @@ def final_heads(e: Experiment, choices: dict[str, Choice], name: str):
     own = mesh_lib.replicate(e.mesh, {key: value[rows] for key, value in arrays.items()})
     prior = own.pop("prior")
     if loss == "logit_adjustment":
-      choice = choices.get(f"{name}+{loss}") or choices[f"{REAL}+{loss}"]
+      choice = choices.get(Method.of(name, loss)) or choices[Method.of(REAL, loss)]
       own = jax.vmap(heads.adjusted, in_axes=(0, 0, None))(own, prior, choice.tau)
     found[loss] = own
   return found

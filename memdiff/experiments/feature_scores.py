@@ -6,7 +6,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from memdiff.classifier.priors import log_prior
 from memdiff.evaluation import criteria, cross_validation, scores
+from memdiff.evaluation.method import Method
 from memdiff.experiments import joint
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.feature_heads import final_heads, head_names
@@ -19,7 +21,6 @@ from memdiff.experiments.methods import (
   describe,
   describe_joint,
   describe_own,
-  log_prior,
   own_tau,
 )
 from memdiff.memory.feature_space import logits_of
@@ -91,11 +92,11 @@ def classify(e: Experiment, space: Space, choices: Mapping[str, Choice]) -> Scor
   """Scores every method and reference on the test set."""
   described, found = _own_heads(e, space, choices), {}
   for name, logits in joint.load_logits(e).items():
-    method = f"{JOINT}:{name}+{e.config.joint.loss}"
+    method = Method.of(f"{JOINT}:{name}", e.config.joint.loss)
     described[method] = describe_joint(e, name), logits.argmax(axis=-1)
   for name in head_names(e):
     for loss, head in final_heads(e, choices, name).items():
-      method = f"{name}+{loss}"
+      method = Method.of(name, loss)
       logits = _logits(head, space.test)
       words = describe(e, method, choices)
       described[method] = words, np.asarray(logits.argmax(axis=-1))
@@ -105,7 +106,7 @@ def classify(e: Experiment, space: Space, choices: Mapping[str, Choice]) -> Scor
     scores.score_method(
       method, description, predictions, labels, groups, e.seeds, e.dataset.num_classes
     )
-    | {"reference": method.split("+")[0] in REFERENCES}
+    | {"reference": Method(method).generator in REFERENCES}
     for method, (description, predictions) in described.items()
   ]
   return Scored(
@@ -148,7 +149,7 @@ def plain_training(e: Experiment, space: Space) -> str:
     loss = "cross_entropy" if "cross_entropy" in space.own_logits else e.config.classifier.loss
     return _own_name(e, loss)
   losses = e.config.head.losses
-  return f"{REAL}+{'cross_entropy' if 'cross_entropy' in losses else losses[0]}"
+  return Method.of(REAL, "cross_entropy" if "cross_entropy" in losses else losses[0])
 
 
 def best_of(methods: list[str], scores: Mapping[str, float]) -> str:
@@ -168,9 +169,11 @@ def compared_methods(e: Experiment, recommendation: Mapping | None) -> tuple[str
   """
   scores = _known_scores(recommendation)
   name = "memdiff" if "memdiff" in e.config.generators.names else e.config.generators.names[0]
-  method = best_of([f"{name}+{loss}" for loss in e.config.head.losses], scores)
-  controls = [m for m in scores if m.split("+")[0] in (REAL, OWN)]
-  return method, best_of(controls or [f"{REAL}+{loss}" for loss in e.config.head.losses], scores)
+  method = best_of([Method.of(name, loss) for loss in e.config.head.losses], scores)
+  controls = [m for m in scores if Method(m).generator in (REAL, OWN)]
+  return method, best_of(
+    controls or [Method.of(REAL, loss) for loss in e.config.head.losses], scores
+  )
 
 
 def compare(scored: Scored, method: str, control: str) -> dict:
@@ -206,7 +209,7 @@ def headline(
   names, losses = e.config.generators.names, e.config.head.losses
   synthetic = comparison["method"]
   if scores:
-    synthetic = best_of([f"{name}+{loss}" for name in names for loss in losses], scores)
+    synthetic = best_of([Method.of(name, loss) for name in names for loss in losses], scores)
   chosen, control = comparison["method"], comparison["control"]
   entry = None
   if recommendation:
@@ -240,7 +243,7 @@ def mark_shown(scored: Scored, first: Mapping, comparison: Mapping) -> None:
 
 def compare_joint(e: Experiment, scored: Scored) -> list[dict]:
   """What each generator adds to joint training on real images alone; paired."""
-  control = f"{JOINT}:{REAL}+{getattr(getattr(e.config, 'joint', None), 'loss', None)}"
+  control = Method.of(f"{JOINT}:{REAL}", getattr(getattr(e.config, "joint", None), "loss", ""))
   if control not in scored.predictions:
     return []
   return [

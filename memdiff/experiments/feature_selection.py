@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 from memdiff.classifier import heads
+from memdiff.classifier.priors import log_prior
 from memdiff.evaluation import cross_validation
+from memdiff.evaluation.method import Method
 from memdiff.experiments.base import (
   Experiment,
   classifier_stage,
@@ -21,7 +23,6 @@ from memdiff.experiments.methods import (
   REAL,
   Choice,
   candidates,
-  log_prior,
   methods,
   synthesis_settings,
 )
@@ -122,7 +123,7 @@ def select(e: Experiment) -> dict:
   """Chooses every method's setting and recommends one, by cross-validation on training data."""
   folder = e.workdir.folder("selection")
   if e.config.selection.folds == 0:
-    choices = {m: dataclasses.asdict(candidates(e, *m.split("+"))[0]) for m in methods(e)}
+    choices = {m: dataclasses.asdict(candidates(e, m.generator, m.loss)[0]) for m in methods(e)}
     write_json(folder / "choices.json", {"choices": choices, "recommendation": None})
     return {}
   folds, fitted, choices, numbers = make_folds(e), {}, {}, {}
@@ -135,11 +136,11 @@ def select(e: Experiment) -> dict:
 
   for name in (REAL, *e.config.generators.names):
     for loss, predictions in _predict_with(e, folds, name).items():
-      take(f"{name}+{loss}", candidates(e, name, loss), predictions)
+      take(Method.of(name, loss), candidates(e, name, loss), predictions)
   if folds.own_logits is not None:
     for method, (settings, predictions) in _predict_with_own_heads(e, folds).items():
       take(method, settings, predictions)
-  controls = [m for m in fitted if m.split("+")[0] in (REAL, OWN)]
+  controls = [m for m in fitted if Method(m).generator in (REAL, OWN)]
   recommendation = cross_validation.recommend(fitted, folds.judged, controls)
   for method, number in numbers.items():
     recommendation["scores"][method]["settings"] = number

@@ -23,6 +23,7 @@ import numpy as np
 from input_pipeline import batches
 from memdiff.classifier import encoder, encoder_training, heads, losses
 from memdiff.classifier.heads import HeadConfig
+from memdiff.classifier.priors import effective_number, log_prior
 from memdiff.config import at_least, between, one_of, some_of
 from memdiff.errors import ConfigError
 from memdiff.experiments.base import Experiment, forward_images
@@ -103,9 +104,9 @@ def weighted_rows(
   seen = real_counts + weight * added_counts if counts == "effective" else real_counts
   offset, gamma = jnp.zeros_like(seen), jnp.ones_like(seen)
   if loss == "balanced_softmax":
-    offset = jnp.log(jnp.maximum(seen / seen.sum(), 1e-12))
+    offset = log_prior(seen)
   if loss == "csl":
-    own = losses.effective_number(jnp.maximum(seen, 1e-3), beta)
+    own = effective_number(jnp.maximum(seen, 1e-3), beta)
     gamma = jnp.where(active, own, 1.0)
   return offset, gamma
 

@@ -9,18 +9,12 @@ any.
 import dataclasses
 import itertools
 
-import numpy as np
-
 from memdiff.classifier import heads, losses
+from memdiff.evaluation.method import Method
 from memdiff.experiments.base import Experiment
 from memdiff.synthesis.generators import GENERATORS, SynthesisSettings
 
-REAL = "real"
-
-
-OWN = "own_head"
-
-
+REAL, OWN = "real", "own_head"
 REFERENCES = {
   "oracle": "real features that the long tail left out: the most that hallucination can reach",
   "unseen_exemplars": "left-out features in place of the training ones, as far as there are any",
@@ -61,31 +55,26 @@ def candidates(e: Experiment, name: str, loss: str) -> list[Choice]:
   return [Choice(strength, fill, x, l2, tau) for tau, strength, fill, x, l2 in every]
 
 
-def methods(e: Experiment) -> list[str]:
+def methods(e: Experiment) -> list[Method]:
   """All methods that may be recommended."""
   names = (REAL, *e.config.generators.names)
-  return [f"{name}+{loss}" for name in names for loss in e.config.head.losses]
+  return [Method.of(name, loss) for name in names for loss in e.config.head.losses]
 
 
 def chosen_strengths(choices: dict[str, Choice], name: str) -> list[float]:
   """The strengths at which a generator is used, by any loss."""
-  return sorted({c.strength for method, c in choices.items() if method.split("+")[0] == name})
-
-
-def log_prior(counts: np.ndarray) -> np.ndarray:
-  """log of the share of each class. [C]."""
-  return np.log(counts / counts.sum())
+  return sorted({c.strength for method, c in choices.items() if Method(method).generator == name})
 
 
 def own_tau(e: Experiment, choices: dict[str, Choice]) -> float:
   """By how many times the log prior the logits of the encoder's own head are lowered."""
-  choice = choices.get(f"{OWN}+logit_adjustment")
+  choice = choices.get(Method.of(OWN, "logit_adjustment"))
   return e.config.head.taus[0] if choice is None else choice.tau
 
 
-def describe(e: Experiment, method: str, choices: dict[str, Choice]) -> str:
+def describe(e: Experiment, method: Method, choices: dict[str, Choice]) -> str:
   """A method in words."""
-  name, _, loss = method.partition("+")
+  name, loss = method.generator, method.loss
   if name == REAL:
     made = "real features only"
   elif name in REFERENCES:

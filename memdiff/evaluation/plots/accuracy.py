@@ -11,6 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
+from memdiff.evaluation.method import Method
 from memdiff.evaluation.plots.style import (
   BAND,
   MAX_NAMED_CLASSES,
@@ -217,7 +218,7 @@ def _label_bars(axes: Axes, position: np.ndarray, real: np.ndarray, synthetic: n
 
 def _method_styles(methods: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
   """A look per method: its generator's own where it has one that no other of them claims."""
-  names = [method if method in _METHOD_STYLES else method.split("+")[0] for method in methods]
+  names = [method if method in _METHOD_STYLES else Method(method).generator for method in methods]
   fixed = {
     method: _METHOD_STYLES[name]
     for method, name in zip(methods, names, strict=True)

@@ -1,0 +1,23 @@
+"""The name of a method."""
+
+
+class Method(str):
+  """`memdiff+csl`: what the head is trained on beside real features, and by which loss.
+
+  A string, since methods are the keys of reports. The loss of a name without one, such as
+  `own_head`, is empty.
+  """
+
+  __slots__ = ()
+
+  @classmethod
+  def of(cls, generator: str, loss: str) -> "Method":
+    return cls(f"{generator}+{loss}")
+
+  @property
+  def generator(self) -> str:
+    return self.partition("+")[0]
+
+  @property
+  def loss(self) -> str:
+    return self.partition("+")[2]
