@@ -1,6 +1,7 @@
 """Runs an experiment of any kind, phase by phase, from where its workdir stands to the report."""
 
 import functools
+import itertools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -52,10 +53,16 @@ def phase_config(e: Experiment, phases: tuple[Phase, ...], phase: Phase) -> dict
 
   The data are part of it: all of them for every phase.
   """
-  read = [name for p in phases[: phases.index(phase) + 1] for name in p.reads]
-  everything = config_lib.as_dict(e.config)
-  flat = config_lib.flatten({name: everything[name] for name in read})
+  so_far = phases[: phases.index(phase) + 1]
+  read = {name for p in so_far for name in p.fields_read(e.config)}
+  flat = config_lib.flatten(config_lib.as_dict(e.config))
+  flat = {path: value for path, value in flat.items() if read & set(_groups(path))}
   return flat | {f"{DATA}{name}": digest for name, digest in e.data_digests.items()}
+
+
+def _groups(path: str) -> list[str]:
+  """`a.b.c` -> [`a`, `a.b`, `a.b.c`]."""
+  return list(itertools.accumulate(path.split("."), "{}.{}".format))
 
 
 def open_experiment(

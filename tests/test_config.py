@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import pathlib
 import typing
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -479,7 +480,28 @@ def test_the_search_for_reads_sees_neither_checks_nor_assignments(tmp_path):
 
 
 def test_every_group_of_settings_decides_some_phase():
+  needs_bank = SimpleNamespace(classifier=SimpleNamespace(loss="semantic_scale", references=()))
   for kind in pipeline.KINDS.values():
     groups = {field.name for field in dataclasses.fields(kind.settings)}
     groups -= {"experiment", "execution"}  # how a run is executed may change when it goes on
-    assert {name for phase in kind.phases for name in phase.reads} == groups
+    read = {name for phase in kind.phases for name in phase.fields_read(needs_bank)}
+    assert {name for name in read if "." not in name} == groups
+
+
+def read_by(phase, **changes):
+  """The fields that a phase's manifest holds, of the smoke run with changes."""
+  config = digits_lt.get_config("smoke")
+  config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+  kind = pipeline.KINDS["memdiff"]
+  e = SimpleNamespace(config=build(kind.settings, config.to_dict()), data_digests={})
+  phase = next(p for p in kind.phases if p.name == phase)
+  return pipeline.phase_config(e, kind.phases, phase)
+
+
+def test_a_field_that_a_phase_does_not_read_does_not_undo_it():
+  assert not any(name.startswith("memory_bank") for name in read_by("classifier"))
+  assert "memory_bank.num_slots" in read_by("classifier", classifier__loss="semantic_scale")
+  assert "memory_bank.num_slots" in read_by("memory_bank")
+  diffusion, selection = read_by("diffusion"), read_by("selection")
+  assert "generators.names" in diffusion and "generators.confidence.name" not in diffusion
+  assert "generators.confidence.name" in selection and diffusion.items() <= selection.items()

@@ -65,9 +65,14 @@ class Phase:
   name: str
   title: str  # for the user, when it starts
   work: Callable[[Experiment], dict]  # returns metrics for the manifest
-  reads: tuple[str, ...]  # parts of the config that decide its result, beyond earlier phases'
+  reads: tuple[str, ...]  # fields or groups, such as generators.names, beyond earlier phases'
   wanted: Callable[[Any], bool] = lambda settings: True  # whether there is anything to do
   compile_ahead: Callable[[Experiment], None] | None = None  # its largest programs
+  reads_if: Callable[[Any], tuple[str, ...]] = lambda settings: ()  # what only some settings read
+
+  def fields_read(self, settings: Any) -> tuple[str, ...]:
+    """The part of the config that decides its result."""
+    return (*self.reads, *self.reads_if(settings))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +97,12 @@ class Kind:
 
   def phases_of(self, settings: Any) -> tuple[Phase, ...]:
     return tuple(phase for phase in self.phases if phase.wanted(settings))
+
+
+def bank_of_losses(settings: Any) -> tuple[str, ...]:
+  """The bank's settings if a classifier is trained with a loss that reads the bank."""
+  trained = encoder_training.trained_losses(settings.classifier)
+  return ("memory_bank",) if any(losses.LOSSES[loss].needs_bank for loss in trained) else ()
 
 
 def check_classifier(settings: Any, data: LongTailLabels) -> None:
