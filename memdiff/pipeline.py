@@ -48,16 +48,16 @@ def prepare(config: Mapping[str, Any]) -> tuple[Kind, Any, LongTailLabels]:
   return kind, settings, data
 
 
-def phase_config(e: Experiment, phases: tuple[Phase, ...], phase: Phase) -> dict[str, Any]:
+def phase_config(experiment: Experiment, phases: tuple[Phase, ...], phase: Phase) -> dict[str, Any]:
   """The flat config that the phase's manifest is held against, earlier phases' included.
 
   The data are part of it: all of them for every phase.
   """
   so_far = phases[: phases.index(phase) + 1]
-  read = {name for p in so_far for name in p.fields_read(e.config)}
-  flat = config_lib.flatten(config_lib.as_dict(e.config))
+  read = {name for p in so_far for name in p.fields_read(experiment.config)}
+  flat = config_lib.flatten(config_lib.as_dict(experiment.config))
   flat = {path: value for path, value in flat.items() if read & set(_groups(path))}
-  return flat | {f"{DATA}{name}": digest for name, digest in e.data_digests.items()}
+  return flat | {f"{DATA}{name}": digest for name, digest in experiment.data_digests.items()}
 
 
 def _groups(path: str) -> list[str]:
@@ -107,57 +107,61 @@ def run(config: Mapping[str, Any], workdir: str, *, tensorboard: bool, command: 
   Raises:
     MemdiffError: with a sentence for the user.
   """
-  kind, e = open_experiment(config, workdir, tensorboard=tensorboard, command=command)
+  kind, experiment = open_experiment(config, workdir, tensorboard=tensorboard, command=command)
   try:
-    with e.run.preemption.listening(), distributed.noticing():
-      return _run_phases(e, kind.phases_of(e.config))
+    with experiment.run.preemption.listening(), distributed.noticing():
+      return _run_phases(experiment, kind.phases_of(experiment.config))
   finally:
     try:
-      e.run.tensorboard.close()  # raises what its thread has met
+      experiment.run.tensorboard.close()  # raises what its thread has met
     finally:
-      e.workdir.close()
+      experiment.workdir.close()
 
 
-def _run_phases(e: Experiment, phases: tuple[Phase, ...]) -> dict:
+def _run_phases(experiment: Experiment, phases: tuple[Phase, ...]) -> dict:
   clock = CompileClock()
   for phase in phases:  # a changed config is refused before any work
-    if e.workdir.manifest(phase.name) is not None:
-      e.workdir.begin(phase.name, phase_config(e, phases, phase))
-  unfinished = [p for p in phases if not (e.workdir.manifest(p.name) or {}).get("finished")]
+    if experiment.workdir.manifest(phase.name) is not None:
+      experiment.workdir.begin(phase.name, phase_config(experiment, phases, phase))
+  unfinished = [
+    p for p in phases if not (experiment.workdir.manifest(p.name) or {}).get("finished")
+  ]
   begun: set[str] = set()
 
   def compile_ahead(phase: Phase) -> None:
     if phase.name not in begun:  # else it compiles its programs itself
-      phase.compile_ahead(e)
+      phase.compile_ahead(experiment)
 
   tasks = [functools.partial(compile_ahead, p) for p in unfinished if p.compile_ahead]
-  with ahead.compiling_ahead(tasks, e.mesh):
-    _work(e, phases, clock, begun)
-  manifests = {phase.name: e.workdir.manifest(phase.name) for phase in phases}
-  written = record.write_report(e, manifests)
+  with ahead.compiling_ahead(tasks, experiment.mesh):
+    _work(experiment, phases, clock, begun)
+  manifests = {phase.name: experiment.workdir.manifest(phase.name) for phase in phases}
+  written = record.write_report(experiment, manifests)
   if distributed.is_main():
     print(report.text_table(written))
-    print(f"\nreport: {e.workdir.path / 'report.html'}")
+    print(f"\nreport: {experiment.workdir.path / 'report.html'}")
   distributed.barrier("the end")
   return written
 
 
-def _work(e: Experiment, phases: tuple[Phase, ...], clock: CompileClock, begun: set[str]) -> None:
+def _work(
+  experiment: Experiment, phases: tuple[Phase, ...], clock: CompileClock, begun: set[str]
+) -> None:
   """Goes through the phases, from the first that is not finished; adds their names to `begun`."""
-  progress = e.run.progress
+  progress = experiment.run.progress
   for number, phase in enumerate(phases, 1):
     begun.add(phase.name)
     progress.phase(number, phase.name)
-    e.run.preemption.check(f"before the phase {phase.name}")
-    if e.workdir.begin(phase.name, phase_config(e, phases, phase)):
+    experiment.run.preemption.check(f"before the phase {phase.name}")
+    if experiment.workdir.begin(phase.name, phase_config(experiment, phases, phase)):
       progress.say("finished earlier")
       continue
     progress.say(phase.title)
     start, worked, compiled = time.perf_counter(), time.process_time(), clock.seconds
-    metrics = phase.work(e)
+    metrics = phase.work(experiment)
     seconds, compile_seconds = time.perf_counter() - start, clock.seconds - compiled
     cpu_seconds = time.process_time() - worked
-    e.workdir.finish(
+    experiment.workdir.finish(
       phase.name,
       {
         "seconds": round(seconds, 3),

@@ -111,31 +111,33 @@ def check_classifier(settings: Any, data: LongTailLabels) -> None:
   encoder_training.check(settings.classifier, settings.encoder, data)
 
 
-def classifier_stage(e: Experiment, loss: str, rows: np.ndarray | None = None) -> loop.Stage:
+def classifier_stage(
+  experiment: Experiment, loss: str, rows: np.ndarray | None = None
+) -> loop.Stage:
   """Trains the classifier of `loss` on all images, or on `rows` [R, A] of each of R runs.
 
   A memory bank moves along only for losses that read it.
   """
-  config = e.config
-  shared = encoder.device_data(config.encoder.input, e.dataset, e.mesh)
+  config = experiment.config
+  shared = encoder.device_data(config.encoder.input, experiment.dataset, experiment.mesh)
   bank = config.memory_bank if losses.LOSSES[loss].needs_bank else None
   return encoder_training.make_stage(
-    config.classifier, config.encoder, bank, loss, e.dataset, shared, e.mesh, rows
+    config.classifier, config.encoder, bank, loss, experiment.dataset, shared, experiment.mesh, rows
   )
 
 
-def load_classifier(e: Experiment, loss: str) -> Any:
+def load_classifier(experiment: Experiment, loss: str) -> Any:
   """Parameters and batch statistics of a trained classifier, seeds leading."""
-  return results.load(e.workdir.folder("classifier") / loss, e.mesh)
+  return results.load(experiment.workdir.folder("classifier") / loss, experiment.mesh)
 
 
 def forward_images(
-  e: Experiment, loss: str, state: Any, images, statistics: Any = None
+  experiment: Experiment, loss: str, state: Any, images, statistics: Any = None
 ) -> tuple[np.ndarray, np.ndarray]:
   """Runs images through trained classifiers in evaluation mode.
 
   Args:
-    e: the experiment.
+    experiment: the experiment.
     loss: that trained the classifiers.
     state: of R of them.
     images: uint8 [N, H, W, ch], in memory or read when sliced; a chunk is split over the devices.
@@ -144,13 +146,15 @@ def forward_images(
   Returns:
     (logits [R, N, C], features [R, N, D]).
   """
-  input_config = e.config.encoder.input
-  model = encoder.make_model(e.config.encoder, loss, e.dataset.num_classes)
-  forward = _forward_program(model, input_config, statistics is not None, e.mesh)
+  input_config = experiment.config.encoder.input
+  model = encoder.make_model(experiment.config.encoder, loss, experiment.dataset.num_classes)
+  forward = _forward_program(model, input_config, statistics is not None, experiment.mesh)
   if statistics is None:
-    statistics = encoder.pixel_statistics(input_config, e.dataset.train_images)
-  statistics = mesh_lib.replicate(e.mesh, statistics)
-  return feature_space.encode(lambda chunk: forward(chunk, state, statistics), images, e.mesh)
+    statistics = encoder.pixel_statistics(input_config, experiment.dataset.train_images)
+  statistics = mesh_lib.replicate(experiment.mesh, statistics)
+  return feature_space.encode(
+    lambda chunk: forward(chunk, state, statistics), images, experiment.mesh
+  )
 
 
 @functools.lru_cache(maxsize=8)

@@ -75,30 +75,32 @@ def check(settings: ClassificationConfig, _: dataset_lib.LongTailDataset) -> Non
     )
 
 
-def train_classifiers(e: Experiment) -> dict:
+def train_classifiers(experiment: Experiment) -> dict:
   summary = {}
-  for loss in encoder_training.trained_losses(e.config.classifier):
-    folder = e.workdir.folder("classifier") / loss
-    loop.train(classifier_stage(e, loss), e.run, folder)
+  for loss in encoder_training.trained_losses(experiment.config.classifier):
+    folder = experiment.workdir.folder("classifier") / loss
+    loop.train(classifier_stage(experiment, loss), experiment.run, folder)
     summary[loss] = last_metrics(folder)
   return summary
 
 
-def extract_features(e: Experiment) -> dict:
+def extract_features(experiment: Experiment) -> dict:
   """Runs the images that are scored, and for NCM those that train, through the classifiers."""
   summary = {}
-  for loss in encoder_training.trained_losses(e.config.classifier):
-    state = load_classifier(e, loss)
+  for loss in encoder_training.trained_losses(experiment.config.classifier):
+    state = load_classifier(experiment, loss)
     arrays = dict(mesh_lib.fetch(state.params["head"]))
-    arrays["logits"], arrays["features"] = forward_images(e, loss, state, e.dataset.test_images)
-    if len(e.dataset.holdout_labels):
-      held_out = forward_images(e, loss, state, e.dataset.holdout_images)
+    arrays["logits"], arrays["features"] = forward_images(
+      experiment, loss, state, experiment.dataset.test_images
+    )
+    if len(experiment.dataset.holdout_labels):
+      held_out = forward_images(experiment, loss, state, experiment.dataset.holdout_images)
       arrays["holdout_logits"], arrays["holdout_features"] = held_out
-    if loss == e.config.classifier.loss and "ncm" in e.config.decoupled.methods:
-      _, features = forward_images(e, loss, state, e.dataset.train_images)
-      arrays["class_means"] = class_means(features, e.dataset)
-    write_arrays(e.workdir.folder("features") / f"{loss}.npz", arrays)
-    hits = arrays["logits"].argmax(axis=-1) == e.dataset.test_labels[None]
+    if loss == experiment.config.classifier.loss and "ncm" in experiment.config.decoupled.methods:
+      _, features = forward_images(experiment, loss, state, experiment.dataset.train_images)
+      arrays["class_means"] = class_means(features, experiment.dataset)
+    write_arrays(experiment.workdir.folder("features") / f"{loss}.npz", arrays)
+    hits = arrays["logits"].argmax(axis=-1) == experiment.dataset.test_labels[None]
     summary[loss] = {"test_accuracy": float(hits.mean())}
   return summary
 
@@ -110,27 +112,27 @@ def class_means(features: np.ndarray, dataset: dataset_lib.LongTailDataset) -> n
   return sums / dataset.train_counts[None, :, None]
 
 
-def head_stage(e: Experiment, method: str) -> loop.Stage:
-  config = e.config
+def head_stage(experiment: Experiment, method: str) -> loop.Stage:
+  config = experiment.config
   loss = config.classifier.loss
-  shared = encoder.device_data(config.encoder.input, e.dataset, e.mesh)
+  shared = encoder.device_data(config.encoder.input, experiment.dataset, experiment.mesh)
   return decoupled.make_stage(
-    method, config.decoupled, config.classifier, config.encoder, loss, load_classifier(e, loss),
-    e.dataset, shared, e.mesh,
+    method, config.decoupled, config.classifier, config.encoder, loss,
+    load_classifier(experiment, loss), experiment.dataset, shared, experiment.mesh,
   )  # fmt: skip
 
 
-def train_heads(e: Experiment) -> dict:
+def train_heads(experiment: Experiment) -> dict:
   summary = {}
   for method in decoupled.TRAINED:
-    if method in e.config.decoupled.methods:
-      folder = e.workdir.folder("heads") / method
-      loop.train(head_stage(e, method), e.run, folder)
+    if method in experiment.config.decoupled.methods:
+      folder = experiment.workdir.folder("heads") / method
+      loop.train(head_stage(experiment, method), experiment.run, folder)
       summary[method] = last_metrics(folder)
   return summary
 
 
-def head_rows(e: Experiment, arrays: dict[str, np.ndarray], part: str):
+def head_rows(experiment: Experiment, arrays: dict[str, np.ndarray], part: str):
   """Logits of every head on the first loss's encoder, by method; tau not chosen yet.
 
   Args:
@@ -140,13 +142,13 @@ def head_rows(e: Experiment, arrays: dict[str, np.ndarray], part: str):
   Returns:
     name -> function of nothing that gives [S, T, C]; `tau_norm` takes tau.
   """
-  config = e.config.decoupled
+  config = experiment.config.decoupled
   features, logits = arrays[f"{part}features"], arrays[f"{part}logits"]
   own_head = {name: arrays[name] for name in ("kernel", "bias") if name in arrays}
-  counts = jnp.asarray(e.dataset.train_counts, jnp.float32)
+  counts = jnp.asarray(experiment.dataset.train_counts, jnp.float32)
 
   def trained(method):
-    state = results.load(e.workdir.folder("heads") / method, e.mesh)
+    state = results.load(experiment.workdir.folder("heads") / method, experiment.mesh)
     return jax.vmap(lambda p, h, f: decoupled.trained_logits(method, p, h, f))(
       state.params, own_head, features
     )
@@ -165,11 +167,11 @@ def head_rows(e: Experiment, arrays: dict[str, np.ndarray], part: str):
   return {name: rows[name] for name in config.methods}
 
 
-def choose_tau(e: Experiment, rows) -> tuple[float, str]:
+def choose_tau(experiment: Experiment, rows) -> tuple[float, str]:
   """tau of tau-normalisation and how it came about: chosen on held-out data, or as configured."""
-  if not len(e.dataset.holdout_labels):
-    return e.config.decoupled.tau, "as configured, nothing is held out"
-  labels = e.dataset.holdout_labels[None]
+  if not len(experiment.dataset.holdout_labels):
+    return experiment.config.decoupled.tau, "as configured, nothing is held out"
+  labels = experiment.dataset.holdout_labels[None]
 
   def accuracy(tau):
     return float((mesh_lib.fetch(rows["tau_norm"](tau)).argmax(-1) == labels).mean())
@@ -178,28 +180,28 @@ def choose_tau(e: Experiment, rows) -> tuple[float, str]:
   return tau, "the best on the held-out images"
 
 
-def predict(e: Experiment) -> dict[str, dict[str, Any]]:
+def predict(experiment: Experiment) -> dict[str, dict[str, Any]]:
   """Every row of the table: {description, test [S, T], holdout [S, H] or None, of classes}."""
-  held_out = len(e.dataset.holdout_labels) > 0
+  held_out = len(experiment.dataset.holdout_labels) > 0
   rows = {}
-  for loss in encoder_training.trained_losses(e.config.classifier):
-    arrays = read_arrays(e.workdir.folder("features") / f"{loss}.npz")
+  for loss in encoder_training.trained_losses(experiment.config.classifier):
+    arrays = read_arrays(experiment.workdir.folder("features") / f"{loss}.npz")
     rows[loss] = {
       "description": f"encoder and head trained with {losses.LOSSES[loss].description}",
       "test": arrays["logits"].argmax(axis=-1),
       "holdout": arrays["holdout_logits"].argmax(axis=-1) if held_out else None,
     }
-  loss = e.config.classifier.loss
-  arrays = read_arrays(e.workdir.folder("features") / f"{loss}.npz")
-  test_rows = head_rows(e, arrays, "")
-  held_rows = head_rows(e, arrays, "holdout_") if held_out else {}
+  loss = experiment.config.classifier.loss
+  arrays = read_arrays(experiment.workdir.folder("features") / f"{loss}.npz")
+  test_rows = head_rows(experiment, arrays, "")
+  held_rows = head_rows(experiment, arrays, "holdout_") if held_out else {}
   for method, logits in test_rows.items():
     arguments, words = (), decoupled.METHODS[method]
     if method == "tau_norm":
-      tau, how = choose_tau(e, held_rows)
+      tau, how = choose_tau(experiment, held_rows)
       arguments, words = (tau,), f"{words}, tau = {tau:g} ({how})"
     if method == "logit_adjustment":
-      words = f"{words}, tau = {e.config.decoupled.adjustment:g}"
+      words = f"{words}, tau = {experiment.config.decoupled.adjustment:g}"
     held = mesh_lib.fetch(held_rows[method](*arguments)) if held_out else None
     rows[f"{loss}+{method}"] = {
       "description": words,
@@ -209,45 +211,58 @@ def predict(e: Experiment) -> dict[str, dict[str, Any]]:
   return rows
 
 
-def evaluate(e: Experiment) -> dict:
+def evaluate(experiment: Experiment) -> dict:
   """Scores every row on the test set and draws."""
   from memdiff.evaluation import plots  # matplotlib takes a second
 
-  data, table = e.dataset, []
+  data, table = experiment.dataset, []
   groups = scores.make_groups(data.train_counts)
-  e.run.progress.say("scoring on the test set")
-  for method, row in predict(e).items():
+  experiment.run.progress.say("scoring on the test set")
+  for method, row in predict(experiment).items():
     scored = scores.score_method(
-      method, row["description"], row["test"], data.test_labels, groups, e.seeds, data.num_classes
+      method,
+      row["description"],
+      row["test"],
+      data.test_labels,
+      groups,
+      experiment.seeds,
+      data.num_classes,
     )
     if row["holdout"] is not None:
       hits = row["holdout"] == data.holdout_labels[None]
       scored["holdout_top1"] = scores.mean_std(hits.mean(axis=1))
     table.append(scored)
-  outcome = record.record(e, table) | {
-    "parameters": parameter_count(e),
-    "num_steps": e.config.classifier.num_steps(len(data.train_labels)),
+  outcome = record.record(experiment, table) | {
+    "parameters": parameter_count(experiment),
+    "num_steps": experiment.config.classifier.num_steps(len(data.train_labels)),
   }
-  stages = [f"classifier/{loss}" for loss in encoder_training.trained_losses(e.config.classifier)]
-  stages += [f"heads/{m}" for m in decoupled.TRAINED if m in e.config.decoupled.methods]
+  stages = [
+    f"classifier/{loss}" for loss in encoder_training.trained_losses(experiment.config.classifier)
+  ]
+  stages += [f"heads/{m}" for m in decoupled.TRAINED if m in experiment.config.decoupled.methods]
   figures = {
     "long_tail_profile": plots.long_tail_profile(
-      data.class_names, data.train_counts, np.zeros(data.num_classes, int), record.group_of_class(e)
+      data.class_names,
+      data.train_counts,
+      np.zeros(data.num_classes, int),
+      record.group_of_class(experiment),
     ),
     "per_class_accuracy": record.accuracy_by_class(
-      e, table, [row["method"] for row in table][:_MAX_CURVES]
+      experiment, table, [row["method"] for row in table][:_MAX_CURVES]
     ),
   }
-  curves = record.training_curves(e, stages)
+  curves = record.training_curves(experiment, stages)
   if curves:
     figures["training_curves"] = plots.training_curves(curves)
-  return record.save(e, outcome, figures.items())
+  return record.save(experiment, outcome, figures.items())
 
 
-def parameter_count(e: Experiment) -> int:
+def parameter_count(experiment: Experiment) -> int:
   """Trained numbers of encoder and head."""
-  model = encoder.make_model(e.config.encoder, e.config.classifier.loss, e.dataset.num_classes)
-  images = jnp.zeros((1, *e.dataset.train_images.shape[1:]))
+  model = encoder.make_model(
+    experiment.config.encoder, experiment.config.classifier.loss, experiment.dataset.num_classes
+  )
+  images = jnp.zeros((1, *experiment.dataset.train_images.shape[1:]))
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
   return sum(x.size for x in jax.tree.leaves(shapes["params"]))
 

@@ -48,14 +48,16 @@ if TYPE_CHECKING:
 _MAX_CURVES = 6  # trainings in one picture
 
 
-def stages(e: Experiment) -> list[str]:
+def stages(experiment: Experiment) -> list[str]:
   """The folders of the trainings that are drawn."""
   folders = []
-  if hasattr(e.config, "classifier"):
-    folders += [f"classifier/{loss}" for loss in trained_losses(e.config.classifier)]
-  folders += [f"diffusion/{name}" for name in e.config.generators.names]
+  if hasattr(experiment.config, "classifier"):
+    folders += [f"classifier/{loss}" for loss in trained_losses(experiment.config.classifier)]
+  folders += [f"diffusion/{name}" for name in experiment.config.generators.names]
   folders += [f"heads/{name}" for name in (REAL, "memdiff", "oracle")]
-  return [f for f in folders if (e.workdir.path / f / "metrics.jsonl").exists()][:_MAX_CURVES]
+  return [f for f in folders if (experiment.workdir.path / f / "metrics.jsonl").exists()][
+    :_MAX_CURVES
+  ]
 
 
 def of_strength(synthetic: Mapping[str, np.ndarray], choice: Choice) -> dict[str, np.ndarray]:
@@ -70,7 +72,7 @@ def of_strength(synthetic: Mapping[str, np.ndarray], choice: Choice) -> dict[str
 
 
 def _synthetic(
-  e: Experiment,
+  experiment: Experiment,
   choices: Mapping[str, Choice],
   name: str,
   loss: str,
@@ -79,27 +81,31 @@ def _synthetic(
   """`of_strength` of the strength that was chosen for a generator and a loss; all or some parts."""
   if parts is not None:
     parts = ("strengths", *parts)
-  return of_strength(load_synthetic(e, name, parts), choices[Method.of(name, loss)])
+  return of_strength(load_synthetic(experiment, name, parts), choices[Method.of(name, loss)])
 
 
-def judge(e: Experiment, space: Space, choices: Mapping[str, Choice], loss: str) -> dict:
+def judge(experiment: Experiment, space: Space, choices: Mapping[str, Choice], loss: str) -> dict:
   """Quality of every generator's features, as chosen for a loss, against unseen real ones."""
-  data, exemplars = e.dataset, mesh_lib.fetch(space.runs.exemplars.features)
+  data, exemplars = experiment.dataset, mesh_lib.fetch(space.runs.exemplars.features)
   left_out, standardizer = mesh_lib.fetch((space.left_out, space.runs.standardizer))
-  names = e.config.generators.names
+  names = experiment.config.generators.names
 
   def made(name, seed):
     """[M, D]; read again for every seed, since those of all seeds and generators are large."""
-    return _synthetic(e, choices, name, loss, ("features",))["features"][seed]
+    return _synthetic(experiment, choices, name, loss, ("features",))["features"][seed]
 
   def seeds():
-    for number in range(len(e.seeds)):
-      e.run.progress.say(f"measuring features, seed {number + 1} of {len(e.seeds)}")
+    for number in range(len(experiment.seeds)):
+      experiment.run.progress.say(
+        f"measuring features, seed {number + 1} of {len(experiment.seeds)}"
+      )
       own = jax.tree.map(lambda x, n=number: x[n], standardizer)
       features = {name: own.forward(made(name, number)) for name in names}
       yield quality.Seed(exemplars[number], left_out[number], features)
 
-  labels = {name: _synthetic(e, choices, name, loss, ("labels",))["labels"] for name in names}
+  labels = {
+    name: _synthetic(experiment, choices, name, loss, ("labels",))["labels"] for name in names
+  }
   judged = quality.measure(
     seeds(), data.train_labels, data.left_out_labels, labels, data.num_classes
   )
@@ -109,27 +115,27 @@ def judge(e: Experiment, space: Space, choices: Mapping[str, Choice], loss: str)
   return judged
 
 
-def seconds(e: Experiment) -> dict[str, dict[str, float | None]]:
+def seconds(experiment: Experiment) -> dict[str, dict[str, float | None]]:
   """What every generator took for all seeds together, compiling left out; on whatever ran it."""
   phases = {"training": "diffusion", "sampling": "hallucination"}
-  taken = {what: e.workdir.manifest(phase)["metrics"] for what, phase in phases.items()}
+  taken = {what: experiment.workdir.manifest(phase)["metrics"] for what, phase in phases.items()}
   return {
     name: {what: metrics.get(name, {}).get("seconds") for what, metrics in taken.items()}
-    for name in e.config.generators.names
+    for name in experiment.config.generators.names
   }
 
 
 def features_of_first_seed(
-  e: Experiment, space: Space, shown: Mapping[str, np.ndarray]
+  experiment: Experiment, space: Space, shown: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """Kind -> (standardised features [N, D], labels [N]): real, left out and synthetic.
 
   Args:
-    e: the experiment.
+    experiment: the experiment.
     space: its features.
     shown: synthetic features [S, M, D] and their labels, of one generator.
   """
-  data, first = e.dataset, jax.tree.map(lambda x: x[0], space.runs.standardizer)
+  data, first = experiment.dataset, jax.tree.map(lambda x: x[0], space.runs.standardizer)
   real, left_out, synthetic = mesh_lib.fetch(
     (space.runs.exemplars.features, space.left_out, first.forward(shown["features"][0]))
   )
@@ -141,7 +147,7 @@ def features_of_first_seed(
 
 
 def draw(
-  e: Experiment,
+  experiment: Experiment,
   scored: Scored,
   comparison: Mapping,
   shown: Mapping,
@@ -151,7 +157,7 @@ def draw(
   """The report's figures and their names; the one that takes longest to compute is the last.
 
   Args:
-    e: the experiment.
+    experiment: the experiment.
     scored: the table.
     comparison: of `compare`.
     shown: what the generator made that the comparison is about.
@@ -160,20 +166,25 @@ def draw(
   """
   from memdiff.evaluation import plots  # matplotlib takes a second
 
-  data = e.dataset
+  data = experiment.dataset
   made = np.bincount(shown["labels"], minlength=data.num_classes)
   named = [comparison[key] for key in ("control", "method", "reference") if comparison[key]]
   yield (
     "long_tail_profile",
-    plots.long_tail_profile(data.class_names, data.train_counts, made, record.group_of_class(e)),
+    plots.long_tail_profile(
+      data.class_names, data.train_counts, made, record.group_of_class(experiment)
+    ),
   )
-  yield "per_class_accuracy", record.accuracy_by_class(e, scored.rows, named)
+  yield "per_class_accuracy", record.accuracy_by_class(experiment, scored.rows, named)
   confidence = shown["confidence"][0]
   yield (
     "confidence_histogram",
     plots.confidence_histogram(confidence, shown["labels"], data.class_names),
   )
-  yield "training_curves", plots.training_curves(record.training_curves(e, stages(e)))
+  yield (
+    "training_curves",
+    plots.training_curves(record.training_curves(experiment, stages(experiment))),
+  )
   if comparison["gap_closed"]:
     gaps = [
       (row["method"], row["gap_closed"]["mean"], row["gap_closed"]["interval"])
@@ -188,7 +199,7 @@ def draw(
 
 
 def place_on_map(
-  e: Experiment, features: Mapping[str, tuple[np.ndarray, np.ndarray]]
+  experiment: Experiment, features: Mapping[str, tuple[np.ndarray, np.ndarray]]
 ) -> "FeaturePlane":
   """The first seed's features on a plane; takes seconds, most of them without Python's lock."""
   from memdiff.evaluation import plots  # matplotlib takes a second
@@ -197,13 +208,13 @@ def place_on_map(
     *features["real"],
     *features["left out"],
     *features["synthetic"],
-    e.dataset.num_classes,
-    max_per_class=e.config.evaluation.map_per_class,
+    experiment.dataset.num_classes,
+    max_per_class=experiment.config.evaluation.map_per_class,
   )
 
 
 def save_recommended_head(
-  e: Experiment, space: Space, scored: Scored, method: str, choices: Mapping[str, Choice]
+  experiment: Experiment, space: Space, scored: Scored, method: str, choices: Mapping[str, Choice]
 ) -> None:
   """The recommended method's head on the encoder's own features.
 
@@ -211,71 +222,79 @@ def save_recommended_head(
   """
   head = scored.heads.get(method, space.runs.head)
   if method == f"{OWN}+logit_adjustment":
-    offset = own_tau(e, choices) * log_prior(e.dataset.train_counts)
+    offset = own_tau(experiment, choices) * log_prior(experiment.dataset.train_counts)
     head = head | {"bias": head["bias"] - offset[None]}
   raw = mesh_lib.fetch(jax.jit(jax.vmap(raw_head))(head, space.runs.standardizer))
-  names = {"class_names": np.array(e.dataset.class_names)}
-  write_arrays(e.workdir.path / "recommended_head.npz", raw | names)
+  names = {"class_names": np.array(experiment.dataset.class_names)}
+  write_arrays(experiment.workdir.path / "recommended_head.npz", raw | names)
 
 
-def export_embeddings(e: Experiment, generator: str, made: Mapping[str, np.ndarray]) -> None:
+def export_embeddings(
+  experiment: Experiment, generator: str, made: Mapping[str, np.ndarray]
+) -> None:
   """The first seed's synthetic features, in the format of the file that the features came from."""
-  suffix = embeddings.export_suffix(e.config.dataset.train_path)
-  path = e.workdir.path / f"synthetic_embeddings{suffix}"
+  suffix = embeddings.export_suffix(experiment.config.dataset.train_path)
+  path = experiment.workdir.path / f"synthetic_embeddings{suffix}"
   embeddings.write_synthetic(
     path,
-    e.dataset,
+    experiment.dataset,
     generator,
     labels=made["labels"],
     number=made["number"],
-    num_exemplars=e.dataset.train_counts[made["labels"]],
+    num_exemplars=experiment.dataset.train_counts[made["labels"]],
     **{
       name: made[name][0]
       for name in ("features", "confidence", "nearest_index", "nearest_distance")
     },
   )
-  e.run.progress.say(f"{len(made['labels']):,} features of {generator} are in {path}")
+  experiment.run.progress.say(f"{len(made['labels']):,} features of {generator} are in {path}")
 
 
-def evaluate(e: Experiment) -> dict:
+def evaluate(experiment: Experiment) -> dict:
   """Scores, measures, draws."""
-  space, (choices, recommendation) = load_space(e), load_selection(e)
-  method, control = compared_methods(e, recommendation)
+  space, (choices, recommendation) = load_space(experiment), load_selection(experiment)
+  method, control = compared_methods(experiment, recommendation)
   generator, loss = method.generator, method.loss
-  shown = _synthetic(e, choices, generator, loss)
-  features = features_of_first_seed(e, space, shown)
+  shown = _synthetic(experiment, choices, generator, loss)
+  features = features_of_first_seed(experiment, space, shown)
   del shown["features"]  # of all seeds: much memory
   with ThreadPoolExecutor(1) as pool:
-    plane = pool.submit(place_on_map, e, features)  # beside all that follows
-    e.run.progress.say("scoring the methods on the test set")
-    scored = classify(e, space, choices)
+    plane = pool.submit(place_on_map, experiment, features)  # beside all that follows
+    experiment.run.progress.say("scoring the methods on the test set")
+    scored = classify(experiment, space, choices)
     release_memory()
     comparison = compare(scored, method, control)
-    judged = judge(e, space, choices, loss)
+    judged = judge(experiment, space, choices, loss)
     chosen = recommendation["method"] if recommendation else comparison["method"]
-    save_recommended_head(e, space, scored, chosen, choices)
-    if isinstance(e.dataset, embeddings.LongTailEmbeddings):
+    save_recommended_head(experiment, space, scored, chosen, choices)
+    if isinstance(experiment.dataset, embeddings.LongTailEmbeddings):
       # The recommended generator's; where that is none, those of the one that was compared.
-      known = Method(chosen).generator in e.config.generators.names
+      known = Method(chosen).generator in experiment.config.generators.names
       exported = Method(chosen if known else comparison["method"])
       name, loss = exported.generator, exported.loss
-      export_embeddings(e, name, _synthetic(e, choices, name, loss))
+      export_embeddings(experiment, name, _synthetic(experiment, choices, name, loss))
     if recommendation:
       recommendation = recommendation | {"agreement": agreement(scored, recommendation)}
-    first = headline(e, scored, plain_training(e, space), comparison, recommendation)
+    first = headline(
+      experiment, scored, plain_training(experiment, space), comparison, recommendation
+    )
     mark_shown(scored, first, comparison)
-    outcome = record.record(e, scored.rows) | {
+    outcome = record.record(experiment, scored.rows) | {
       "criterion": scored.criterion,
       "headline": first,
       "comparison": comparison,
-      "joint": compare_joint(e, scored),
+      "joint": compare_joint(experiment, scored),
       "recommendation": recommendation,
       "choices": {method: dataclasses.asdict(choice) for method, choice in choices.items()},
       "features": judged[generator],
       "generators": judged,
-      "generator_seconds": seconds(e),
-      "synthetic_counts": np.bincount(shown["labels"], minlength=e.dataset.num_classes).tolist(),
+      "generator_seconds": seconds(experiment),
+      "synthetic_counts": np.bincount(
+        shown["labels"], minlength=experiment.dataset.num_classes
+      ).tolist(),
     }
-    e.run.progress.say("drawing")
-    summaries.project(e, features)
-    return record.save(e, outcome, draw(e, scored, comparison, shown, features, plane))
+    experiment.run.progress.say("drawing")
+    summaries.project(experiment, features)
+    return record.save(
+      experiment, outcome, draw(experiment, scored, comparison, shown, features, plane)
+    )

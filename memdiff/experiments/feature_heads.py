@@ -40,12 +40,12 @@ class Trained:
   losses: list[str]  # of the settings, seeds varying fastest
 
 
-def train_heads(e: Experiment) -> dict:
-  space, (choices, _) = load_space(e), load_selection(e)
+def train_heads(experiment: Experiment) -> dict:
+  space, (choices, _) = load_space(experiment), load_selection(experiment)
   summary = {}
-  for name in head_names(e):
-    folder = e.workdir.folder("heads") / name
-    trained = head_training(e, space, choices, name)
+  for name in head_names(experiment):
+    folder = experiment.workdir.folder("heads") / name
+    trained = head_training(experiment, space, choices, name)
     state = loop.train(trained.stage, trained.run, folder)
     prior = trained.stage.own["mixture"].prior
     write_arrays(folder / _HEADS, mesh_lib.fetch(state.params | {"prior": prior}))
@@ -53,49 +53,55 @@ def train_heads(e: Experiment) -> dict:
   return summary
 
 
-def head_names(e: Experiment) -> list[str]:
+def head_names(experiment: Experiment) -> list[str]:
   """Everything that heads are trained on: nothing added, generators, references."""
-  made = generators.plan(e.dataset.train_counts, e.config.generators)
-  left_out = np.bincount(e.dataset.left_out_labels, minlength=e.dataset.num_classes)
+  made = generators.plan(experiment.dataset.train_counts, experiment.config.generators)
+  left_out = np.bincount(
+    experiment.dataset.left_out_labels, minlength=experiment.dataset.num_classes
+  )
   references = list(REFERENCES) if (left_out[made > 0] > 0).any() else []
-  return [REAL, *e.config.generators.names, *references]
+  return [REAL, *experiment.config.generators.names, *references]
 
 
-def head_training(e: Experiment, space: Space, choices: dict[str, Choice], name: str) -> Trained:
+def head_training(
+  experiment: Experiment, space: Space, choices: dict[str, Choice], name: str
+) -> Trained:
   """The heads of a generator, a reference, or of real features only: one per loss and seed."""
-  exemplars, num_seeds, dim = space.runs.exemplars, len(e.seeds), space.test.shape[-1]
+  exemplars, num_seeds, dim = space.runs.exemplars, len(experiment.seeds), space.test.shape[-1]
   strengths = [0.0]
   if name == "oracle":
-    added = _left_out_pool(e, space)
+    added = _left_out_pool(experiment, space)
   elif name == "unseen_exemplars":
-    exemplars = _unseen_exemplars(e, space)
-    added = heads.nothing_added(num_seeds, dim, e.dataset.num_classes)
+    exemplars = _unseen_exemplars(experiment, space)
+    added = heads.nothing_added(num_seeds, dim, experiment.dataset.num_classes)
   elif name == REAL:
-    added = heads.nothing_added(num_seeds, dim, e.dataset.num_classes)
+    added = heads.nothing_added(num_seeds, dim, experiment.dataset.num_classes)
   else:
-    added, strengths = load_added(e, space, name)
+    added, strengths = load_added(experiment, space, name)
   settings, of_losses = [], []
-  for loss in e.config.head.losses:
+  for loss in experiment.config.head.losses:
     choice = choices.get(Method.of(name, loss)) or _reference_choice(
       name, choices[Method.of(REAL, loss)]
     )
-    for run, seed in enumerate(e.seeds):
+    for run, seed in enumerate(experiment.seeds):
       settings.append(
-        head_setting(e.run, choice, name, loss, run=run, seed=seed, strengths=strengths)
+        head_setting(experiment.run, choice, name, loss, run=run, seed=seed, strengths=strengths)
       )
       of_losses.append(loss)
   data = heads.HeadData(
     exemplars=exemplars,
-    added=mesh_lib.replicate(e.mesh, of_one_size(e, added)),
+    added=mesh_lib.replicate(experiment.mesh, of_one_size(experiment, added)),
     start=space.runs.head,
     test_features=space.test,
     test_labels=mesh_lib.replicate(
-      e.mesh, np.broadcast_to(e.dataset.test_labels, space.test.shape[:2])
+      experiment.mesh, np.broadcast_to(experiment.dataset.test_labels, space.test.shape[:2])
     ),
   )
   return Trained(
-    stage=heads.make_stage(f"heads/{name}", e.config.head.training, data, settings, e.mesh),
-    run=dataclasses.replace(e.run, seeds=tuple(range(len(settings)))),
+    stage=heads.make_stage(
+      f"heads/{name}", experiment.config.head.training, data, settings, experiment.mesh
+    ),
+    run=dataclasses.replace(experiment.run, seeds=tuple(range(len(settings)))),
     data=data,
     settings=settings,
     losses=of_losses,
@@ -119,13 +125,13 @@ def head_setting(
   )
 
 
-def trained_losses(e: Experiment) -> tuple[str, ...]:
-  return tuple(dict.fromkeys(heads.trained_loss(loss) for loss in e.config.head.losses))
+def trained_losses(experiment: Experiment) -> tuple[str, ...]:
+  return tuple(dict.fromkeys(heads.trained_loss(loss) for loss in experiment.config.head.losses))
 
 
-def of_one_size(e: Experiment, added: heads.Added) -> heads.Added:
+def of_one_size(experiment: Experiment, added: heads.Added) -> heads.Added:
   """Padded to what generators make."""
-  made = generators.plan(e.dataset.train_counts, e.config.generators)
+  made = generators.plan(experiment.dataset.train_counts, experiment.config.generators)
   return heads.padded(added, int(made.sum()))
 
 
@@ -136,36 +142,36 @@ def _reference_choice(name: str, of_real: Choice) -> Choice:
   return of_real
 
 
-def _left_out_pool(e: Experiment, space: Space) -> heads.Added:
+def _left_out_pool(experiment: Experiment, space: Space) -> heads.Added:
   """Left-out features: as many per class as would be made, or all there are."""
-  wanted = generators.plan(e.dataset.train_counts, e.config.generators)
-  labels = e.dataset.left_out_labels
+  wanted = generators.plan(experiment.dataset.train_counts, experiment.config.generators)
+  labels = experiment.dataset.left_out_labels
   rows = [np.flatnonzero(labels == c)[:n] for c, n in enumerate(wanted)]
   numbers = np.array([len(own) for own in rows], np.int32)
   features = space.left_out[:, np.concatenate(rows)][:, None]
   return heads.Added(features, jnp.ones(features.shape[:3]), numbers)
 
 
-def _unseen_exemplars(e: Experiment, space: Space):
+def _unseen_exemplars(experiment: Experiment, space: Space):
   """Exemplars in which a class's features are left-out ones, as many as it has or there are."""
   features = np.array(mesh_lib.fetch(space.runs.exemplars.features))
-  for c, count in enumerate(e.dataset.train_counts):
-    unseen = np.flatnonzero(e.dataset.left_out_labels == c)[:count]
-    rows = np.flatnonzero(e.dataset.train_labels == c)[: len(unseen)]
+  for c, count in enumerate(experiment.dataset.train_counts):
+    unseen = np.flatnonzero(experiment.dataset.left_out_labels == c)[:count]
+    rows = np.flatnonzero(experiment.dataset.train_labels == c)[: len(unseen)]
     features[:, rows] = mesh_lib.fetch(space.left_out[:, unseen])
-  return space.runs.exemplars.replace(features=mesh_lib.replicate(e.mesh, features))
+  return space.runs.exemplars.replace(features=mesh_lib.replicate(experiment.mesh, features))
 
 
 _HEADS = "heads.npz"  # kernel, bias and prior, leading with losses and, varying fastest, seeds
 
 
-def final_heads(e: Experiment, choices: dict[str, Choice], name: str):
+def final_heads(experiment: Experiment, choices: dict[str, Choice], name: str):
   """Loss -> {"kernel" [S, D, C], "bias" [S, C]} on standardised features, adjusted if asked."""
-  arrays, found = read_arrays(e.workdir.folder("heads") / name / _HEADS), {}
-  num_seeds = len(e.seeds)
-  for number, loss in enumerate(e.config.head.losses):
+  arrays, found = read_arrays(experiment.workdir.folder("heads") / name / _HEADS), {}
+  num_seeds = len(experiment.seeds)
+  for number, loss in enumerate(experiment.config.head.losses):
     rows = slice(number * num_seeds, (number + 1) * num_seeds)
-    own = mesh_lib.replicate(e.mesh, {key: value[rows] for key, value in arrays.items()})
+    own = mesh_lib.replicate(experiment.mesh, {key: value[rows] for key, value in arrays.items()})
     prior = own.pop("prior")
     if loss == "logit_adjustment":
       choice = choices.get(Method.of(name, loss)) or choices[Method.of(REAL, loss)]

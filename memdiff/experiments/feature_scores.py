@@ -88,23 +88,32 @@ class Scored:
     return sum(len(group.classes) for group in self.groups)
 
 
-def classify(e: Experiment, space: Space, choices: Mapping[str, Choice]) -> Scored:
+def classify(experiment: Experiment, space: Space, choices: Mapping[str, Choice]) -> Scored:
   """Scores every method and reference on the test set."""
-  described, found = _own_heads(e, space, choices), {}
-  for name, logits in joint.load_logits(e).items():
-    method = Method.of(f"{JOINT}:{name}", e.config.joint.loss)
-    described[method] = describe_joint(e, name), logits.argmax(axis=-1)
-  for name in head_names(e):
-    for loss, head in final_heads(e, choices, name).items():
+  described, found = _own_heads(experiment, space, choices), {}
+  for name, logits in joint.load_logits(experiment).items():
+    method = Method.of(f"{JOINT}:{name}", experiment.config.joint.loss)
+    described[method] = describe_joint(experiment, name), logits.argmax(axis=-1)
+  for name in head_names(experiment):
+    for loss, head in final_heads(experiment, choices, name).items():
       method = Method.of(name, loss)
       logits = _logits(head, space.test)
-      words = describe(e, method, choices)
+      words = describe(experiment, method, choices)
       described[method] = words, np.asarray(logits.argmax(axis=-1))
       found[method] = head
-  labels, groups = e.dataset.test_labels, scores.make_groups(e.dataset.train_counts)
+  labels, groups = (
+    experiment.dataset.test_labels,
+    scores.make_groups(experiment.dataset.train_counts),
+  )
   rows = [
     scores.score_method(
-      method, description, predictions, labels, groups, e.seeds, e.dataset.num_classes
+      method,
+      description,
+      predictions,
+      labels,
+      groups,
+      experiment.seeds,
+      experiment.dataset.num_classes,
     )
     | {"reference": Method(method).generator in REFERENCES}
     for method, (description, predictions) in described.items()
@@ -114,7 +123,7 @@ def classify(e: Experiment, space: Space, choices: Mapping[str, Choice]) -> Scor
     predictions={method: predictions for method, (_, predictions) in described.items()},
     heads=found,
     labels=labels,
-    criterion=e.config.selection.criterion,
+    criterion=experiment.config.selection.criterion,
     groups=groups,
   )
 
@@ -123,14 +132,14 @@ _logits = jax.jit(jax.vmap(logits_of))
 
 
 def _own_heads(
-  e: Experiment, space: Space, choices: Mapping[str, Choice]
+  experiment: Experiment, space: Space, choices: Mapping[str, Choice]
 ) -> dict[str, tuple[str, np.ndarray]]:
   """method -> (words, predictions) of the heads that the encoders were trained with."""
-  tau, described = own_tau(e, choices), {}
+  tau, described = own_tau(experiment, choices), {}
   for loss, logits in space.own_logits.items():
-    name = _own_name(e, loss)
-    words = describe_own(e, loss)
-    adjusted = logits - tau * log_prior(e.dataset.train_counts)
+    name = _own_name(experiment, loss)
+    words = describe_own(experiment, loss)
+    adjusted = logits - tau * log_prior(experiment.dataset.train_counts)
     described[name] = words, logits.argmax(axis=-1)
     described[f"{name}+logit_adjustment"] = (
       f"{words}; logits adjusted by the class prior afterwards (tau {tau:g})",
@@ -139,16 +148,18 @@ def _own_heads(
   return described
 
 
-def _own_name(e: Experiment, loss: str) -> str:
-  return OWN if loss == e.config.classifier.loss else f"{OWN}:{loss}"
+def _own_name(experiment: Experiment, loss: str) -> str:
+  return OWN if loss == experiment.config.classifier.loss else f"{OWN}:{loss}"
 
 
-def plain_training(e: Experiment, space: Space) -> str:
+def plain_training(experiment: Experiment, space: Space) -> str:
   """The method that a user would have without memdiff: cross-entropy on the data as they are."""
   if space.own_logits:
-    loss = "cross_entropy" if "cross_entropy" in space.own_logits else e.config.classifier.loss
-    return _own_name(e, loss)
-  losses = e.config.head.losses
+    loss = (
+      "cross_entropy" if "cross_entropy" in space.own_logits else experiment.config.classifier.loss
+    )
+    return _own_name(experiment, loss)
+  losses = experiment.config.head.losses
   return Method.of(REAL, "cross_entropy" if "cross_entropy" in losses else losses[0])
 
 
@@ -162,17 +173,21 @@ def _known_scores(recommendation: Mapping | None) -> dict[str, float]:
   return {method: entry["score"] for method, entry in known.items()}
 
 
-def compared_methods(e: Experiment, recommendation: Mapping | None) -> tuple[str, str]:
+def compared_methods(experiment: Experiment, recommendation: Mapping | None) -> tuple[str, str]:
   """(the method that stands for memdiff, the real-only control that it is held against).
 
   Their losses are chosen by cross-validation, never by the test set.
   """
   scores = _known_scores(recommendation)
-  name = "memdiff" if "memdiff" in e.config.generators.names else e.config.generators.names[0]
-  method = best_of([Method.of(name, loss) for loss in e.config.head.losses], scores)
+  name = (
+    "memdiff"
+    if "memdiff" in experiment.config.generators.names
+    else experiment.config.generators.names[0]
+  )
+  method = best_of([Method.of(name, loss) for loss in experiment.config.head.losses], scores)
   controls = [m for m in scores if Method(m).generator in (REAL, OWN)]
   return method, best_of(
-    controls or [Method.of(REAL, loss) for loss in e.config.head.losses], scores
+    controls or [Method.of(REAL, loss) for loss in experiment.config.head.losses], scores
   )
 
 
@@ -202,11 +217,15 @@ def compare(scored: Scored, method: str, control: str) -> dict:
 
 
 def headline(
-  e: Experiment, scored: Scored, plain: str, comparison: Mapping, recommendation: Mapping | None
+  experiment: Experiment,
+  scored: Scored,
+  plain: str,
+  comparison: Mapping,
+  recommendation: Mapping | None,
 ) -> dict:
   """What a user asks first: what to use, what it is worth, and what synthetic features add."""
   scores = _known_scores(recommendation)
-  names, losses = e.config.generators.names, e.config.head.losses
+  names, losses = experiment.config.generators.names, experiment.config.head.losses
   synthetic = comparison["method"]
   if scores:
     synthetic = best_of([Method.of(name, loss) for name in names for loss in losses], scores)
@@ -241,9 +260,11 @@ def mark_shown(scored: Scored, first: Mapping, comparison: Mapping) -> None:
     row["shown"] = row["method"] in named
 
 
-def compare_joint(e: Experiment, scored: Scored) -> list[dict]:
+def compare_joint(experiment: Experiment, scored: Scored) -> list[dict]:
   """What each generator adds to joint training on real images alone; paired."""
-  control = Method.of(f"{JOINT}:{REAL}", getattr(getattr(e.config, "joint", None), "loss", ""))
+  control = Method.of(
+    f"{JOINT}:{REAL}", getattr(getattr(experiment.config, "joint", None), "loss", "")
+  )
   if control not in scored.predictions:
     return []
   return [

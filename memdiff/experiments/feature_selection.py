@@ -49,25 +49,40 @@ class Folds:
   own_logits: np.ndarray | None  # [R, B, C] of the folds' own heads, where they were trained so
 
 
-def make_folds(e: Experiment) -> Folds:
+def make_folds(experiment: Experiment) -> Folds:
   """Deals the training set, trains encoders where asked, and builds the runs."""
-  config, labels, num_classes = e.config.selection, e.dataset.train_labels, e.dataset.num_classes
+  config, labels, num_classes = (
+    experiment.config.selection,
+    experiment.dataset.train_labels,
+    experiment.dataset.num_classes,
+  )
   train, held_out = cross_validation.fold_rows(labels, config)
   run = dataclasses.replace(
-    e.run, seeds=tuple(range(config.num_runs)), streams="folds/", tensorboard=_fold_writer(e)
+    experiment.run,
+    seeds=tuple(range(config.num_runs)),
+    streams="folds/",
+    tensorboard=_fold_writer(experiment),
   )
   if config.encoder == "retrained":
-    features, head = _encode_folds(e, run, train)
+    features, head = _encode_folds(experiment, run, train)
   else:
-    arrays, head = load_features(e), None
+    arrays, head = load_features(experiment), None
     features = arrays["train"][:1]
     if "kernel" in arrays:
       head = {n: np.repeat(arrays[n][:1], config.num_runs, axis=0) for n in ("kernel", "bias")}
   run_labels = np.where(train >= 0, labels[np.maximum(train, 0)], num_classes)
   bank = feature_space.fill_bank(
-    features, run_labels, num_classes, run.keys("memory_bank"), e.config.memory_bank, e.mesh, train
+    features,
+    run_labels,
+    num_classes,
+    run.keys("memory_bank"),
+    experiment.config.memory_bank,
+    experiment.mesh,
+    train,
   )
-  runs = feature_space.make_runs(features, run_labels, bank, head, num_classes, e.mesh, train)
+  runs = feature_space.make_runs(
+    features, run_labels, bank, head, num_classes, experiment.mesh, train
+  )
   own_logits = None
   if config.encoder == "retrained" and head is not None:
     held_features = np.stack(
@@ -79,54 +94,59 @@ def make_folds(e: Experiment) -> Folds:
     run=run,
     counts=mesh_lib.fetch(runs.exemplars.by_class.counts),
     held_out=held_out,
-    features=feature_space.standardize(runs.standardizer, features, e.mesh, held_out),
+    features=feature_space.standardize(runs.standardizer, features, experiment.mesh, held_out),
     judged=cross_validation.judged_examples(held_out, labels, config.criterion, num_classes),
     own_logits=own_logits,
   )
 
 
-def _fold_writer(e: Experiment) -> TensorBoard:
+def _fold_writer(experiment: Experiment) -> TensorBoard:
   """Curves of folds are no results; TensorBoard gets them only if it is asked to show them."""
-  if e.config.execution.show_folds:
-    return e.run.tensorboard
-  return TensorBoard(e.workdir.path / "tensorboard", enabled=False)
+  if experiment.config.execution.show_folds:
+    return experiment.run.tensorboard
+  return TensorBoard(experiment.workdir.path / "tensorboard", enabled=False)
 
 
-def _fold_encoders(e: Experiment, train: np.ndarray) -> loop.Stage:
+def _fold_encoders(experiment: Experiment, train: np.ndarray) -> loop.Stage:
   """Trains an encoder for every fold, on its part of the training images."""
   rows = train[:, : (train >= 0).sum(axis=1).max()]
   return dataclasses.replace(
-    classifier_stage(e, e.config.classifier.loss, rows), name="selection/encoder"
+    classifier_stage(experiment, experiment.config.classifier.loss, rows), name="selection/encoder"
   )
 
 
-def compile_folds(e: Experiment) -> None:
+def compile_folds(experiment: Experiment) -> None:
   """Compiles the training of encoders of folds."""
-  config = e.config.selection
+  config = experiment.config.selection
   if config.folds and config.encoder == "retrained":
-    train, _ = cross_validation.fold_rows(e.dataset.train_labels, config)
-    run = dataclasses.replace(e.run, seeds=tuple(range(config.num_runs)))
-    programs.compile_ahead(_fold_encoders(e, train), run)
+    train, _ = cross_validation.fold_rows(experiment.dataset.train_labels, config)
+    run = dataclasses.replace(experiment.run, seeds=tuple(range(config.num_runs)))
+    programs.compile_ahead(_fold_encoders(experiment, train), run)
 
 
-def _encode_folds(e: Experiment, run: loop.Run, train: np.ndarray):
+def _encode_folds(experiment: Experiment, run: loop.Run, train: np.ndarray):
   """Features [R, N, D] of all training images by encoders that saw their fold's part, and heads."""
-  loss, stage = e.config.classifier.loss, _fold_encoders(e, train)
-  folder = e.workdir.folder("selection") / "encoder"
+  loss, stage = experiment.config.classifier.loss, _fold_encoders(experiment, train)
+  folder = experiment.workdir.folder("selection") / "encoder"
   state = loop.train(stage, run, folder)
-  _, features = forward_images(e, loss, state, e.dataset.train_images, stage.own["statistics"])
-  head = mesh_lib.fetch(state.params["head"]) if has_own_head(e.config) else None
+  _, features = forward_images(
+    experiment, loss, state, experiment.dataset.train_images, stage.own["statistics"]
+  )
+  head = mesh_lib.fetch(state.params["head"]) if has_own_head(experiment.config) else None
   return features, head
 
 
-def select(e: Experiment) -> dict:
+def select(experiment: Experiment) -> dict:
   """Chooses every method's setting and recommends one, by cross-validation on training data."""
-  folder = e.workdir.folder("selection")
-  if e.config.selection.folds == 0:
-    choices = {m: dataclasses.asdict(candidates(e, m.generator, m.loss)[0]) for m in methods(e)}
+  folder = experiment.workdir.folder("selection")
+  if experiment.config.selection.folds == 0:
+    choices = {
+      m: dataclasses.asdict(candidates(experiment, m.generator, m.loss)[0])
+      for m in methods(experiment)
+    }
     write_json(folder / "choices.json", {"choices": choices, "recommendation": None})
     return {}
-  folds, fitted, choices, numbers = make_folds(e), {}, {}, {}
+  folds, fitted, choices, numbers = make_folds(experiment), {}, {}, {}
 
   def take(method, settings, predictions):
     """Chooses among settings [J] by their predictions [J, E]."""
@@ -134,11 +154,11 @@ def select(e: Experiment) -> dict:
     fitted[method] = cross_validation.cross_fitted(predictions, folds.judged)
     numbers[method] = len(settings)
 
-  for name in (REAL, *e.config.generators.names):
-    for loss, predictions in _predict_with(e, folds, name).items():
-      take(Method.of(name, loss), candidates(e, name, loss), predictions)
+  for name in (REAL, *experiment.config.generators.names):
+    for loss, predictions in _predict_with(experiment, folds, name).items():
+      take(Method.of(name, loss), candidates(experiment, name, loss), predictions)
   if folds.own_logits is not None:
-    for method, (settings, predictions) in _predict_with_own_heads(e, folds).items():
+    for method, (settings, predictions) in _predict_with_own_heads(experiment, folds).items():
       take(method, settings, predictions)
   controls = [m for m in fitted if Method(m).generator in (REAL, OWN)]
   recommendation = cross_validation.recommend(fitted, folds.judged, controls)
@@ -148,7 +168,7 @@ def select(e: Experiment) -> dict:
     folder / "choices.json",
     {
       "choices": {method: dataclasses.asdict(choice) for method, choice in choices.items()},
-      "recommendation": recommendation | {"basis": _basis(e)},
+      "recommendation": recommendation | {"basis": _basis(experiment)},
     },
   )
   judged = {name: getattr(folds.judged, name) for name in ("label", "example", "run")}
@@ -156,8 +176,8 @@ def select(e: Experiment) -> dict:
   return {"method": recommendation["method"], "expected_gain": recommendation["expected_gain"]}
 
 
-def _basis(e: Experiment) -> dict[str, Any]:
-  config = e.config.selection
+def _basis(experiment: Experiment) -> dict[str, Any]:
+  config = experiment.config.selection
   return {"folds": config.folds, "repeats": config.repeats, "encoder": config.encoder}
 
 
@@ -166,25 +186,30 @@ def _judged_rows(predictions: np.ndarray, folds: Folds) -> np.ndarray:
   return predictions[..., folds.held_out >= 0]
 
 
-def _predict_with(e: Experiment, folds: Folds, name: str) -> dict[str, np.ndarray]:
+def _predict_with(experiment: Experiment, folds: Folds, name: str) -> dict[str, np.ndarray]:
   """Predictions of every setting for held-out examples, by loss. [J, E]."""
-  settings = candidates(e, name, "cross_entropy")
+  settings = candidates(experiment, name, "cross_entropy")
   if name != REAL:
-    folder, synthesis = e.workdir.folder("selection") / name, synthesis_settings(e)
+    folder, synthesis = (
+      experiment.workdir.folder("selection") / name,
+      synthesis_settings(experiment),
+    )
     generators.train(name, synthesis, folds.runs, folds.run, folder, f"selection/{name}")
-  parts = _strengths_at_a_time(e, folds, name, sorted({choice.strength for choice in settings}))
+  parts = _strengths_at_a_time(
+    experiment, folds, name, sorted({choice.strength for choice in settings})
+  )
   found: list[Any] = [None] * len(settings)
   for number, strengths in enumerate(parts):
     of_part = [j for j, choice in enumerate(settings) if choice.strength in strengths]
     label = name if len(parts) == 1 else f"{name}/{number}"
-    predictions = _predict_at(e, folds, name, label, [settings[j] for j in of_part])
+    predictions = _predict_at(experiment, folds, name, label, [settings[j] for j in of_part])
     for j, own in zip(of_part, np.moveaxis(predictions, 2, 0), strict=True):
       found[j] = own
     if len(parts) > 1:
       release_memory()
-  predictions, trained = _judged_rows(np.stack(found, axis=2), folds), trained_losses(e)
+  predictions, trained = _judged_rows(np.stack(found, axis=2), folds), trained_losses(experiment)
   by_loss = {}
-  for loss in e.config.head.losses:
+  for loss in experiment.config.head.losses:
     of_loss = predictions[:, trained.index(heads.trained_loss(loss))]
     of_loss = of_loss[1:] if loss == "logit_adjustment" else of_loss[:1]
     by_loss[loss] = of_loss.reshape(-1, of_loss.shape[-1])
@@ -195,19 +220,19 @@ _AT_ONCE = 2**28  # bytes of synthetic features that heads are trained on at onc
 
 
 def _strengths_at_a_time(
-  e: Experiment, folds: Folds, name: str, strengths: list[float]
+  experiment: Experiment, folds: Folds, name: str, strengths: list[float]
 ) -> list[list[float]]:
   """The strengths, in parts whose features together take little memory."""
   made = 0
   if name != REAL:
-    made = int(synthesis_settings(e).numbers(name, e.dataset.train_counts).sum())
+    made = int(synthesis_settings(experiment).numbers(name, experiment.dataset.train_counts).sum())
   size = len(folds.run.seeds) * made * folds.features.shape[-1] * 4
   step = max(_AT_ONCE // max(size, 1), 1)
   return [strengths[start : start + step] for start in range(0, len(strengths), step)]
 
 
 def _predict_at(
-  e: Experiment,
+  experiment: Experiment,
   folds: Folds,
   name: str,
   label: str,
@@ -216,25 +241,25 @@ def _predict_at(
   """Predictions of some settings for held-out rows. [1 + T taus, trained losses, J, R, B].
 
   Args:
-    e: the experiment.
+    experiment: the experiment.
     folds: the runs.
     name: of the generator, whose denoiser has been trained.
     label: names the stage.
     settings: J of them.
   """
-  folder, num_runs = e.workdir.folder("selection"), len(folds.run.seeds)
+  folder, num_runs = experiment.workdir.folder("selection"), len(folds.run.seeds)
   strengths = sorted({choice.strength for choice in settings})
   if name == REAL:
-    added = heads.nothing_added(num_runs, folds.features.shape[-1], e.dataset.num_classes)
+    added = heads.nothing_added(num_runs, folds.features.shape[-1], experiment.dataset.num_classes)
   else:
-    synthesis = synthesis_settings(e)
-    made = synthesis.numbers(name, e.dataset.train_counts)
+    synthesis = synthesis_settings(experiment)
+    made = synthesis.numbers(name, experiment.dataset.train_counts)
     features = generators.make(
       name, synthesis, folds.runs, folds.run, folder / name, made, strengths
     )
     added = heads.Added(features.features, features.confidence, made)
-  share = folds.counts.sum(axis=1) / len(e.dataset.train_labels)
-  trained = trained_losses(e)
+  share = folds.counts.sum(axis=1) / len(experiment.dataset.train_labels)
+  trained = trained_losses(experiment)
   every = [
     head_setting(
       folds.run, c, name, loss, run=r, seed=r, strengths=strengths, share=float(share[r])
@@ -246,15 +271,17 @@ def _predict_at(
   nothing = np.zeros((num_runs, 0), np.int32)
   data = heads.HeadData(
     exemplars=folds.runs.exemplars,
-    added=mesh_lib.replicate(e.mesh, of_one_size(e, added)),
+    added=mesh_lib.replicate(experiment.mesh, of_one_size(experiment, added)),
     start=folds.runs.head,
     test_features=folds.features[:, :0],
-    test_labels=mesh_lib.replicate(e.mesh, nothing),
+    test_labels=mesh_lib.replicate(experiment.mesh, nothing),
   )
-  stage = heads.make_stage(f"selection/heads/{label}", e.config.head.training, data, every, e.mesh)
+  stage = heads.make_stage(
+    f"selection/heads/{label}", experiment.config.head.training, data, every, experiment.mesh
+  )
   run = dataclasses.replace(folds.run, seeds=tuple(range(len(every))))
   state = loop.train(stage, run, folder / "heads" / label)
-  taus = np.array([0.0, *e.config.head.taus], np.float32)
+  taus = np.array([0.0, *experiment.config.head.taus], np.float32)
   predictions = mesh_lib.fetch(
     heads.predict(state.params, stage.own["mixture"].prior, taus, stage.own["run"], folds.features)
   )
@@ -262,7 +289,7 @@ def _predict_at(
 
 
 def _predict_with_own_heads(
-  e: Experiment, folds: Folds
+  experiment: Experiment, folds: Folds
 ) -> dict[str, tuple[list[Choice], np.ndarray]]:
   """method -> (settings [J], predictions [J, E]) of the folds' own heads, adjusted or not.
 
@@ -271,12 +298,12 @@ def _predict_with_own_heads(
   plain = folds.own_logits.argmax(axis=-1)
   prior = np.stack([log_prior(counts) for counts in folds.counts])[:, None]
   adjusted = np.stack(
-    [(folds.own_logits - tau * prior).argmax(axis=-1) for tau in e.config.head.taus]
+    [(folds.own_logits - tau * prior).argmax(axis=-1) for tau in experiment.config.head.taus]
   )
   return {
     OWN: ([Choice()], _judged_rows(plain[None], folds)),
     f"{OWN}+logit_adjustment": (
-      [Choice(tau=tau) for tau in e.config.head.taus],
+      [Choice(tau=tau) for tau in experiment.config.head.taus],
       _judged_rows(adjusted, folds),
     ),
   }

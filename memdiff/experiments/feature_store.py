@@ -19,16 +19,18 @@ from memdiff.runtime.progress import Progress
 from memdiff.runtime.workdir import read_arrays, write_arrays
 
 
-def fill_memory_bank(e: Experiment, arrays: dict[str, np.ndarray]) -> dict:
-  folder = e.workdir.folder("memory_bank")
-  say_constant_columns(e.run.progress, arrays["train"][0])
+def fill_memory_bank(experiment: Experiment, arrays: dict[str, np.ndarray]) -> dict:
+  folder = experiment.workdir.folder("memory_bank")
+  say_constant_columns(experiment.run.progress, arrays["train"][0])
   bank = feature_space.fill_bank(
     arrays["train"],
-    np.broadcast_to(e.dataset.train_labels, (len(e.seeds), len(e.dataset.train_labels))),
-    e.dataset.num_classes,
-    e.run.keys("memory_bank"),
-    e.config.memory_bank,
-    e.mesh,
+    np.broadcast_to(
+      experiment.dataset.train_labels, (len(experiment.seeds), len(experiment.dataset.train_labels))
+    ),
+    experiment.dataset.num_classes,
+    experiment.run.keys("memory_bank"),
+    experiment.config.memory_bank,
+    experiment.mesh,
   )
   checkpointer = Checkpointer(folder / "bank", keep=1)
   checkpointer.save(0, bank)
@@ -48,28 +50,30 @@ def say_constant_columns(progress: Progress, features: np.ndarray) -> None:
     )
 
 
-def load_features(e: Experiment) -> dict[str, np.ndarray]:
+def load_features(experiment: Experiment) -> dict[str, np.ndarray]:
   """features.npz: train, left_out, test [1 or S, n, D], and what the encoder's own head says."""
-  return read_arrays(e.workdir.folder("memory_bank") / "features.npz")
+  return read_arrays(experiment.workdir.folder("memory_bank") / "features.npz")
 
 
-def load_bank(e: Experiment, feature_dim: int) -> memory_bank.MemoryBank:
+def load_bank(experiment: Experiment, feature_dim: int) -> memory_bank.MemoryBank:
   """The filled bank, in the encoder's units, with a leading axis of seeds."""
-  config = e.config.memory_bank
+  config = experiment.config.memory_bank
   shapes = jax.eval_shape(
-    jax.vmap(lambda _: memory_bank.create(e.dataset.num_classes, config.num_slots, feature_dim)),
-    jax.ShapeDtypeStruct((len(e.seeds),), np.int32),
+    jax.vmap(
+      lambda _: memory_bank.create(experiment.dataset.num_classes, config.num_slots, feature_dim)
+    ),
+    jax.ShapeDtypeStruct((len(experiment.seeds),), np.int32),
   )
-  sharding = feature_space.bank_sharding(e.dataset.num_classes, e.mesh)
-  checkpointer = Checkpointer(e.workdir.folder("memory_bank") / "bank", keep=1)
+  sharding = feature_space.bank_sharding(experiment.dataset.num_classes, experiment.mesh)
+  checkpointer = Checkpointer(experiment.workdir.folder("memory_bank") / "bank", keep=1)
   try:
     restored = checkpointer.restore(abstract(shapes, jax.tree.map(lambda _: sharding, shapes)))
   finally:
     checkpointer.close()
   if restored is None:
     raise WorkdirError(
-      f"{e.workdir.folder('memory_bank')} holds no bank; remove that folder and run the same"
-      " command again."
+      f"{experiment.workdir.folder('memory_bank')} holds no bank; remove that folder and run the"
+      " same command again."
     )
   return restored[1]
 
@@ -84,39 +88,39 @@ class Space:
   own_logits: dict[str, np.ndarray]  # loss -> [S, T, C], of the encoders' own heads
 
 
-def load_space(e: Experiment) -> Space:
-  arrays, labels = load_features(e), e.dataset.train_labels
+def load_space(experiment: Experiment) -> Space:
+  arrays, labels = load_features(experiment), experiment.dataset.train_labels
   head = None
   if "kernel" in arrays:
-    head = {name: _for_seeds(e, arrays[name]) for name in ("kernel", "bias")}
+    head = {name: _for_seeds(experiment, arrays[name]) for name in ("kernel", "bias")}
   runs = feature_space.make_runs(
     arrays["train"],
-    np.broadcast_to(labels, (len(e.seeds), len(labels))),
-    load_bank(e, arrays["train"].shape[-1]),
+    np.broadcast_to(labels, (len(experiment.seeds), len(labels))),
+    load_bank(experiment, arrays["train"].shape[-1]),
     head,
-    e.dataset.num_classes,
-    e.mesh,
+    experiment.dataset.num_classes,
+    experiment.mesh,
   )
   return Space(
     runs=runs,
-    left_out=feature_space.standardize(runs.standardizer, arrays["left_out"], e.mesh),
-    test=feature_space.standardize(runs.standardizer, arrays["test"], e.mesh),
+    left_out=feature_space.standardize(runs.standardizer, arrays["left_out"], experiment.mesh),
+    test=feature_space.standardize(runs.standardizer, arrays["test"], experiment.mesh),
     own_logits={
-      name.removeprefix("logits_"): _for_seeds(e, value)
+      name.removeprefix("logits_"): _for_seeds(experiment, value)
       for name, value in arrays.items()
       if name.startswith("logits_")
     },
   )
 
 
-def _for_seeds(e: Experiment, array: np.ndarray) -> np.ndarray:
+def _for_seeds(experiment: Experiment, array: np.ndarray) -> np.ndarray:
   """Arrays of one encoder that serves all seeds, once per seed."""
-  return np.broadcast_to(array, (len(e.seeds), *array.shape[1:]))
+  return np.broadcast_to(array, (len(experiment.seeds), *array.shape[1:]))
 
 
-def load_selection(e: Experiment) -> tuple[dict[str, Choice], dict | None]:
+def load_selection(experiment: Experiment) -> tuple[dict[str, Choice], dict | None]:
   """(method -> choice, recommendation or None)."""
-  path = e.workdir.folder("selection") / "choices.json"
+  path = experiment.workdir.folder("selection") / "choices.json"
   try:
     saved = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
@@ -128,20 +132,22 @@ def load_selection(e: Experiment) -> tuple[dict[str, Choice], dict | None]:
 
 
 def load_synthetic(
-  e: Experiment, name: str, parts: Collection[str] | None = None
+  experiment: Experiment, name: str, parts: Collection[str] | None = None
 ) -> dict[str, np.ndarray]:
   """What `hallucinate` wrote of a generator, in the encoder's units; all of it, or some arrays.
 
   features [S, K, M, D], labels [M], confidence [S, K, M], number [M], nearest_index and
   nearest_distance [S, K, M], numbers [C], strengths [K], seeds [S].
   """
-  return read_arrays(e.workdir.folder("hallucination") / f"{name}.npz", parts)
+  return read_arrays(experiment.workdir.folder("hallucination") / f"{name}.npz", parts)
 
 
-def load_added(e: Experiment, space: Space, name: str) -> tuple[heads.Added, list[float]]:
+def load_added(experiment: Experiment, space: Space, name: str) -> tuple[heads.Added, list[float]]:
   """What a generator made, standardised, and its strengths."""
-  arrays = load_synthetic(e, name, ("features", "confidence", "numbers", "strengths"))
-  features, confidence = mesh_lib.replicate(e.mesh, (arrays.pop("features"), arrays["confidence"]))
+  arrays = load_synthetic(experiment, name, ("features", "confidence", "numbers", "strengths"))
+  features, confidence = mesh_lib.replicate(
+    experiment.mesh, (arrays.pop("features"), arrays["confidence"])
+  )
   forward = jax.jit(jax.vmap(lambda s, x: jax.lax.map(s.forward, x)))
   added = heads.Added(forward(space.runs.standardizer, features), confidence, arrays["numbers"])
   return added, arrays["strengths"].tolist()

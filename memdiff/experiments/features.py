@@ -62,91 +62,102 @@ from memdiff.synthesis import confidence as confidence_lib
 from memdiff.synthesis import generators
 
 
-def train_classifier(e: Experiment) -> dict:
+def train_classifier(experiment: Experiment) -> dict:
   summary = {}
-  for loss in encoder_training.trained_losses(e.config.classifier):
-    folder = e.workdir.folder("classifier") / loss
-    loop.train(classifier_stage(e, loss), e.run, folder)
+  for loss in encoder_training.trained_losses(experiment.config.classifier):
+    folder = experiment.workdir.folder("classifier") / loss
+    loop.train(classifier_stage(experiment, loss), experiment.run, folder)
     summary[loss] = last_metrics(folder)
   return summary
 
 
-def encode_memory_bank(e: Experiment) -> dict:
+def encode_memory_bank(experiment: Experiment) -> dict:
   """Encodes every image with the frozen encoders and fills the bank."""
-  arrays, data = {}, e.dataset
+  arrays, data = {}, experiment.dataset
   for loss in reversed(
-    encoder_training.trained_losses(e.config.classifier)
+    encoder_training.trained_losses(experiment.config.classifier)
   ):  # the first comes last
-    state = load_classifier(e, loss)
-    if e.config.classifier.num_steps(len(data.train_labels)) == 0:  # alike for all seeds
+    state = load_classifier(experiment, loss)
+    if experiment.config.classifier.num_steps(len(data.train_labels)) == 0:  # alike for all seeds
       state = jax.tree.map(lambda x: x[:1], state)
-    logits, arrays["test"] = forward_images(e, loss, state, data.test_images)
-    if has_own_head(e.config):
+    logits, arrays["test"] = forward_images(experiment, loss, state, data.test_images)
+    if has_own_head(experiment.config):
       arrays |= {f"logits_{loss}": logits} | mesh_lib.fetch(state.params["head"])
-  _, arrays["train"] = forward_images(e, loss, state, data.train_images)
-  _, arrays["left_out"] = forward_images(e, loss, state, data.left_out_images)
-  return fill_memory_bank(e, arrays)
+  _, arrays["train"] = forward_images(experiment, loss, state, data.train_images)
+  _, arrays["left_out"] = forward_images(experiment, loss, state, data.left_out_images)
+  return fill_memory_bank(experiment, arrays)
 
 
-def read_memory_bank(e: Experiment) -> dict:
+def read_memory_bank(experiment: Experiment) -> dict:
   """Takes embeddings as features and fills the bank."""
   parts = ("train", "left_out", "test")
-  return fill_memory_bank(e, {n: getattr(e.dataset, f"{n}_features")[None] for n in parts})
-
-
-def compile_denoisers(e: Experiment) -> None:
-  """Compiles the trainings of denoisers on zeros; seeds and folds share them."""
-  labels = np.broadcast_to(e.dataset.train_labels, (len(e.seeds), len(e.dataset.train_labels)))
-  if isinstance(e.config, MemdiffConfig):
-    dim = e.config.encoder.feature_dim
-  else:
-    dim = e.dataset.train_features.shape[1]
-  nothing = np.zeros((len(e.seeds), labels.shape[1], dim), np.float32)
-  classes = e.dataset.num_classes
-  bank = feature_space.fill_bank(
-    nothing, labels, classes, e.run.keys("memory_bank"), e.config.memory_bank, e.mesh
+  return fill_memory_bank(
+    experiment, {n: getattr(experiment.dataset, f"{n}_features")[None] for n in parts}
   )
-  runs = feature_space.make_runs(nothing, labels, bank, None, classes, e.mesh)
-  for name in e.config.generators.names:
-    generator = synthesis_settings(e).generator(name)
+
+
+def compile_denoisers(experiment: Experiment) -> None:
+  """Compiles the trainings of denoisers on zeros; seeds and folds share them."""
+  labels = np.broadcast_to(
+    experiment.dataset.train_labels, (len(experiment.seeds), len(experiment.dataset.train_labels))
+  )
+  if isinstance(experiment.config, MemdiffConfig):
+    dim = experiment.config.encoder.feature_dim
+  else:
+    dim = experiment.dataset.train_features.shape[1]
+  nothing = np.zeros((len(experiment.seeds), labels.shape[1], dim), np.float32)
+  classes = experiment.dataset.num_classes
+  bank = feature_space.fill_bank(
+    nothing,
+    labels,
+    classes,
+    experiment.run.keys("memory_bank"),
+    experiment.config.memory_bank,
+    experiment.mesh,
+  )
+  runs = feature_space.make_runs(nothing, labels, bank, None, classes, experiment.mesh)
+  for name in experiment.config.generators.names:
+    generator = synthesis_settings(experiment).generator(name)
     if generator.trains:
-      programs.compile_ahead(generator.stage(runs, e.mesh), e.run)
+      programs.compile_ahead(generator.stage(runs, experiment.mesh), experiment.run)
 
 
-def train_denoisers(e: Experiment) -> dict:
-  space, summary, clock = load_space(e), {}, CompileClock()
-  for name in e.config.generators.names:
-    folder = e.workdir.folder("diffusion") / name
+def train_denoisers(experiment: Experiment) -> dict:
+  space, summary, clock = load_space(experiment), {}, CompileClock()
+  for name in experiment.config.generators.names:
+    folder = experiment.workdir.folder("diffusion") / name
     spent = clock.start()
-    generators.train(name, synthesis_settings(e), space.runs, e.run, folder, f"diffusion/{name}")
+    generators.train(
+      name, synthesis_settings(experiment), space.runs, experiment.run, folder, f"diffusion/{name}"
+    )
     if folder.exists():
       summary[name] = last_metrics(folder) | {"seconds": spent()}
   return summary
 
 
-def hallucinate(e: Experiment) -> dict:
+def hallucinate(experiment: Experiment) -> dict:
   """Every generator's features, at the strengths that were chosen."""
-  space, (choices, _) = load_space(e), load_selection(e)
+  space, (choices, _) = load_space(experiment), load_selection(experiment)
   clock = CompileClock()
   return {
-    name: _hallucinate_with(e, space.runs, name, chosen_strengths(choices, name), clock)
-    for name in e.config.generators.names
+    name: _hallucinate_with(experiment, space.runs, name, chosen_strengths(choices, name), clock)
+    for name in experiment.config.generators.names
   }
 
 
 def _hallucinate_with(
-  e: Experiment, runs: FeatureRuns, name: str, strengths: list[float], clock: CompileClock
+  experiment: Experiment, runs: FeatureRuns, name: str, strengths: list[float], clock: CompileClock
 ) -> dict:
   """Writes the features of one generator, which are then no longer in memory."""
-  settings = synthesis_settings(e)
-  made = settings.numbers(name, e.dataset.train_counts)
-  folder = e.workdir.folder("diffusion") / name
+  settings = synthesis_settings(experiment)
+  made = settings.numbers(name, experiment.dataset.train_counts)
+  folder = experiment.workdir.folder("diffusion") / name
   spent = clock.start()
-  features = generators.make(name, settings, runs, e.run, folder, made, strengths)
+  features = generators.make(name, settings, runs, experiment.run, folder, made, strengths)
   arrays = {name: vars(features)[name] for name in ("labels", "confidence", "number")}
   arrays |= _provenance(runs, features)
-  arrays |= {"numbers": made, "strengths": np.array(strengths), "seeds": np.array(e.seeds)}
-  write_arrays(e.workdir.folder("hallucination") / f"{name}.npz", arrays)
+  arrays |= {"numbers": made, "strengths": np.array(strengths), "seeds": np.array(experiment.seeds)}
+  write_arrays(experiment.workdir.folder("hallucination") / f"{name}.npz", arrays)
   return {"features": features.confidence.size, "seconds": spent()}
 
 
@@ -165,8 +176,8 @@ def _provenance(
   return {"features": raw, "nearest_index": index, "nearest_distance": distance}
 
 
-def train_jointly(e: Experiment) -> dict:
-  return joint.train_all(e, synthesis_settings(e))
+def train_jointly(experiment: Experiment) -> dict:
+  return joint.train_all(experiment, synthesis_settings(experiment))
 
 
 _SHARED_PHASES = (

@@ -112,7 +112,7 @@ def weighted_rows(
 
 
 def make_stage(
-  e: Experiment,
+  experiment: Experiment,
   config: JointConfig,
   head: HeadConfig,
   name: str,
@@ -124,14 +124,14 @@ def make_stage(
   """Trains from step `first` to `last` of the whole training.
 
   Args:
-    e: the experiment; its classifier's batches, augmentation and optimiser are used.
+    experiment: the experiment; its classifier's batches, augmentation and optimiser are used.
     config, head: see there.
     name: of the stage.
     first, last: steps.
     start: the state at `first`, seeds leading; None: a new one.
     pool: synthetic features, seeds leading; None: none.
   """
-  program = _Program(e, config, head)
+  program = _Program(experiment, config, head)
   return loop.Stage(
     name=name,
     num_steps=last - first,
@@ -139,9 +139,11 @@ def make_stage(
     batch=lambda state, shared, _: program.draw(state, shared),
     step=program.step,
     evaluate=program.evaluate,
-    shared=encoder.device_data(e.config.encoder.input, e.dataset, e.mesh),
+    shared=encoder.device_data(
+      experiment.config.encoder.input, experiment.dataset, experiment.mesh
+    ),
     own={"start": start, "pool": pool},
-    batch_size=e.config.classifier.batch_size,
+    batch_size=experiment.config.classifier.batch_size,
     result=(),  # the state goes from round to round
   )
 
@@ -149,15 +151,20 @@ def make_stage(
 class _Program:
   """The functions of a stage."""
 
-  def __init__(self, e: Experiment, config: JointConfig, head: HeadConfig):
-    self._config, self._head, self._dataset, self._mesh = config, head, e.dataset, e.mesh
-    self._classifier, self._encoder = e.config.classifier, e.config.encoder
-    self._bank = e.config.memory_bank
-    self._num_examples = len(e.dataset.train_labels)
+  def __init__(self, experiment: Experiment, config: JointConfig, head: HeadConfig):
+    self._config, self._head, self._dataset, self._mesh = (
+      config,
+      head,
+      experiment.dataset,
+      experiment.mesh,
+    )
+    self._classifier, self._encoder = experiment.config.classifier, experiment.config.encoder
+    self._bank = experiment.config.memory_bank
+    self._num_examples = len(experiment.dataset.train_labels)
     self._num_steps = self._classifier.num_steps(self._num_examples)
-    self._model = encoder.make_model(self._encoder, config.loss, e.dataset.num_classes)
+    self._model = encoder.make_model(self._encoder, config.loss, experiment.dataset.num_classes)
     self._optimizer = train_state.make_optimizer(self._classifier.optimizer, self._num_steps)
-    self._real_counts = jnp.asarray(e.dataset.train_counts, jnp.float32)
+    self._real_counts = jnp.asarray(experiment.dataset.train_counts, jnp.float32)
 
   def init(self, key: jax.Array, own: Any) -> TrainState:
     if own["start"] is not None:
@@ -257,20 +264,31 @@ def round_limits(config: JointConfig, num_steps: int) -> list[int]:
 
 
 def make_pool(
-  e: Experiment, settings: SynthesisSettings, generator: str, state: Any, folder: pathlib.Path
+  experiment: Experiment,
+  settings: SynthesisSettings,
+  generator: str,
+  state: Any,
+  folder: pathlib.Path,
 ) -> Pool:
   """Synthetic features of the encoders as they are now, seeds leading; trains what it takes."""
-  run = dataclasses.replace(e.run, streams=f"{folder.name}/")  # every refresh draws anew
-  loss, labels = e.config.joint.loss, e.dataset.train_labels
-  _, features = forward_images(e, loss, state, e.dataset.train_images)
+  run = dataclasses.replace(experiment.run, streams=f"{folder.name}/")  # every refresh draws anew
+  loss, labels = experiment.config.joint.loss, experiment.dataset.train_labels
+  _, features = forward_images(experiment, loss, state, experiment.dataset.train_images)
   labels = np.broadcast_to(labels, features.shape[:2])
   bank = feature_space.fill_bank(
-    features, labels, e.dataset.num_classes, run.keys("memory_bank"), e.config.memory_bank, e.mesh
+    features,
+    labels,
+    experiment.dataset.num_classes,
+    run.keys("memory_bank"),
+    experiment.config.memory_bank,
+    experiment.mesh,
   )
   head = mesh_lib.fetch(state.params["head"])
-  runs = feature_space.make_runs(features, labels, bank, head, e.dataset.num_classes, e.mesh)
+  runs = feature_space.make_runs(
+    features, labels, bank, head, experiment.dataset.num_classes, experiment.mesh
+  )
   generators.train(generator, settings, runs, run, folder, f"{folder.parent.name}/{folder.name}")
-  numbers = settings.numbers(generator, e.dataset.train_counts)
+  numbers = settings.numbers(generator, experiment.dataset.train_counts)
   strength = settings.generator(generator).strengths[0]
   made = generators.make(generator, settings, runs, run, folder, numbers, [strength])
   backward = jax.jit(jax.vmap(lambda s, x: s.backward(x)))
@@ -278,20 +296,26 @@ def make_pool(
   return Pool(
     features=backward(runs.standardizer, made.features[:, 0]),
     confidence=made.confidence[:, 0],
-    labels=mesh_lib.replicate(e.mesh, own_labels),
-    prototype=jnp.copy(state.bank.prototype[:, : e.dataset.num_classes]),  # the state is donated
+    labels=mesh_lib.replicate(experiment.mesh, own_labels),
+    prototype=jnp.copy(
+      state.bank.prototype[:, : experiment.dataset.num_classes]
+    ),  # the state is donated
   )
 
 
-def train(e: Experiment, settings: SynthesisSettings, generator: str) -> tuple[Any, list[float]]:
+def train(
+  experiment: Experiment, settings: SynthesisSettings, generator: str
+) -> tuple[Any, list[float]]:
   """Goes through all rounds with a generator, or with REAL.
 
   Returns:
     (final state, seeds leading; the drift at the beginning of every round but the first two).
   """
-  config, head = e.config.joint, e.config.head.training
-  folder = e.workdir.folder("joint")
-  limits = round_limits(config, e.config.classifier.num_steps(len(e.dataset.train_labels)))
+  config, head = experiment.config.joint, experiment.config.head.training
+  folder = experiment.workdir.folder("joint")
+  limits = round_limits(
+    config, experiment.config.classifier.num_steps(len(experiment.dataset.train_labels))
+  )
   state, pool, drifts = None, None, []
   for number, (first, last) in enumerate(itertools.pairwise(limits)):
     name = "shared" if number == 0 else generator
@@ -299,35 +323,41 @@ def train(e: Experiment, settings: SynthesisSettings, generator: str) -> tuple[A
       if pool is not None:
         drifts.append(float(jax.jit(jax.vmap(drift))(state.bank, pool).mean()))
       if pool is None or drifts[-1] > config.refresh_drift:
-        pool = make_pool(e, settings, generator, state, folder / name / f"generator_{number}")
-    stage = make_stage(e, config, head, f"joint/{name}/round_{number}", first, last, state, pool)
-    state = loop.train(stage, e.run, folder / name / f"round_{number}")
+        pool = make_pool(
+          experiment, settings, generator, state, folder / name / f"generator_{number}"
+        )
+    stage = make_stage(
+      experiment, config, head, f"joint/{name}/round_{number}", first, last, state, pool
+    )
+    state = loop.train(stage, experiment.run, folder / name / f"round_{number}")
   return state, drifts
 
 
-def train_all(e: Experiment, settings: SynthesisSettings) -> dict:
+def train_all(experiment: Experiment, settings: SynthesisSettings) -> dict:
   """Trains with every generator and keeps what the classifiers say of the test images.
 
   Returns:
     generator -> metrics, for the manifest.
   """
-  config, logits, summary = e.config.joint, {}, {}
+  config, logits, summary = experiment.config.joint, {}, {}
   for generator in config.generators:
-    state, drifts = train(e, settings, generator)
-    logits[generator], _ = forward_images(e, config.loss, state, e.dataset.test_images)
+    state, drifts = train(experiment, settings, generator)
+    logits[generator], _ = forward_images(
+      experiment, config.loss, state, experiment.dataset.test_images
+    )
     refreshed = sum(d > config.refresh_drift for d in drifts) + 1
     summary[generator] = {} if generator == REAL else {"drift": drifts, "made": refreshed}
   if logits:
-    write_arrays(e.workdir.folder("joint") / "logits.npz", logits)
+    write_arrays(experiment.workdir.folder("joint") / "logits.npz", logits)
   return summary
 
 
-def load_logits(e: Experiment) -> dict[str, np.ndarray]:
+def load_logits(experiment: Experiment) -> dict[str, np.ndarray]:
   """generator -> [S, T, C] on the test images; empty where nothing was trained jointly."""
-  config = getattr(e.config, "joint", None)
+  config = getattr(experiment.config, "joint", None)
   if config is None or not config.generators:
     return {}
-  return read_arrays(e.workdir.folder("joint") / "logits.npz")
+  return read_arrays(experiment.workdir.folder("joint") / "logits.npz")
 
 
 def check(

@@ -32,33 +32,36 @@ class Choice:
   tau: float = 1.0
 
 
-def synthesis_settings(e: Experiment) -> SynthesisSettings:
-  config = e.config
+def synthesis_settings(experiment: Experiment) -> SynthesisSettings:
+  config = experiment.config
   return SynthesisSettings(
-    config.generators, config.diffusion, config.hallucination, e.dataset.num_classes
+    config.generators, config.diffusion, config.hallucination, experiment.dataset.num_classes
   )
 
 
-def candidates(e: Experiment, name: str, loss: str) -> list[Choice]:
+def candidates(experiment: Experiment, name: str, loss: str) -> list[Choice]:
   """The settings of a method, the ones to take without cross-validation first.
 
   Those that differ in nothing but tau share their heads.
   """
-  head = e.config.head
+  head = experiment.config.head
   taus = head.taus if loss == "logit_adjustment" else (1.0,)
   strengths, fills = (0.0,), (0,)
   if name != REAL:
-    generator = synthesis_settings(e).generator(name)
-    fixed = generator.numbers(e.dataset.train_counts) is not None
-    strengths, fills = generator.strengths, (heads.ALL,) if fixed else e.config.generators.fill_to
+    generator = synthesis_settings(experiment).generator(name)
+    fixed = generator.numbers(experiment.dataset.train_counts) is not None
+    strengths, fills = (
+      generator.strengths,
+      (heads.ALL,) if fixed else experiment.config.generators.fill_to,
+    )
   every = itertools.product(taus, strengths, fills, head.exponents, head.l2)
   return [Choice(strength, fill, x, l2, tau) for tau, strength, fill, x, l2 in every]
 
 
-def methods(e: Experiment) -> list[Method]:
+def methods(experiment: Experiment) -> list[Method]:
   """All methods that may be recommended."""
-  names = (REAL, *e.config.generators.names)
-  return [Method.of(name, loss) for name in names for loss in e.config.head.losses]
+  names = (REAL, *experiment.config.generators.names)
+  return [Method.of(name, loss) for name in names for loss in experiment.config.head.losses]
 
 
 def chosen_strengths(choices: dict[str, Choice], name: str) -> list[float]:
@@ -66,13 +69,13 @@ def chosen_strengths(choices: dict[str, Choice], name: str) -> list[float]:
   return sorted({c.strength for method, c in choices.items() if Method(method).generator == name})
 
 
-def own_tau(e: Experiment, choices: dict[str, Choice]) -> float:
+def own_tau(experiment: Experiment, choices: dict[str, Choice]) -> float:
   """By how many times the log prior the logits of the encoder's own head are lowered."""
   choice = choices.get(Method.of(OWN, "logit_adjustment"))
-  return e.config.head.taus[0] if choice is None else choice.tau
+  return experiment.config.head.taus[0] if choice is None else choice.tau
 
 
-def describe(e: Experiment, method: Method, choices: dict[str, Choice]) -> str:
+def describe(experiment: Experiment, method: Method, choices: dict[str, Choice]) -> str:
   """A method in words."""
   name, loss = method.generator, method.loss
   if name == REAL:
@@ -90,18 +93,20 @@ def describe(e: Experiment, method: Method, choices: dict[str, Choice]) -> str:
     details.append(f"tau {choice.tau:g}")
   if name != REAL and choice.fill != heads.ALL:
     details.append(f"filled to {choice.fill}")
-  if name != REAL and len(synthesis_settings(e).generator(name).strengths) > 1:
+  if name != REAL and len(synthesis_settings(experiment).generator(name).strengths) > 1:
     details.append(f"strength {choice.strength:g}")
   return f"{words} ({', '.join(details)})"
 
 
-def describe_joint(e: Experiment, name: str) -> str:
+def describe_joint(experiment: Experiment, name: str) -> str:
   """Joint training with a generator, in words."""
   made = "real images only" if name == REAL else f"real images and {GENERATORS[name].description}"
-  return f"encoder and head trained together on {made}; {heads.LOSSES[e.config.joint.loss]}"
+  return (
+    f"encoder and head trained together on {made}; {heads.LOSSES[experiment.config.joint.loss]}"
+  )
 
 
-def describe_own(e: Experiment, loss: str) -> str:
-  if e.config.classifier.num_epochs == 0:
+def describe_own(experiment: Experiment, loss: str) -> str:
+  if experiment.config.classifier.num_epochs == 0:
     return "encoder and head as they were read"
   return f"encoder and head trained with {losses.LOSSES[loss].description}"

@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 
-def record(e: Experiment, rows: list[dict]) -> dict[str, Any]:
+def record(experiment: Experiment, rows: list[dict]) -> dict[str, Any]:
   """The part of report.json that does not depend on the kind of experiment."""
-  data = e.dataset
+  data = experiment.dataset
   groups = scores.make_groups(data.train_counts)
   tested = np.bincount(data.test_labels, minlength=data.num_classes) > 0
   return {
     "schema": SCHEMA,
-    "experiment": e.config.experiment,
-    "name": e.config.name,
-    "command": e.command,
-    "config": config_lib.as_dict(e.config),
+    "experiment": experiment.config.experiment,
+    "name": experiment.config.name,
+    "command": experiment.command,
+    "config": config_lib.as_dict(experiment.config),
     "versions": environment.versions(),
     "hardware": environment.hardware(),
     "dataset": {
@@ -44,7 +44,7 @@ def record(e: Experiment, rows: list[dict]) -> dict[str, Any]:
       "test_count": len(data.test_labels),
       "classes_without_test_rows": [data.class_names[c] for c in np.flatnonzero(~tested)],
       "split_sha256": data.split_sha256,
-      "sha256": e.data_digests,
+      "sha256": experiment.data_digests,
       "profile": data.profile,
       "imbalance": data.imbalance,
     },
@@ -53,12 +53,12 @@ def record(e: Experiment, rows: list[dict]) -> dict[str, Any]:
   }
 
 
-def training_curves(e: Experiment, stages: Sequence[str]) -> list[dict]:
+def training_curves(experiment: Experiment, stages: Sequence[str]) -> list[dict]:
   """Loss and accuracy of `stages` by metrics.jsonl, mean and sample deviation over seeds."""
   curves = []
   for stage in stages:
     series: dict[str, list] = {}
-    for record in read_history(e.workdir.path / stage / "metrics.jsonl"):
+    for record in read_history(experiment.workdir.path / stage / "metrics.jsonl"):
       for name, values in record["metrics"].items():
         kind = "test " if record["kind"] == "eval" else ""
         spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
@@ -77,13 +77,15 @@ def training_curves(e: Experiment, stages: Sequence[str]) -> list[dict]:
   return curves
 
 
-def group_of_class(e: Experiment) -> list[str]:
+def group_of_class(experiment: Experiment) -> list[str]:
   """[C] names: many, medium or few."""
-  groups = scores.make_groups(e.dataset.train_counts)
-  return [next(g.name for g in groups if c in g.classes) for c in range(e.dataset.num_classes)]
+  groups = scores.make_groups(experiment.dataset.train_counts)
+  return [
+    next(g.name for g in groups if c in g.classes) for c in range(experiment.dataset.num_classes)
+  ]
 
 
-def accuracy_by_class(e: Experiment, rows: list[dict], methods: Sequence[str]) -> "Figure":
+def accuracy_by_class(experiment: Experiment, rows: list[dict], methods: Sequence[str]) -> "Figure":
   """The per-class picture of some of the rows."""
   from memdiff.evaluation import plots  # matplotlib takes a second
 
@@ -92,10 +94,14 @@ def accuracy_by_class(e: Experiment, rows: list[dict], methods: Sequence[str]) -
     for r in rows
     if r["method"] in methods
   ]
-  return plots.per_class_accuracy(e.dataset.class_names, e.dataset.train_counts, chosen)
+  return plots.per_class_accuracy(
+    experiment.dataset.class_names, experiment.dataset.train_counts, chosen
+  )
 
 
-def save(e: Experiment, result: Mapping[str, Any], figures: Iterable[tuple[str, "Figure"]]) -> dict:
+def save(
+  experiment: Experiment, result: Mapping[str, Any], figures: Iterable[tuple[str, "Figure"]]
+) -> dict:
   """Writes result.json, the figures by name, and what TensorBoard shows first.
 
   Returns:
@@ -103,28 +109,28 @@ def save(e: Experiment, result: Mapping[str, Any], figures: Iterable[tuple[str, 
   """
   from memdiff.evaluation import plots  # matplotlib takes a second
 
-  folder = e.workdir.folder("evaluation")
+  folder = experiment.workdir.folder("evaluation")
   pictures = {name: plots.to_png(figure, dpi=150) for name, figure in figures}
   for name, picture in pictures.items():
     write_atomically(folder / f"{name}.png", picture)
-  summaries.write(e, result, pictures)
+  summaries.write(experiment, result, pictures)
   write_json(folder / "result.json", result)
   return {row["method"]: row["top1"] for row in result["classification"]}
 
 
-def write_report(e: Experiment, manifests: Mapping[str, dict]) -> dict:
+def write_report(experiment: Experiment, manifests: Mapping[str, dict]) -> dict:
   """report.json and report.html from the evaluation's result and all phases' manifests."""
-  folder = e.workdir.folder("evaluation")
+  folder = experiment.workdir.folder("evaluation")
   result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
   keys = ("seconds", "compile_seconds", "cpu_seconds")
   phases = {
     name: {key: manifest.get(key, 0.0) for key in keys} for name, manifest in manifests.items()
   }
-  result["timing"] = {"phases": phases, "stages": meter.read_all(e.workdir.path)} | {
+  result["timing"] = {"phases": phases, "stages": meter.read_all(experiment.workdir.path)} | {
     f"total_{key}": sum(phase[key] for phase in phases.values()) for key in keys
   }
   pictures = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}
-  write_json(e.workdir.path / "report.json", result)
+  write_json(experiment.workdir.path / "report.json", result)
   page = report.render_html(result, pictures).encode(errors="backslashreplace")
-  write_atomically(e.workdir.path / "report.html", page)
+  write_atomically(experiment.workdir.path / "report.html", page)
   return result

@@ -39,9 +39,9 @@ MAX_POINTS = 2000  # of each kind in the projector
 _MAX_WIDTH = 64  # wider features are reduced by PCA; the browser loads them as text
 
 
-def write(e: Experiment, result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
+def write(experiment: Experiment, result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
   """Writes answer, scores, hyper-parameters and PNG files of a result, as it is in result.json."""
-  board = e.run.tensorboard
+  board = experiment.run.tensorboard
   if not board.enabled:
     return
   found = answer(result)
@@ -75,7 +75,7 @@ def hyper_parameters(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def project(
-  e: Experiment,
+  experiment: Experiment,
   features: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> None:
   """Shows features in TensorBoard's projector, to be coloured by kind or class.
@@ -84,7 +84,7 @@ def project(
     features: kind, such as real or synthetic -> (features [N, D], labels [N]). Of more than
       `MAX_POINTS`, a sample is shown, the same one for the same features.
   """
-  if not e.run.tensorboard.enabled:
+  if not experiment.run.tensorboard.enabled:
     return
   rows, labels, kinds = [], [], []
   for kind, (x, y) in features.items():
@@ -97,9 +97,9 @@ def project(
     kinds += [kind] * len(chosen)
   if not kinds:
     return
-  names = [e.dataset.class_names[c] for c in np.concatenate(labels)]
+  names = [experiment.dataset.class_names[c] for c in np.concatenate(labels)]
   points = _narrow(np.concatenate(rows))
-  e.run.tensorboard.projector("features", points, {"class": names, "kind": kinds})
+  experiment.run.tensorboard.projector("features", points, {"class": names, "kind": kinds})
 
 
 def _narrow(points: np.ndarray) -> np.ndarray:
