@@ -14,6 +14,7 @@ abar = 1, the clean sample. With x0 as the denoiser's output implies it:
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,3 +164,31 @@ def guide(conditional: jax.Array, unconditional: jax.Array, scale: float | jax.A
   ignores the condition; omega = scale - 1 in CBDM's notation.
   """
   return unconditional + scale * (conditional - unconditional)
+
+
+def guided(
+  denoise: Callable[[jax.Array, jax.Array, Any], jax.Array],
+  context: Any,
+  unconditional: Callable[[], Any],
+  scale: float | jax.Array,
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """(x [B, ...], t [1]) -> the prediction that `guide` mixes.
+
+  At a scale of 1 the denoiser runs once per call. Otherwise, and if the scale is traced (a sweep
+  under `vmap`), conditional and unconditional rows run as one batch of 2B.
+
+  Args:
+    denoise: (x, t, context) -> prediction [B, ...].
+    context: the condition; arrays lead with G rows, each for B / G rows of x in a row.
+    unconditional: () -> the same without a condition.
+    scale: of the guidance.
+  """
+  if isinstance(scale, (int, float)) and scale == 1:
+    return lambda x, t: denoise(x, t, context)
+  pair = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), context, unconditional())
+
+  def predict(x, t):
+    both = denoise(jnp.concatenate([x, x]), t, pair)
+    return guide(*jnp.split(both, 2), scale)
+
+  return predict

@@ -73,33 +73,22 @@ def check_conditions(trained: DiffusionConfig, sampled: SamplerConfig) -> None:
 def guided_denoiser(denoiser: nn.Module, params, label, memory, scale: float | jax.Array):
   """(x [B, ...], t [1]) -> the denoiser's output, with the conditioning encoded once.
 
-  Each of the G rows of `label` and `memory` conditions B / G rows of x in a row. At a scale of 1
-  the denoiser runs once per call; otherwise, and where the scale is traced (a sweep under `vmap`),
-  conditional and unconditional rows run as one batch of 2B.
+  Each of the G rows of `label` and `memory` conditions B / G rows of x in a row; see
+  `sampler.guided` for the scale.
   """
   variables = {"params": params}
 
   def condition(label, memory):
     return denoiser.apply(variables, label, memory, method="condition")
 
+  def unconditional():
+    nothing = memory_bank.forget(memory, jnp.ones(label.shape, bool))
+    return condition(jnp.full_like(label, denoiser.num_classes), nothing)
+
   def denoise(x, t, context):
     return denoiser.apply(variables, x, t, context, method="denoise")[0]
 
-  if isinstance(scale, (int, float)) and scale == 1:
-    context = condition(label, memory)
-    return lambda x, t: denoise(x, t, context)
-
-  nothing = memory_bank.forget(memory, jnp.ones(label.shape, bool))
-  no_class = jnp.full_like(label, denoiser.num_classes)
-  pair = jax.tree.map(
-    lambda a, b: jnp.concatenate([a, b]), condition(label, memory), condition(no_class, nothing)
-  )
-
-  def predict(x, t):
-    both = denoise(jnp.concatenate([x, x]), t, pair)
-    return sampler.guide(*jnp.split(both, 2), scale)
-
-  return predict
+  return sampler.guided(denoise, condition(label, memory), unconditional, scale)
 
 
 def group(labels: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray, int]:
