@@ -147,7 +147,7 @@ def objective() -> ConfigDict:
   config = ConfigDict()
   config.loss = "mse"  # mse | infonce
   config.min_snr = 0.0  # caps signal / noise by which squared errors of x0 weigh: 5.0; 0: off
-  config.infonce = ConfigDict()  # predicted noise has to pick its own among the batch's
+  config.infonce = ConfigDict()  # matches each predicted noise to its own noise in the batch
   config.infonce.temperature = 0.1  # of cosines
   config.infonce.mse_weight = 1.0  # of mse beside it; without any, samples have no scale
   config.supcon = ConfigDict()  # CORAL: classes apart at the bottleneck
@@ -155,7 +155,7 @@ def objective() -> ConfigDict:
   config.supcon.decay = 0.3
   config.supcon.temperature = 0.1
   config.supcon.projection_dim = 128
-  config.cbdm = ConfigDict()  # what is predicted for a class, near what is for other classes
+  config.cbdm = ConfigDict()  # pulls the predictions for different classes together
   config.cbdm.weight = 0.0  # at t = T
   config.cbdm.commitment = 0.25  # share of the term that moves the other class's prediction
   config.cbdm.labels = "empirical"  # other classes by their counts: empirical | uniform
@@ -177,8 +177,10 @@ def diffusion() -> ConfigDict:
   config.prediction = "v"  # v | eps | x0, what the denoiser predicts
   config.condition = "class_and_memory"  # what it is told: class_and_memory | memory | class
   config.label_dropout = 0.1  # share of samples trained without label and memory
-  config.anonymous = 0.5  # share of the others taken for classes never seen: without label ...
-  config.displacement = 1.0  # ... and moved by this x class differences (not of condition class)
+  config.anonymous = 0.5  # share of the other rows treated as unseen classes: label hidden ...
+  config.displacement = (
+    1.0  # ... and moved by this x class differences (unused with condition class)
+  )
   config.objective = objective()
   config.ema_decay = 0.999  # of the weights that sample
   config.batch_size = 128  # features
@@ -245,8 +247,8 @@ def head() -> ConfigDict:
 
 def selection() -> ConfigDict:
   config = ConfigDict()
-  config.folds = 5  # of cross-validation on training data; 0: none, settings as they come first
-  config.repeats = 1  # with folds dealt anew
+  config.folds = 5  # of cross-validation on training data; 0: none, the first candidates are used
+  config.repeats = 1  # repetitions, each with new folds
   config.encoder = "frozen"  # frozen | retrained: one per fold, without its images
   config.criterion = "balanced_accuracy"  # balanced_accuracy | accuracy | macro_f1: what is best
   return config

@@ -145,8 +145,8 @@ def _explanation(
   if not judged:
     looked_at = f"{method} ({described})" if described else method
     return (
-      "The methods were not compared by cross-validation; selection.folds asks for it. This run"
-      f" looked at {looked_at}."
+      "The methods were not compared by cross-validation; to compare them, set selection.folds to"
+      f" 2 or more. This run looked at {looked_at}."
     )
   overall = (headline.get("over_plain") or {}).get("overall")
   warning = f"On the test set it is worse than {_PLAIN}." if verdict(overall) == "worse" else ""
@@ -166,14 +166,16 @@ def _doubt(report: Mapping[str, Any], method: str) -> str:
     return ""
   sentence = (
     f"This choice may be wrong: in cross-validation its {name} is {percent(expected)} %, on the"
-    f" test set {percent(found)} %. Either the encoder knows the training examples by heart, or the"
-    " test set is of another kind."
+    f" test set {percent(found)} %. Either the encoder has memorised the training examples, or the"
+    " test set differs from them in kind."
   )
   if (advice.get("basis") or {}).get("encoder") == "frozen":
-    sentence += " Folds need an encoder that has not seen what they hold out."
+    sentence += (
+      " Cross-validation is reliable only if the encoder has not seen the held-out examples."
+    )
     trained = ((report.get("config") or {}).get("classifier") or {}).get("num_epochs")
     if trained:
-      sentence += " selection.encoder=retrained trains one for each."
+      sentence += " To train an encoder for each fold, set selection.encoder=retrained."
   return sentence
 
 
@@ -203,7 +205,7 @@ def _effect(title: str, measure: str, difference: Mapping[str, Any]) -> Effect:
   ours, theirs = percent(difference.get("ours")), percent(difference.get("theirs"))
   comparison = {
     "better": f" instead of {theirs} % with {_PLAIN}",
-    "worse": f", less than the {theirs} % of {_PLAIN}",
+    "worse": f", below the {theirs} % of {_PLAIN}",
     "unclear": f", no clear difference from the {theirs} % of {_PLAIN}",
   }[side]
   return Effect(
@@ -255,7 +257,7 @@ def _finding(recommended: bool, side: str, judged: bool) -> str:
       " on the test set",
       "worse": "Synthetic features were better in cross-validation, but are worse on the test set",
     }[side]
-  surprise = "do better on the test set, though cross-validation could not tell beforehand"
+  surprise = "do better on the test set, although cross-validation did not predict it"
   return "Synthetic features " + {
     "better": surprise if judged else "do better on the test set",
     "unclear": "bring no clear gain",
@@ -270,11 +272,11 @@ def _room_sentences(room: Mapping[str, Any] | None) -> list[str]:
   if verdict(difference) == "better":
     return [
       f"The real examples that were left out would add {_change(difference)}"
-      f" ({room['reference']}): the most that synthetic ones could reach."
+      f" ({room['reference']}). This is the most that synthetic examples could add."
     ]
   return [
-    f"Even the real examples that were left out add nothing certain ({room['reference']}:"
-    f" {_change(difference)}), so there is little room for synthetic ones."
+    f"Even the left-out real examples bring no clear gain ({room['reference']}:"
+    f" {_change(difference)}), so synthetic examples have little room to help."
   ]
 
 

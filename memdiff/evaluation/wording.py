@@ -56,13 +56,13 @@ def _headroom_sentence(report: Mapping[str, Any]) -> str:
   )
   if verdict(headroom) != "better":
     return (
-      f"{finding}: even real additional examples add nothing certain here, which leaves synthetic"
-      " ones no room."
+      f"{finding}: even additional real examples bring no clear gain, so synthetic ones have no"
+      " room to help."
     )
   closed = compared.get("gap_closed") or {}
   limits = f" (95 % interval {share_bounds(closed)})" if share_bounds(closed) else ""
   fills = f" {compared['method']} fills {share(closed)} % of it{limits}." if closed else ""
-  return f"{finding}: that is the room which synthetic features could fill.{fills}"
+  return f"{finding}: synthetic features could gain at most this much.{fills}"
 
 
 def _groups_sentence(report: Mapping[str, Any]) -> str:
@@ -94,7 +94,7 @@ def decision(report: Mapping[str, Any]) -> list[str]:
   else:
     first = (
       f"{advice['best']} scores highest, but is not clearly better than the best without synthetic"
-      f" data ({difference}). What adds nothing certain is not recommended."
+      f" data ({difference}). A generator without a clear gain is not recommended."
     )
   basis = _basis_sentence(advice["basis"], advice.get("criterion") or report.get("criterion"))
   sentences = [basis, first]
@@ -105,9 +105,9 @@ def decision(report: Mapping[str, Any]) -> list[str]:
 
 def _basis_sentence(basis: Mapping[str, Any], criterion: str | None) -> str:
   encoders = {
-    "retrained": "with an encoder per fold that never saw what it is judged on",
-    "frozen": "on the features as they are. If their encoder was trained on these very examples, it"
-    " knows them by heart, and such scores mislead",
+    "retrained": "with a separate encoder for each fold, which never saw the held-out examples",
+    "frozen": "on the features as they are. If the encoder was trained on these examples, it may"
+    " have memorised them, and these scores are then misleading",
   }
   repeats = f", {basis['repeats']} times" if basis["repeats"] > 1 else ""
   name = CRITERIA.get(criterion, CRITERIA["balanced_accuracy"])[0]
@@ -129,10 +129,10 @@ def _agreement_sentence(advice: Mapping[str, Any]) -> str:
   gain = ""
   if advice["best"] != advice["control"]:
     change = points(agreement["test_gain"]["mean"])
-    gain = f" {advice['best']} against {advice['control']} gives {change} points,"
+    gain = f" {advice['best']} differs from {advice['control']} by {change} points."
   return (
-    f"The test set, looked at afterwards:{gain} {100 * agreement['pairs']:.0f} % of the pairs of"
-    f" methods stand in the same order (Kendall's tau {number(agreement['kendall_tau'], 2)}), and"
+    f"Checked on the test set afterwards:{gain} {100 * agreement['pairs']:.0f} % of the pairs of"
+    f" methods rank in the same order (Kendall's tau {number(agreement['kendall_tau'], 2)}), and"
     f" {best}."
   )
 
@@ -187,16 +187,17 @@ def summary(report: Mapping[str, Any]) -> str:
     )
   if synthetic:
     text.append(
-      f"memdiff invented {count(sum(synthetic), 'synthetic example')} for "
-      f"{_helped_classes(counts, report['synthetic_counts'])}, not as pictures but as features, "
-      "the lists of numbers in which the classifier itself describes what it sees, and trained the "
-      "classifier’s last layer again with them. This page tells whether that helped."
+      f"memdiff generated {count(sum(synthetic), 'synthetic example')} for "
+      f"{_helped_classes(counts, report['synthetic_counts'])}. They are features, not pictures: "
+      "lists of numbers that the classifier uses to describe what it sees. memdiff then retrained "
+      "the classifier’s last layer with them. This page shows whether that helped."
     )
   seeds, tested = num_seeds(report), dataset.get("test_count")
   if seeds:
-    times = "once," if seeds == 1 else f"{seeds} times, from different random seeds,"
-    tests = f" and tested on the same {tested:,} examples that took no part in it" if tested else ""
-    text.append(f"Every method was trained {times}{tests}".rstrip(",") + ".")
+    times = "once" if seeds == 1 else f"{seeds} times with different random seeds"
+    text.append(f"Every method was trained {times}.")
+    if tested:
+      text.append(f"It was tested on {tested:,} examples that were not used for training.")
   return " ".join(text)
 
 
@@ -220,10 +221,10 @@ def steps(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     ("Encode", f"A network learns from {sum(counts):,} examples to turn each into a feature, a "
      "list of numbers that describes it."),
     ("Remember", f"A memory bank keeps, for each of {len(counts):,} classes, the mean feature and a"
-     " sample of single ones."),
+     " sample of individual features."),
     ("Hallucinate", "A diffusion model looks at a class’s memory and turns noise into new features:"
      f" {sum(synthetic):,} of them."),
     ("Weigh", "Each new feature gets a confidence: how well it fits its class."),
-    ("Retrain", "The last layer learns again from real and new features; a doubtful one counts"
-     " less."),
+    ("Retrain", "The last layer is retrained on real and new features. New features with low"
+     " confidence count less."),
   ]  # fmt: skip

@@ -59,10 +59,10 @@ def test_a_recommendation_that_the_test_set_contradicts_says_so():
 @pytest.mark.parametrize(
   ("score", "encoder", "classifier", "words"),
   [
-    (0.97, "frozen", {"num_epochs": 2.0}, "selection.encoder=retrained trains one for each."),
-    (0.97, "frozen", {"num_epochs": 0.0}, "an encoder that has not seen what they hold out."),
-    (0.97, "frozen", None, "an encoder that has not seen what they hold out."),  # embeddings
-    (0.97, "retrained", {"num_epochs": 2.0}, "or the test set is of another kind."),
+    (0.97, "frozen", {"num_epochs": 2.0}, "set selection.encoder=retrained."),
+    (0.97, "frozen", {"num_epochs": 0.0}, "if the encoder has not seen the held-out examples."),
+    (0.97, "frozen", None, "if the encoder has not seen the held-out examples."),  # embeddings
+    (0.97, "retrained", {"num_epochs": 2.0}, "or the test set differs from them in kind."),
     (0.95, "frozen", {"num_epochs": 2.0}, None),  # 0.86 on the test set
     (0.2, "frozen", {"num_epochs": 2.0}, None),
   ],
@@ -115,7 +115,7 @@ def test_the_first_words_name_the_method_and_its_worth_on_the_rarest_classes():
   ("given", "words"),
   [
     (UNCLEAR, "81.0 % right, no clear difference from the 80.0 % of plain training"),
-    (WORSE, "75.0 % right, less than the 80.0 % of plain training"),
+    (WORSE, "75.0 % right, below the 80.0 % of plain training"),
   ],
 )
 def test_what_is_not_better_is_not_called_better(given, words):
@@ -171,7 +171,7 @@ def synthetic(recommended, overall, **more):
     (True, BETTER, "Synthetic features are part of this gain"),
     (True, UNCLEAR, "Synthetic features were better in cross-validation, but make no clear"),
     (True, WORSE, "Synthetic features were better in cross-validation, but are worse"),
-    (False, BETTER, "Synthetic features do better on the test set, though cross-validation could"),
+    (False, BETTER, "Synthetic features do better on the test set, although cross-validation did"),
     (False, UNCLEAR, "Synthetic features bring no clear gain"),
     (False, WORSE, "Synthetic features do not help"),
   ],
@@ -205,7 +205,7 @@ def test_details_and_room_follow_if_they_are_known():
 @pytest.mark.parametrize("overall", [UNCLEAR, WORSE])
 def test_no_room_is_called_so(overall):
   said = told(room={"reference": "oracle+csl", "overall": overall}).synthetic[-1]
-  assert "there is little room" in said
+  assert "have little room" in said
 
 
 def test_without_synthetic_data_nothing_is_said_of_them():

@@ -69,7 +69,7 @@ class TestPage:
     assert "The data set digits has 3 classes" in text
     assert "120 training examples, the smallest 5 (imbalance factor 24)" in text
     assert "155 synthetic examples for the 2 rarest classes" in text
-    assert "5 times, from different random seeds, and tested on the same 360 examples" in text
+    assert "5 times with different random seeds. It was tested on 360 examples" in text
     assert "fewer than 20 training images (1 class)" in text
 
   def test_shows_metrics_with_meaning_direction_and_reference(self):

@@ -35,14 +35,15 @@ class TestComparison:
 
   def test_the_reference_tells_the_room_and_the_share_that_is_filled(self):
     assert compared()[1] == (
-      "oracle+csl is 7.0 points above real+csl (95 % interval +5.8 to +8.2): that is the room which"
-      " synthetic features could fill. memdiff+csl fills 29 % of it (95 % interval 19 to 38)."
+      "oracle+csl is 7.0 points above real+csl (95 % interval +5.8 to +8.2): synthetic"
+      " features could gain at most this much. memdiff+csl fills 29 % of it (95 % interval 19 to"
+      " 38)."
     )
 
   @pytest.mark.parametrize("headroom", [gain(0.01, -0.01, 0.03), gain(-0.02, -0.03, -0.01)])
   def test_without_room_no_share_of_it_is_claimed(self, headroom):
     said = compared(headroom=headroom, gap_closed=None)[1]
-    assert "leaves synthetic ones no room" in said and "fills" not in said
+    assert "synthetic ones have no room" in said and "fills" not in said
 
   def test_groups_are_compared(self):
     assert "82.0 % against 80.0 % on few" in compared()[2]
@@ -69,8 +70,11 @@ class TestDecision:
 
   def test_what_it_rests_on_and_how_the_test_set_agreed_is_said(self):
     basis, _, agreement = self.said("real+csl", "real+csl", "memdiff+csl", 0.0, (0.0, 0.0))
-    assert "by balanced accuracy in 5-fold cross-validation, 2 times, with an encoder per" in basis
-    assert "memdiff+csl against real+csl gives +2.0 points, 69 % of the pairs" in agreement
+    assert (
+      "by balanced accuracy in 5-fold cross-validation, 2 times, with a separate encoder"
+      in basis
+    )
+    assert "memdiff+csl differs from real+csl by +2.0 points. 69 % of the pairs" in agreement
     assert "Kendall's tau 0.38" in agreement
     assert "the best of 3 methods is 1.3 points above the recommended one" in agreement
 
@@ -85,7 +89,7 @@ class TestDecision:
     frozen = {"folds": 3, "repeats": 1, "encoder": "frozen"}
     basis = self.said("real+csl", "real+csl", "real+csl", 0.0, (0.0, 0.0), basis=frozen)[0]
     assert "in 3-fold cross-validation, on the features as they are" in basis
-    assert "such scores mislead" in basis
+    assert "these scores are then misleading" in basis
 
   def test_without_selection_there_is_none(self):
     assert wording.decision(make_report() | {"recommendation": None}) == []
