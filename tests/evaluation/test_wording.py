@@ -71,8 +71,7 @@ class TestDecision:
   def test_what_it_rests_on_and_how_the_test_set_agreed_is_said(self):
     basis, _, agreement = self.said("real+csl", "real+csl", "memdiff+csl", 0.0, (0.0, 0.0))
     assert (
-      "by balanced accuracy in 5-fold cross-validation, 2 times, with a separate encoder"
-      in basis
+      "by balanced accuracy in 5-fold cross-validation, 2 times, with a separate encoder" in basis
     )
     assert "memdiff+csl differs from real+csl by +2.0 points. 69 % of the pairs" in agreement
     assert "Kendall's tau 0.38" in agreement

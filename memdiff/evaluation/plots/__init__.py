@@ -5,7 +5,7 @@ by its colour alone. `to_png` turns a figure into a file.
 """
 
 from memdiff.evaluation.plots.accuracy import gap_closed, long_tail_profile, per_class_accuracy
-from memdiff.evaluation.plots.confidence import confidence_histogram, reliability
+from memdiff.evaluation.plots.confidence_figures import confidence_histogram, reliability
 from memdiff.evaluation.plots.curves import training_curves
 from memdiff.evaluation.plots.maps import FeaturePlane, embed, feature_map
 from memdiff.evaluation.plots.style import REAL, SYNTHETIC, style, to_png
