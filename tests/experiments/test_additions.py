@@ -57,6 +57,7 @@ def report(tmp_path_factory):
     patch.setitem(objectives.TERMS, "smoothness", Term(lambda config: True, smoothness))
     patch.setitem(scores.METRICS, "worst_class", Metric("worst class", worst_class))
     config = digits_lt.get_config("smoke")
+    config.seeds, config.head.losses = (0,), ("csl",)
     config.classifier.loss = "squared"
     config.generators.names = ("towards_the_mean", "memdiff")
     yield folder, pipeline.run(config.to_dict(), str(folder), tensorboard=False, command="test")

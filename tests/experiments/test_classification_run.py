@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -21,8 +20,8 @@ from memdiff.classifier import decoupled, posthoc
 from memdiff.errors import ConfigError, WorkdirError
 from memdiff.experiments import classification
 from tests import support
+from tests.support import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 OVERRIDES = {
   "seeds": (0, 1), "dataset.holdout": 0.2, "classifier.references": ("ldam_drw",),
   "classifier.batch_size": 32, "classifier.num_epochs": 4.7, "decoupled.num_epochs": 3.53,
