@@ -17,6 +17,7 @@ from memdiff.memory import exemplars as exemplars_lib
 from memdiff.synthesis import generators
 from memdiff.synthesis.generators import Row
 from memdiff.synthesis.untrained import Untrained
+from tests import support
 
 
 def towards_the_mean(key, exemplars, fitted, labels, strength):
@@ -39,7 +40,7 @@ def worst_class(predictions, labels, num_classes):
   return np.min([hits[:, labels == c].mean(axis=1) for c in present], axis=0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=support.SLOW)
 def report(tmp_path_factory):
   folder = tmp_path_factory.mktemp("additions") / "run"
   with pytest.MonkeyPatch.context() as patch:
