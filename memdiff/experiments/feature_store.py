@@ -20,6 +20,7 @@ from memdiff.runtime.workdir import read_arrays, write_arrays
 
 
 def fill_memory_bank(experiment: Experiment, arrays: dict[str, np.ndarray]) -> dict:
+  """Fills the bank from features of the training set, and writes it and all `arrays`."""
   folder = experiment.workdir.folder("memory_bank")
   say_constant_columns(experiment.run.progress, arrays["train"][0])
   bank = feature_space.fill_bank(

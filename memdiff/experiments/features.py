@@ -12,10 +12,7 @@ heads          real and synthetic features -> heads                   heads/<gen
 joint          images and synthetic features -> encoders and heads    joint/<generator>/round_<n>
 evaluation     everything -> report.json, report.html                 evaluation/
 
-A *method* is a generator with a loss, `memdiff+balanced_softmax`. `real` is no generator at all.
-Two references use what no method may: `oracle` adds the real features that the long tail left out,
-`unseen_exemplars` trains on left-out features in place of the training ones, as far as there are
-any.
+What methods and references are stands in `methods.py`.
 """
 
 import jax
@@ -46,11 +43,7 @@ from memdiff.experiments.feature_settings import (
   check_memdiff,
   has_own_head,
 )
-from memdiff.experiments.feature_store import (
-  fill_memory_bank,
-  load_selection,
-  load_space,
-)
+from memdiff.experiments.feature_store import fill_memory_bank, load_selection, load_space
 from memdiff.experiments.methods import chosen_strengths, synthesis_settings
 from memdiff.memory import feature_space
 from memdiff.memory.feature_space import FeatureRuns
@@ -74,9 +67,8 @@ def train_classifier(experiment: Experiment) -> dict:
 def encode_memory_bank(experiment: Experiment) -> dict:
   """Encodes every image with the frozen encoders and fills the bank."""
   arrays, data = {}, experiment.dataset
-  for loss in reversed(
-    encoder_training.trained_losses(experiment.config.classifier)
-  ):  # the first comes last
+  losses = encoder_training.trained_losses(experiment.config.classifier)
+  for loss in reversed(losses):  # the first comes last
     state = load_classifier(experiment, loss)
     if experiment.config.classifier.num_steps(len(data.train_labels)) == 0:  # alike for all seeds
       state = jax.tree.map(lambda x: x[:1], state)
