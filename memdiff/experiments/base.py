@@ -183,3 +183,22 @@ def last_metrics(folder: pathlib.Path) -> dict[str, float]:
     for name, values in record["metrics"].items():
       last[f"{record['kind']}_{name}"] = float(np.mean(values))
   return last
+
+
+def train_classifiers(experiment: Experiment) -> dict:
+  """Trains a classifier with each loss of the config."""
+  summary = {}
+  for loss in encoder_training.trained_losses(experiment.config.classifier):
+    folder = experiment.workdir.folder("classifier") / loss
+    loop.train(classifier_stage(experiment, loss), experiment.run, folder)
+    summary[loss] = last_metrics(folder)
+  return summary
+
+
+TRAIN_CLASSIFIERS = Phase(
+  "classifier",
+  "training the image classifiers",
+  train_classifiers,
+  ("seeds", "dataset", "encoder", "classifier", "loop"),
+  reads_if=bank_of_losses,
+)

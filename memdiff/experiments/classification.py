@@ -20,13 +20,12 @@ from memdiff.errors import ConfigError
 from memdiff.evaluation import scores
 from memdiff.experiments import record
 from memdiff.experiments.base import (
+  TRAIN_CLASSIFIERS,
   Experiment,
   Kind,
   Phase,
-  bank_of_losses,
   check_classifier,
   check_seeds,
-  classifier_stage,
   forward_images,
   last_metrics,
   load_classifier,
@@ -73,15 +72,6 @@ def check(settings: ClassificationConfig, _: dataset_lib.LongTailDataset) -> Non
       f"config.decoupled.methods names {sorted(linear)[0]}, which scales the weights of a linear"
       f" head, but {loss} trains a cosine head, whose weights have no length."
     )
-
-
-def train_classifiers(experiment: Experiment) -> dict:
-  summary = {}
-  for loss in encoder_training.trained_losses(experiment.config.classifier):
-    folder = experiment.workdir.folder("classifier") / loss
-    loop.train(classifier_stage(experiment, loss), experiment.run, folder)
-    summary[loss] = last_metrics(folder)
-  return summary
 
 
 def extract_features(experiment: Experiment) -> dict:
@@ -268,13 +258,7 @@ def parameter_count(experiment: Experiment) -> int:
 
 
 _PHASES = (
-  Phase(
-    "classifier",
-    "training the image classifiers",
-    train_classifiers,
-    ("seeds", "dataset", "encoder", "classifier", "loop"),
-    reads_if=bank_of_losses,
-  ),
+  TRAIN_CLASSIFIERS,
   Phase("features", "encoding the images", extract_features, ("decoupled",)),
   Phase("heads", "training heads on the frozen encoder", train_heads, ()),
   Phase("evaluation", "scoring and drawing", evaluate, ("name",)),

@@ -23,12 +23,11 @@ from input_pipeline import embeddings
 from memdiff.classifier import encoder_training
 from memdiff.experiments import joint
 from memdiff.experiments.base import (
+  TRAIN_CLASSIFIERS,
   Experiment,
   Kind,
   Phase,
-  bank_of_losses,
   check_classifier,
-  classifier_stage,
   forward_images,
   last_metrics,
   load_classifier,
@@ -47,21 +46,12 @@ from memdiff.experiments.feature_store import fill_memory_bank, load_selection, 
 from memdiff.experiments.methods import chosen_strengths, synthesis_settings
 from memdiff.memory import feature_space
 from memdiff.memory.feature_space import FeatureRuns
-from memdiff.runtime import loop, programs
 from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime import programs
 from memdiff.runtime.progress import CompileClock
 from memdiff.runtime.workdir import write_arrays
 from memdiff.synthesis import confidence as confidence_lib
 from memdiff.synthesis import generators
-
-
-def train_classifier(experiment: Experiment) -> dict:
-  summary = {}
-  for loss in encoder_training.trained_losses(experiment.config.classifier):
-    folder = experiment.workdir.folder("classifier") / loss
-    loop.train(classifier_stage(experiment, loss), experiment.run, folder)
-    summary[loss] = last_metrics(folder)
-  return summary
 
 
 def encode_memory_bank(experiment: Experiment) -> dict:
@@ -194,13 +184,7 @@ _SHARED_PHASES = (
 _EVALUATION = Phase("evaluation", "scoring and drawing", evaluate, ("name", "evaluation"))
 
 _MEMDIFF = (
-  Phase(
-    "classifier",
-    "training the image classifiers",
-    train_classifier,
-    ("seeds", "dataset", "encoder", "classifier", "loop"),
-    reads_if=bank_of_losses,
-  ),
+  TRAIN_CLASSIFIERS,
   Phase(
     "memory_bank",
     "encoding all images, filling the bank",
