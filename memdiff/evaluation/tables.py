@@ -22,11 +22,11 @@ from memdiff.evaluation.scores import METRICS
 
 # The columns of published tables; a report puts balanced accuracy before them.
 HEADLINE_COLUMNS = (
-  ("top1", "top-1"),
+  ("top1", METRICS["top1"].title),
   ("many", "many"),
   ("medium", "medium"),
   ("few", "few"),
-  ("macro_f1", "macro-F1"),
+  ("macro_f1", METRICS["macro_f1"].title),
 )
 _MAX_DETAILED_CLASSES = 200
 _MAX_DETAILED_METHODS = 8

@@ -111,7 +111,9 @@ def _fold_encoders(experiment: Experiment, train: np.ndarray) -> loop.Stage:
   """Trains an encoder for every fold, on its part of the training images."""
   rows = train[:, : (train >= 0).sum(axis=1).max()]
   return dataclasses.replace(
-    classifier_stage(experiment, experiment.config.classifier.loss, rows), name="selection/encoder"
+    classifier_stage(experiment, experiment.config.classifier.loss, rows),
+    name="selection/encoder",
+    result=(),
   )
 
 

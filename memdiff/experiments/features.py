@@ -3,7 +3,7 @@
 Two kinds share it. `memdiff` trains (or reads) an image encoder first; `features` begins with
 embeddings from a file.
 
-classifier     images -> encoder, head and a moving bank              classifier/<loss>/checkpoints
+classifier     images -> encoder and head                             classifier/<loss>/checkpoints
 memory_bank    frozen encoder, or embeddings -> features and bank     memory_bank/features.npz, bank
 diffusion      features, bank -> denoisers                            diffusion/<generator>
 selection      training features -> settings, recommendation          selection/choices.json
@@ -12,7 +12,7 @@ heads          real and synthetic features -> heads                   heads/<gen
 joint          images and synthetic features -> encoders and heads    joint/<generator>/round_<n>
 evaluation     everything -> report.json, report.html                 evaluation/
 
-What methods and references are stands in `methods.py`.
+`methods.py` says what methods and references are.
 """
 
 import jax
