@@ -33,6 +33,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one i
 _CLUSTER_TIMEOUT = flags.DEFINE_integer(
   "cluster_timeout", 300, "Seconds to wait until all processes have joined."
 )
+_DESCRIBE = flags.DEFINE_bool("describe", False, "Print every field of the config, and stop.")
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors.")
 
 
@@ -43,10 +44,11 @@ def _parse(argv: list[str]) -> list[str]:
     rest = flags.FLAGS(config_flag.expand_home(argv))
     if rest[1:]:
       raise ConfigError(f"Unknown argument {rest[1]!r}; options start with --.")
-    if _CONFIG.value is None or _WORKDIR.value is None:
+    if _CONFIG.value is None or (_WORKDIR.value is None and not _DESCRIBE.value):
       raise ConfigError("Both --config=configs/NAME.py and --workdir=FOLDER are needed.")
-    _CONFIG.value.to_dict()  # raises where the file could not be read
-    paths.workdir(_WORKDIR.value)
+    _CONFIG.value.to_dict()  # raises if the file could not be read
+    if _WORKDIR.value is not None:
+      paths.workdir(_WORKDIR.value)
   except MemdiffError as error:
     _exit(error)
   except Exception as error:  # absl and ml_collections raise many types, configs may raise any
@@ -60,7 +62,7 @@ def _explain(error: Exception, argv: list[str]) -> str:
     for argument in argv:
       name = argument.lstrip("-").split("=")[0]
       if name.startswith("config.") and any(p in str(error) for p in name.split(".")[1:]):
-        return f"{name} does not exist; the config file lists the fields."
+        return f"{name} does not exist; --describe lists the fields."
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   if isinstance(error, OSError):
     words = " ".join(argv)
@@ -94,13 +96,20 @@ def _join_cluster() -> None:
   distributed.join(distributed.from_environment(cluster, os.environ))
 
 
+def _describe() -> None:
+  from memdiff import describe, pipeline
+
+  print(describe.describe(pipeline.settings_of(_CONFIG.value.to_dict())))
+
+
 def main(_) -> None:
-  startup.choose_cache(os.environ)
-  startup.use_threefry_kernel(os.environ)
   for noisy in ("absl", "jax", "matplotlib"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
   command = shlex.join(["python", *sys.argv])
   try:
+    if _DESCRIBE.value:
+      _describe()
+      return
     _join_cluster()
     from memdiff.runtime import devices
 
@@ -125,5 +134,7 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   startup.print_anything()
+  startup.choose_cache(os.environ)  # before the config file is read, which imports JAX
+  startup.use_threefry_kernel(os.environ)
   atexit.register(gc.freeze)  # the garbage collector's last pass would take more than a second
   app.run(main, flags_parser=_parse)

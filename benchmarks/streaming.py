@@ -28,7 +28,7 @@ from input_pipeline.source import Source
 from input_pipeline.streaming import StreamConfig
 
 _SIZE, _BATCH, _BILINEAR = 224, 64, Image.Resampling.BILINEAR
-_DEFAULT = StreamConfig(num_threads=0, num_workers=0, prefetch=2)  # as in configs/base.py
+_DEFAULT = StreamConfig()
 _THREADS, _WORKERS, _LOADS = (1, 2, 4, 16), (0, 1, 2), (0.5, 0.8, 1.2)
 _LATE = 100_000  # a step
 _PROCESS = psutil.Process()

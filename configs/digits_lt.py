@@ -26,7 +26,7 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.classifier.augment.flip = False
   config.classifier.batch_size = 64
   config.classifier.num_epochs = 190.5  # 1000 steps
-  config.classifier.optimizer = base.cosine(0.05, 5e-4)
+  config.classifier.optimizer = base.nesterov_cosine(0.05, 5e-4)
   config.loop.eval_every = 100
   config.loop.checkpoint_every = 500
 

@@ -15,16 +15,9 @@ from configs import base
 
 
 def get_config(variant: str = "default") -> ConfigDict:
-  config = ConfigDict()
-  config.experiment = "features"
-  config.name = "features"
-  config.seeds = (0, 1, 2, 3, 4)  # banks, generators and heads; all run at once
-  config.dataset = base.embeddings()
-  config.memory_bank = base.memory_bank()
-  base.on_features(config)
+  config = base.features("features")
+  config.seeds = (0, 1, 2, 3, 4)  # of banks, generators and heads
   config.head.training.start = "zeros"
   config.head.exponents = (1.0, 0.5)
-  config.loop = base.loop()
-  config.execution = base.execution()
   base.choose(variant, {})
   return config

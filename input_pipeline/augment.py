@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from input_pipeline import policies
-from memdiff.config import at_least, between, one_of
+from memdiff.config import at_least, between, one_of, setting
 from memdiff.errors import ConfigError
 
 POLICIES = ("none", "autoaugment", "randaugment")
@@ -14,13 +14,15 @@ POLICIES = ("none", "autoaugment", "randaugment")
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-  padding: int = at_least(0)
-  flip: bool
-  policy: str = one_of(POLICIES)
-  num_layers: int = between(1, 10)
-  magnitude: float = between(0, 30)
-  cutout: int = at_least(0)
-  mixup: float = at_least(0)
+  padding: int = setting(
+    4, "crop back at random after zero padding by so many pixels; 0: none", at_least(0)
+  )
+  flip: bool = setting(True, "mirror half of the images")
+  policy: str = setting("none", "a published set of operations", one_of(POLICIES))
+  num_layers: int = setting(2, "randaugment: operations per image", between(1, 10))
+  magnitude: float = setting(9.0, "randaugment: how strong they are", between(0, 30))
+  cutout: int = setting(0, "side in pixels of the square set to the mean; 0: none", at_least(0))
+  mixup: float = setting(0.0, "alpha of Beta(alpha, alpha); 0: none", at_least(0))
 
 
 def check(config: AugmentConfig, image_shape: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from input_pipeline import digits, folder, index_lists, long_tail, tfds_sources
 from input_pipeline.lazy_images import LazyImages, subset
 from input_pipeline.source import Source
-from memdiff.config import at_least, between, one_of, path_text
+from memdiff.config import at_least, between, one_of, path_setting, setting
 from memdiff.errors import ConfigError, DataError
 
 PROFILES = (*long_tail.PROFILES, "natural", "list")
@@ -50,17 +50,35 @@ SOURCES = {
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-  name: str = one_of(SOURCES)
-  data_dir: str = path_text()
-  profile: str = one_of(PROFILES)
-  imbalance: float = at_least(1)
-  split_seed: int = between(0, 2**32 - 1)
-  list_path: str = path_text()
-  holdout: float = between(0, 0.5)
-  image_size: int = at_least(0)
-  skip_unreadable: bool
-  test_share: float = between(0, 0.5)
-  test_seed: int = between(0, 2**32 - 1)
+  name: str = setting("cifar100", "digits, folder, or a set of TFDS", one_of(SOURCES))
+  data_dir: str = path_setting(
+    'where TFDS keeps its sets, "": its default; folder: the folder of images'
+  )
+  profile: str = setting(
+    "exponential",
+    "how the set is cut: step as LDAM, natural takes all, list follows a file",
+    one_of(PROFILES),
+  )
+  imbalance: float = setting(
+    100.0, "exponential, step: images of the largest class / of the smallest", at_least(1)
+  )
+  split_seed: int = setting(
+    0, "which images the tail keeps; 0 is the field's standard", between(0, 2**32 - 1)
+  )
+  list_path: str = path_setting(
+    "list: indices (.npz, .npz:key) or an official list, a path and a label per line"
+  )
+  holdout: float = setting(
+    0.0, "share of each class's training images kept for selection; 0: none", between(0, 0.5)
+  )
+  image_size: int = setting(
+    0, "side in pixels of large sets and folders; 0: as stored", at_least(0)
+  )
+  skip_unreadable: bool = setting(False, "folder: leave out images that cannot be read, and say so")
+  test_share: float = setting(
+    0.0, "folder: share of each class split off as the test set; 0: it has one", between(0, 0.5)
+  )
+  test_seed: int = setting(0, "folder: which images are split off", between(0, 2**32 - 1))
 
   def __post_init__(self):
     if self.test_share and self.name != "folder":

@@ -21,7 +21,7 @@ import numpy as np
 
 from input_pipeline import feature_files, label_classes, long_tail
 from input_pipeline.feature_files import LabelledRows
-from memdiff.config import at_least, between, one_of, path_text
+from memdiff.config import at_least, between, one_of, path_setting, setting
 from memdiff.errors import ConfigError, DataError
 from memdiff.runtime.workdir import write_arrays, write_atomically
 
@@ -33,36 +33,50 @@ _OPTIONAL = "class_names"  # the name of an array that a file may lack
 class ArraysConfig:
   """Names in .npz files."""
 
-  features: str
-  labels: str
-  class_names: str
-  test_features: str
-  test_labels: str
+  features: str = setting("features", "[N, D] numbers")
+  labels: str = setting("labels", "[N] whole numbers or texts")
+  class_names: str = setting(
+    "class_names", "[C] texts, in the order of the classes; may be missing"
+  )
+  test_features: str = setting("test_features", "the test set in the file of train_path")
+  test_labels: str = setting("test_labels", "its labels")
 
 
 @dataclasses.dataclass(frozen=True)
 class ColumnsConfig:
   """Names in Parquet files."""
 
-  features: str  # of lists; or of a column per number, with * for the number
-  label: str
+  features: str = setting("features", "lists; or a column per number: dim_* for dim_0, dim_1, ...")
+  label: str = setting("label", "whole numbers or texts")
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingsConfig:
-  train_path: str = path_text()
-  train_labels_path: str = path_text()
-  test_path: str = path_text()
-  test_labels_path: str = path_text()
-  test_share: float = between(0, 0.5)
-  test_seed: int = between(0, 2**32 - 1)
-  arrays: ArraysConfig
-  columns: ColumnsConfig
-  profile: str = one_of(PROFILES)
-  imbalance: float = at_least(1)
-  split_seed: int = between(0, 2**32 - 1)
-  holdout: float = between(0, 0.5)
-  skip_non_finite: bool
+  train_path: str = path_setting(
+    ".npz, .npy, .parquet or a folder of .parquet files: numbers and a label per row"
+  )
+  train_labels_path: str = path_setting(".npy: the file of its labels")
+  test_path: str = path_setting('as train_path; "": in the same .npz, or split off by test_share')
+  test_labels_path: str = path_setting(".npy: the file of its labels")
+  test_share: float = setting(
+    0.0, "share of each class split off as the test set; 0: one is given", between(0, 0.5)
+  )
+  test_seed: int = setting(0, "which rows are split off", between(0, 2**32 - 1))
+  arrays: ArraysConfig = setting(ArraysConfig(), "names in .npz files")
+  columns: ColumnsConfig = setting(ColumnsConfig(), "names in Parquet files")
+  profile: str = setting(
+    "natural", "how the set is cut: natural takes all; step as LDAM", one_of(PROFILES)
+  )
+  imbalance: float = setting(
+    100.0, "exponential, step: rows of the largest class / of the smallest", at_least(1)
+  )
+  split_seed: int = setting(
+    0, "which rows the tail keeps; the others judge and are the oracle", between(0, 2**32 - 1)
+  )
+  holdout: float = setting(
+    0.0, "share of each class's training rows kept for selection; 0: none", between(0, 0.5)
+  )
+  skip_non_finite: bool = setting(False, "leave out rows with a NaN or an infinity, and say so")
 
   def __post_init__(self):
     if self.test_path and self.test_share:

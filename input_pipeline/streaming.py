@@ -16,7 +16,7 @@ from absl import flags
 from PIL import Image
 
 from input_pipeline.lazy_images import LazyImages
-from memdiff.config import at_least
+from memdiff.config import at_least, setting
 from memdiff.errors import ConfigError
 
 _SCALE, _RATIO, _ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
@@ -26,9 +26,11 @@ _ENDLESS = 2**62  # examples; where grain's own length ends, batches of one over
 
 @dataclasses.dataclass(frozen=True)
 class StreamConfig:
-  num_threads: int = at_least(0)  # 0: as many as there are cores
-  num_workers: int = at_least(0)
-  prefetch: int = at_least(1)  # batches
+  num_threads: int = setting(
+    0, "that read and decode, in each process; 0: one per core, up to 16", at_least(0)
+  )
+  num_workers: int = setting(0, "processes beside them; 0: threads of this one", at_least(0))
+  prefetch: int = setting(2, "batches that each process reads ahead", at_least(1))
 
   @property
   def threads_per_process(self) -> int:

@@ -1,8 +1,10 @@
 """Strict settings: an `ml_collections.ConfigDict` becomes frozen dataclasses, or one clear error.
 
 Each part of memdiff declares its settings as a frozen dataclass beside the code that reads them.
-`build` fills such a dataclass from a config file's values and refuses unknown fields, missing
-fields, wrong types and values outside their range, so a typo never survives to a running job.
+A field has its default, its meaning and its range in one place; files in configs/ say only what
+they change, and `describe` prints the fields. `build` fills such a dataclass from a config file's
+values and refuses unknown fields, missing fields, wrong types and values outside their range, so
+a typo never survives to a running job.
 """
 
 import dataclasses
@@ -23,49 +25,55 @@ class Allowed:
   words: Callable[[], str]
 
 
-def _setting(accepts: Callable[[Any], bool], words: str | Callable[[], str]) -> Any:
-  say = words if callable(words) else lambda: words
-  return dataclasses.field(metadata={"allowed": Allowed(accepts, say)})
+def setting(default: Any, meaning: str, allowed: Allowed | None = None) -> Any:
+  """A field of a settings dataclass.
+
+  Args:
+    default: its value if a config file does not change it; for a group, an instance of its class.
+    meaning: what it is, with its unit, for users.
+    allowed: the values that it accepts; without it, all of its type.
+  """
+  return dataclasses.field(default=default, metadata={"meaning": meaning, "allowed": allowed})
 
 
-def at_least(low: float) -> Any:
-  return _setting(lambda v: v >= low, f"at least {low}")
+def path_setting(meaning: str) -> Any:
+  """A path, "" by default. In others, ~ at the beginning becomes the home folder."""
+  return dataclasses.field(default="", metadata={"meaning": meaning, "is_path": True})
 
 
-def above(low: float) -> Any:
-  return _setting(lambda v: v > low, f"above {low}")
+def at_least(low: float) -> Allowed:
+  return Allowed(lambda v: v >= low, lambda: f"at least {low}")
 
 
-def between(low: float, high: float) -> Any:
-  return _setting(lambda v: low <= v <= high, f"between {low} and {high}")
+def above(low: float) -> Allowed:
+  return Allowed(lambda v: v > low, lambda: f"above {low}")
 
 
-def one_of(names: Collection[str]) -> Any:
+def between(low: float, high: float) -> Allowed:
+  return Allowed(lambda v: low <= v <= high, lambda: f"between {low} and {high}")
+
+
+def one_of(names: Collection[str]) -> Allowed:
   """One of `names`, for example of a table, which may get further rows later."""
-  return _setting(lambda v: v in names, lambda: "one of " + ", ".join(names))
+  return Allowed(lambda v: v in names, lambda: "one of " + ", ".join(names))
 
 
-def some_of(names: Collection[str]) -> Any:
+def some_of(names: Collection[str]) -> Allowed:
   """A tuple of distinct names out of `names`, as in `one_of`, possibly empty."""
-  return _setting(
+  return Allowed(
     lambda v: set(v) <= set(names) and len(set(v)) == len(v),
     lambda: "distinct names out of " + ", ".join(names),
   )
 
 
-def each(accepts: Callable[[Any], bool], words: str) -> Any:
+def each(accepts: Callable[[Any], bool], words: str) -> Allowed:
   """A non-empty tuple whose every item is accepted."""
-  return _setting(lambda v: len(v) > 0 and all(accepts(item) for item in v), words)
+  return Allowed(lambda v: len(v) > 0 and all(accepts(item) for item in v), lambda: words)
 
 
-def each_if_any(accepts: Callable[[Any], bool], words: str) -> Any:
+def each_if_any(accepts: Callable[[Any], bool], words: str) -> Allowed:
   """A tuple, possibly empty, whose every item is accepted."""
-  return _setting(lambda v: all(accepts(item) for item in v), words)
-
-
-def path_text() -> Any:
-  """A path, in which ~ at the beginning is the home folder; "" is left as it is."""
-  return dataclasses.field(metadata={"is_path": True})
+  return Allowed(lambda v: all(accepts(item) for item in v), lambda: words)
 
 
 _TYPE_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}

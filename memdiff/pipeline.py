@@ -34,6 +34,11 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
   return KINDS[name]
 
 
+def settings_of(config: Mapping[str, Any]) -> Any:
+  """The settings of a config of any kind; raises ConfigError if it is not valid."""
+  return config_lib.build(kind_of(config).settings, config)
+
+
 def prepare(config: Mapping[str, Any]) -> tuple[Kind, Any, LongTailLabels]:
   """(kind, settings, data) of an experiment, with all that can be checked before it starts.
 
@@ -42,7 +47,7 @@ def prepare(config: Mapping[str, Any]) -> tuple[Kind, Any, LongTailLabels]:
   """
   environment.check_switches()
   kind = kind_of(config)
-  settings = config_lib.build(kind.settings, config)
+  settings = settings_of(config)
   data = kind.load(settings.dataset)
   kind.check(settings, data)
   return kind, settings, data

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from configs import digits_lt, features
 from memdiff import config as config_lib
-from memdiff import pipeline
-from memdiff.config import above, at_least, between, build, each, one_of, some_of
+from memdiff import describe, pipeline
+from memdiff.config import above, at_least, between, build, each, one_of, setting, some_of
 from memdiff.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -27,19 +27,19 @@ VALID = {  # of every kind of experiment
 
 @dataclasses.dataclass(frozen=True)
 class Inner:
-  share: float = between(0, 1)
-  rate: float = above(0)
+  share: float = setting(0.5, "a share", between(0, 1))
+  rate: float = setting(1.0, "per second", above(0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Outer:
-  count: int = at_least(1)
-  kind: str = one_of(("red", "green"))
-  flag: bool
-  free: str
-  sizes: tuple[int, ...] = each(lambda n: n >= 1, "whole numbers from 1")
-  names: tuple[str, ...] = some_of(("a", "b"))
-  inner: Inner
+  count: int = setting(1, "how many", at_least(1))
+  kind: str = setting("red", "its colour", one_of(("red", "green")))
+  flag: bool = setting(False, "whether it flies")
+  free: str = setting("", "any text")
+  sizes: tuple[int, ...] = setting((1,), "in cm", each(lambda n: n >= 1, "whole numbers from 1"))
+  names: tuple[str, ...] = setting((), "of some", some_of(("a", "b")))
+  inner: Inner = setting(Inner(), "what it contains")
 
   def __post_init__(self):
     if self.count > 100 and self.flag:
@@ -173,6 +173,50 @@ def test_settings_go_back_to_plain_values():
                           "inner": {"share": 0.5, "rate": 2.0}}  # fmt: skip
   assert config_lib.flatten(plain)["inner.rate"] == 2.0
   assert config_lib.flatten({"a": {"b": {"c": 1}}, "d": 2}) == {"a.b.c": 1, "d": 2}
+
+
+# --- in words --------------------------------------------------------------------------------
+
+
+def test_a_description_tells_values_meanings_ranges_and_what_is_changed():
+  page = describe.describe(Outer(count=3, inner=Inner(share=0.25)))
+  assert (
+    page.split("\n\n", 1)[1]
+    == """\
+* count = 3  (default 1)
+      how many; at least 1
+  kind = 'red'
+      its colour; one of red, green
+  flag = False
+      whether it flies; True or False
+  free = ''
+      any text
+  sizes = (1,)
+      in cm; whole numbers from 1
+  names = ()
+      of some; distinct names out of a, b
+
+inner: what it contains
+* inner.share = 0.25  (default 0.5)
+      a share; between 0 and 1
+  inner.rate = 1.0
+      per second; above 0"""
+  )
+
+
+@pytest.mark.parametrize("kind", sorted(VALID))
+def test_every_field_of_an_experiment_is_described(kind):
+  page = describe.describe(build(settings_of(kind), VALID[kind]))
+  for path, value in config_lib.flatten(VALID[kind]).items():
+    assert f" {path} = {value!r}" in page
+  for line in page.splitlines():
+    assert len(line) <= 100 or " = " in line
+
+
+@pytest.mark.parametrize("kind", sorted(VALID))
+def test_defaults_are_allowed_values(kind):
+  settings = settings_of(kind)()
+  assert build(settings_of(kind), config_lib.as_dict(settings)) == settings
 
 
 # --- the experiments' own settings -----------------------------------------------------------

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from memdiff.classifier.convolution import Conv
-from memdiff.config import above, each_if_any, one_of
+from memdiff.config import above, each_if_any, one_of, setting
 from memdiff.contrastive import unit_length
 
 
@@ -74,11 +74,17 @@ def parse_tap(text: str) -> Tap | None:
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-  name: str = one_of(BACKBONES)
-  head: str = one_of(HEADS)
-  scale: float = above(0)
-  dtype: str = one_of(DTYPES)
-  taps: tuple[str, ...] = each_if_any(lambda t: parse_tap(t) is not None, "texts like 3:1")
+  name: str = setting(
+    "resnet32", "8, 20, 32, 44, 56 are for small images; 10, 18, 50 for 224 px", one_of(BACKBONES)
+  )
+  head: str = setting("auto", "the last layer; auto: as the loss asks", one_of(HEADS))
+  scale: float = setting(30.0, "of cosine logits", above(0))
+  dtype: str = setting("float32", "of the computation; weights are float32", one_of(DTYPES))
+  taps: tuple[str, ...] = setting(
+    (),
+    'features from inner stages, "2:2" is stage 2 averaged to a 2 x 2 grid; (): the last layer\'s',
+    each_if_any(lambda t: parse_tap(t) is not None, "texts like 3:1"),
+  )
 
   def __post_init__(self):
     stages = len(BACKBONES[self.name].widths)

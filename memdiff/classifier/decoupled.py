@@ -17,12 +17,12 @@ from input_pipeline.dataset import LongTailDataset
 from memdiff.classifier import encoder, encoder_training, losses, posthoc
 from memdiff.classifier.encoder import EncoderConfig
 from memdiff.classifier.encoder_training import ClassifierConfig
-from memdiff.config import above, at_least, between, some_of
+from memdiff.config import above, at_least, between, setting, some_of
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.random import stream
-from memdiff.runtime.train_state import OptimizerConfig, TrainState
+from memdiff.runtime.train_state import OptimizerConfig, TrainState, nesterov_cosine
 
 TRAINED = ("crt", "lws")
 METHODS = {
@@ -36,11 +36,13 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class DecoupledConfig:
-  methods: tuple[str, ...] = some_of(METHODS)
-  adjustment: float = at_least(0)
-  tau: float = between(0, 2)
-  num_epochs: float = above(0)
-  optimizer: OptimizerConfig
+  methods: tuple[str, ...] = setting((), "heads on the frozen encoder", some_of(METHODS))
+  adjustment: float = setting(
+    1.0, "logit_adjustment: times the log of the class prior", at_least(0)
+  )
+  tau: float = setting(1.0, "tau_norm, if nothing is held out to choose it", between(0, 2))
+  num_epochs: float = setting(10.0, "crt and lws: passes over the training images", above(0))
+  optimizer: OptimizerConfig = setting(nesterov_cosine(0.1, 5e-4), "of crt and lws")
 
 
 def make_stage(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from input_pipeline.dataset import LongTailDataset
 from memdiff.classifier import backbones, losses, pretrained
 from memdiff.classifier.backbones import BackboneConfig
-from memdiff.config import each_if_any, one_of, path_text
+from memdiff.config import each_if_any, one_of, path_setting, setting
 from memdiff.errors import ConfigError, DataError
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.train_state import TrainState
@@ -27,9 +27,15 @@ _EVAL_CHUNK = 500  # images at a time while scoring inside jit
 class InputConfig:
   """How pixels become the encoder's input."""
 
-  mean: tuple[float, ...] = each_if_any(lambda m: 0 <= m <= 1, "numbers from 0 to 1")
-  std: tuple[float, ...] = each_if_any(lambda s: 0 < s <= 1, "numbers above 0, up to 1")
-  channels: str = one_of(CHANNEL_ORDERS)
+  mean: tuple[float, ...] = setting(
+    (),
+    "of pixels in [0, 1], in the order of `channels`; (): of the training images",
+    each_if_any(lambda m: 0 <= m <= 1, "numbers from 0 to 1"),
+  )
+  std: tuple[float, ...] = setting(
+    (), "as `mean`", each_if_any(lambda s: 0 < s <= 1, "numbers above 0, up to 1")
+  )
+  channels: str = setting("rgb", "the order that the encoder expects", one_of(CHANNEL_ORDERS))
 
   def __post_init__(self):
     if len(self.mean) != len(self.std):
@@ -40,10 +46,12 @@ class InputConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-  backbone: BackboneConfig
-  input: InputConfig
-  init_from: str = path_text()
-  init_head: bool
+  backbone: BackboneConfig = setting(BackboneConfig(), "the network")
+  input: InputConfig = setting(InputConfig(), "how pixels become the encoder's input")
+  init_from: str = path_setting(
+    'weights to start from, a PyTorch state dict as .npz or .safetensors; "": random ones'
+  )
+  init_head: bool = setting(True, "whether the head of `init_from` is read too; False: drawn anew")
 
   @property
   def feature_dim(self) -> int:

@@ -19,7 +19,7 @@ from input_pipeline.streaming import StreamConfig
 from memdiff.classifier import encoder, losses, projection
 from memdiff.classifier.encoder import EncoderConfig
 from memdiff.classifier.losses import LossConfig
-from memdiff.config import at_least, one_of, some_of
+from memdiff.config import at_least, one_of, setting, some_of
 from memdiff.errors import ConfigError
 from memdiff.memory import memory_bank
 from memdiff.runtime import mesh as mesh_lib
@@ -31,14 +31,18 @@ from memdiff.runtime.train_state import OptimizerConfig, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-  loss: str = one_of(losses.LOSSES)
-  references: tuple[str, ...] = some_of(losses.LOSSES)
-  loss_parameters: LossConfig
-  augment: AugmentConfig
-  stream: StreamConfig
-  batch_size: int = at_least(1)
-  num_epochs: float = at_least(0)
-  optimizer: OptimizerConfig
+  loss: str = setting("cross_entropy", "what the classifier minimises", one_of(losses.LOSSES))
+  references: tuple[str, ...] = setting(
+    (), "further losses, trained as rows of the table", some_of(losses.LOSSES)
+  )
+  loss_parameters: LossConfig = setting(LossConfig(), "each is read by the losses that have it")
+  augment: AugmentConfig = setting(AugmentConfig(), "changes of training images at random")
+  stream: StreamConfig = setting(StreamConfig(), "how large sets are read while training")
+  batch_size: int = setting(128, "images", at_least(1))
+  num_epochs: float = setting(
+    200.0, "passes over the training images; 0: none, with encoder.init_from", at_least(0)
+  )
+  optimizer: OptimizerConfig = setting(OptimizerConfig(), "of encoder and head")
 
   def num_steps(self, num_examples: int) -> int:
     return round(self.num_epochs * num_examples / self.batch_size)

@@ -19,14 +19,14 @@ from jax.sharding import Mesh
 
 from memdiff.classifier import losses
 from memdiff.classifier.priors import effective_number, log_shares
-from memdiff.config import at_least, between, one_of
+from memdiff.config import at_least, between, one_of, setting
 from memdiff.memory.exemplars import Exemplars
 from memdiff.memory.feature_space import logits_of
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.random import stream, uniform
-from memdiff.runtime.train_state import OptimizerConfig
+from memdiff.runtime.train_state import OptimizerConfig, nesterov_cosine
 
 STARTS = ("encoder", "zeros")
 GAMMA_COUNTS = ("real", "effective")
@@ -48,13 +48,19 @@ def trained_loss(loss: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-  start: str = one_of(STARTS)
-  beta: float = between(0, 0.999999)
-  gamma_counts: str = one_of(GAMMA_COUNTS)
-  defer: float = between(0, 1)
-  batch_size: int = at_least(1)
-  num_steps: int = at_least(1)
-  optimizer: OptimizerConfig
+  start: str = setting("encoder", "start from the encoder's head or from zeros", one_of(STARTS))
+  beta: float = setting(0.9999, "csl: effective number, as in the classifier", between(0, 0.999999))
+  gamma_counts: str = setting(
+    "effective",
+    "csl: what gamma counts; effective: real and trusted synthetic features",
+    one_of(GAMMA_COUNTS),
+  )
+  defer: float = setting(
+    0.0, "csl: share of the steps before the class weights set in", between(0, 1)
+  )
+  batch_size: int = setting(256, "features, real and synthetic", at_least(1))
+  num_steps: int = setting(1000, "training steps", at_least(1))
+  optimizer: OptimizerConfig = setting(nesterov_cosine(0.05, 0.0), "of the heads")
 
 
 ALL = 10**9  # a fill that no class reaches: as many synthetic features as there are

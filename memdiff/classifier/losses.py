@@ -21,7 +21,7 @@ import optax
 from memdiff import contrastive
 from memdiff.classifier import stateful_losses
 from memdiff.classifier.priors import effective_number, log_prior, with_mean_one
-from memdiff.config import above, at_least, between
+from memdiff.config import above, at_least, between, setting
 from memdiff.errors import ConfigError
 
 
@@ -29,16 +29,22 @@ from memdiff.errors import ConfigError
 class LossConfig:
   """What the losses are tuned by; a row reads what its formula has."""
 
-  beta: float = between(0, 0.999999)
-  power: float = between(0, 2)
-  focusing: float = at_least(0)
-  margin: float = at_least(0)
-  tau: float = at_least(0)
-  defer: float = between(0, 1)
-  tail_share: float = between(0, 1)
-  contrastive_weight: float = at_least(0)
-  embedding_dim: int = at_least(1)
-  temperature: float = above(0)
+  beta: float = setting(
+    0.9999, "effective number: 0 weighs classes alike, 1 by 1 / count", between(0, 0.999999)
+  )
+  power: float = setting(1.0, "cs_power: (n_min / n)^power", between(0, 2))
+  focusing: float = setting(1.0, "focal: (1 - p)^focusing", at_least(0))
+  margin: float = setting(0.5, "ldam: of the smallest class, as a cosine", at_least(0))
+  tau: float = setting(1.0, "logit_adjustment: times the log of the class prior", at_least(0))
+  defer: float = setting(
+    0.8, "*_drw, csl: share of the steps before the class weights set in", between(0, 1)
+  )
+  tail_share: float = setting(
+    0.3, "csl_*, focal_tail: share of the classes that count as tail", between(0, 1)
+  )
+  contrastive_weight: float = setting(0.35, "bcl: of the contrastive part", at_least(0))
+  embedding_dim: int = setting(128, "bcl: of the contrastive embeddings", at_least(1))
+  temperature: float = setting(0.1, "bcl: of cosines", above(0))
 
 
 # --- weights of the classes ------------------------------------------------------------------

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from memdiff.config import at_least, between, one_of
+from memdiff.config import at_least, between, one_of, setting
 from memdiff.diffusion import objectives
 from memdiff.diffusion.objectives import ObjectiveConfig
 from memdiff.diffusion.sampler import model_time
@@ -27,12 +27,18 @@ from memdiff.runtime.train_state import OptimizerConfig
 class TrainingConfig:
   """What the engine needs to know; what is drawn is the caller's business."""
 
-  schedule: ScheduleConfig
-  prediction: str = one_of(objectives.PREDICTIONS)
-  objective: ObjectiveConfig
-  ema_decay: float = between(0, 0.999999)
-  num_steps: int = at_least(1)
-  optimizer: OptimizerConfig
+  schedule: ScheduleConfig = setting(ScheduleConfig(), "how noise grows over the steps")
+  prediction: str = setting("v", "what the denoiser predicts", one_of(objectives.PREDICTIONS))
+  objective: ObjectiveConfig = setting(ObjectiveConfig(), "what training minimises")
+  ema_decay: float = setting(0.999, "of the averaged weights, which sample", between(0, 0.999999))
+  num_steps: int = setting(2000, "training steps", at_least(1))
+  optimizer: OptimizerConfig = setting(
+    OptimizerConfig(
+      name="adamw", learning_rate=1e-3, schedule="cosine", milestones=(), factors=(),
+      weight_decay=0.01, warmup=0.05, clip_norm=1.0,
+    ),
+    "of the denoiser",
+  )  # fmt: skip
 
 
 @flax.struct.dataclass

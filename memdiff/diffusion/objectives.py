@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memdiff.config import above, at_least, one_of
+from memdiff.config import above, at_least, one_of, setting
 from memdiff.contrastive import supervised_contrastive, unit_length
 from memdiff.runtime.random import stream
 
@@ -34,47 +34,52 @@ _MIN_SQUARE = 1e-6  # of a predicted noise, per dimension; keeps the gradient at
 class InfoNCEConfig:
   """See `infonce`."""
 
-  temperature: float = above(0)
-  mse_weight: float = at_least(0)
+  temperature: float = setting(0.1, "of cosines", above(0))
+  mse_weight: float = setting(
+    1.0, "of mse beside it; without any, samples have no scale", at_least(0)
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class SupConConfig:
   """CORAL's term: SupCon on projected bottlenecks, weighted by `supcon_weights`."""
 
-  weight: float = at_least(0)
-  decay: float = above(0)
-  temperature: float = above(0)
-  projection_dim: int = at_least(1)
+  weight: float = setting(0.0, "w of w exp((1 - t / T) / decay); 0: off", at_least(0))
+  decay: float = setting(0.3, "over the steps of the diffusion", above(0))
+  temperature: float = setting(0.1, "of cosines", above(0))
+  projection_dim: int = setting(128, "length of the projected bottlenecks", at_least(1))
 
 
 @dataclasses.dataclass(frozen=True)
 class CBDMConfig:
   """See `class_balance`."""
 
-  weight: float = at_least(0)
-  commitment: float = at_least(0)
-  labels: str = one_of(OTHER_LABELS)
+  weight: float = setting(0.0, "at t = T; 0: off", at_least(0))
+  commitment: float = setting(
+    0.25, "share of the term that moves the other class's prediction", at_least(0)
+  )
+  labels: str = setting(
+    "empirical", "other classes: by their counts or uniform", one_of(OTHER_LABELS)
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-  """Terms of one loss; a weight of 0 leaves a term out of the program."""
+  """Terms of one loss, DDPM's alone by default; a weight of 0 leaves a term out of the program."""
 
-  loss: str = one_of(LOSSES)
-  min_snr: float = at_least(0)
-  infonce: InfoNCEConfig
-  supcon: SupConConfig
-  cbdm: CBDMConfig
-
-
-PLAIN = ObjectiveConfig(
-  loss="mse",
-  min_snr=0.0,
-  infonce=InfoNCEConfig(temperature=0.1, mse_weight=1.0),
-  supcon=SupConConfig(weight=0.0, decay=0.3, temperature=0.1, projection_dim=128),
-  cbdm=CBDMConfig(weight=0.0, commitment=0.25, labels="empirical"),
-)  # DDPM's simple objective and nothing else
+  loss: str = setting("mse", "mean squared error (DDPM), or InfoNCE beside it", one_of(LOSSES))
+  min_snr: float = setting(
+    0.0,
+    "limit of the signal-to-noise ratio that weighs errors of x0, published as 5; 0: off",
+    at_least(0),
+  )
+  infonce: InfoNCEConfig = setting(
+    InfoNCEConfig(), "loss infonce: each predicted noise is matched to its own in the batch"
+  )
+  supcon: SupConConfig = setting(SupConConfig(), "CORAL: classes apart at the bottleneck")
+  cbdm: CBDMConfig = setting(
+    CBDMConfig(), "CBDM: pulls the predictions for different classes together"
+  )
 
 
 def target(prediction: str, x0: jax.Array, eps: jax.Array, signal: jax.Array, noise: jax.Array):

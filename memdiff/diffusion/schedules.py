@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memdiff.config import at_least, one_of
+from memdiff.config import at_least, one_of, setting
 
 
 def linear_betas(num_steps: int) -> np.ndarray:
@@ -32,8 +32,8 @@ SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-  name: str = one_of(SCHEDULES)
-  num_steps: int = at_least(2)
+  name: str = setting("cosine", "the noise schedule", one_of(SCHEDULES))
+  num_steps: int = setting(1000, "T, the steps of the diffusion", at_least(2))
 
 
 class NoiseSchedule:

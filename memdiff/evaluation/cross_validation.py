@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from memdiff.config import at_least, one_of
+from memdiff.config import at_least, one_of, setting
 from memdiff.evaluation import criteria
 
 ENCODERS = ("frozen", "retrained")
@@ -20,10 +20,16 @@ ENCODERS = ("frozen", "retrained")
 
 @dataclasses.dataclass(frozen=True)
 class SelectionConfig:
-  folds: int = at_least(0)
-  repeats: int = at_least(1)
-  encoder: str = one_of(ENCODERS)
-  criterion: str = one_of(criteria.CRITERIA)
+  folds: int = setting(
+    5, "of cross-validation on training data; 0: none, the first candidates are used", at_least(0)
+  )
+  repeats: int = setting(1, "repetitions, each with new folds", at_least(1))
+  encoder: str = setting(
+    "frozen", "retrained trains one encoder per fold, without its images", one_of(ENCODERS)
+  )
+  criterion: str = setting(
+    "balanced_accuracy", "by which the best method is chosen", one_of(criteria.CRITERIA)
+  )
 
   def __post_init__(self):
     if self.folds == 1:

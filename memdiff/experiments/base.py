@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from input_pipeline.long_tail import LongTailLabels
 from memdiff.classifier import encoder, encoder_training, losses
-from memdiff.config import each
+from memdiff.config import each, setting
 from memdiff.memory import feature_space
 from memdiff.runtime import loop, programs, results
 from memdiff.runtime import mesh as mesh_lib
@@ -22,7 +22,11 @@ from memdiff.runtime.writers import read_history
 
 
 def seeds_field() -> Any:
-  return each(lambda s: 0 <= s < 2**32, "whole numbers from 0 to 2^32 - 1")
+  return setting(
+    (0, 1, 2),
+    "of initialisation and training; all run at once",
+    each(lambda s: 0 <= s < 2**32, "whole numbers from 0 to 2^32 - 1"),
+  )
 
 
 def check_seeds(seeds: tuple[int, ...]) -> None:

@@ -14,8 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline import dataset as dataset_lib
+from input_pipeline.dataset import DatasetConfig
 from memdiff.classifier import decoupled, encoder, encoder_training, losses, posthoc
-from memdiff.config import one_of
+from memdiff.classifier.decoupled import DecoupledConfig
+from memdiff.classifier.encoder import EncoderConfig
+from memdiff.classifier.encoder_training import ClassifierConfig
+from memdiff.config import one_of, setting
 from memdiff.errors import ConfigError
 from memdiff.evaluation import scores
 from memdiff.experiments import record
@@ -31,9 +35,10 @@ from memdiff.experiments.base import (
   load_classifier,
   seeds_field,
 )
-from memdiff.memory import memory_bank
+from memdiff.memory.memory_bank import BankConfig
 from memdiff.runtime import loop, results
 from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.stage import ExecutionConfig, LoopConfig
 from memdiff.runtime.workdir import read_arrays, write_arrays
 
 _MAX_CURVES = 6  # methods in one picture
@@ -43,16 +48,22 @@ _MAX_CURVES = 6  # methods in one picture
 class ClassificationConfig:
   """Everything that decides a run's results."""
 
-  experiment: str = one_of(("classification",))
-  name: str
+  experiment: str = setting("classification", "the kind of experiment", one_of(("classification",)))
+  name: str = setting("classification", "of the run, for its report")
   seeds: tuple[int, ...] = seeds_field()
-  dataset: dataset_lib.DatasetConfig
-  encoder: encoder.EncoderConfig
-  classifier: encoder_training.ClassifierConfig
-  memory_bank: memory_bank.BankConfig
-  decoupled: decoupled.DecoupledConfig
-  loop: loop.LoopConfig
-  execution: loop.ExecutionConfig
+  dataset: DatasetConfig = setting(DatasetConfig(), "images, and how they are cut to a long tail")
+  encoder: EncoderConfig = setting(EncoderConfig(), "from pixels to features and logits")
+  classifier: ClassifierConfig = setting(ClassifierConfig(), "how encoder and head are trained")
+  memory_bank: BankConfig = setting(
+    BankConfig(), "features of each class, for losses that read them: semantic_scale"
+  )
+  decoupled: DecoupledConfig = setting(
+    DecoupledConfig(), "heads that are made or trained afterwards"
+  )
+  loop: LoopConfig = setting(LoopConfig(), "records and checkpoints")
+  execution: ExecutionConfig = setting(
+    ExecutionConfig(), "how the run is executed; may change when it is resumed"
+  )
 
   def __post_init__(self):
     check_seeds(self.seeds)

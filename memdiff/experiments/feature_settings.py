@@ -4,9 +4,14 @@ import dataclasses
 
 from input_pipeline import dataset as dataset_lib
 from input_pipeline import embeddings
+from input_pipeline.dataset import DatasetConfig
+from input_pipeline.embeddings import EmbeddingsConfig
 from input_pipeline.long_tail import LongTailLabels
 from memdiff.classifier import encoder, encoder_training, heads
-from memdiff.config import at_least, each, one_of, some_of
+from memdiff.classifier.encoder import EncoderConfig
+from memdiff.classifier.encoder_training import ClassifierConfig
+from memdiff.classifier.heads import HeadConfig
+from memdiff.config import at_least, each, one_of, setting, some_of
 from memdiff.errors import ConfigError
 from memdiff.evaluation.cross_validation import SelectionConfig
 from memdiff.experiments import joint
@@ -14,8 +19,9 @@ from memdiff.experiments.base import (
   check_seeds,
   seeds_field,
 )
-from memdiff.memory import memory_bank
-from memdiff.runtime import loop
+from memdiff.experiments.joint import JointConfig
+from memdiff.memory.memory_bank import BankConfig
+from memdiff.runtime.stage import ExecutionConfig, LoopConfig
 from memdiff.synthesis import confidence as confidence_lib
 from memdiff.synthesis import generators
 from memdiff.synthesis.feature_diffusion import DiffusionConfig
@@ -27,11 +33,27 @@ from memdiff.synthesis.hallucination import SamplerConfig, check_conditions
 class MethodsConfig:
   """How heads are trained on what the generators make."""
 
-  losses: tuple[str, ...] = some_of(heads.LOSSES)
-  exponents: tuple[float, ...] = each(lambda e: 0 <= e <= 1, "numbers from 0 to 1")
-  l2: tuple[float, ...] = each(lambda strength: strength >= 0, "numbers from 0")
-  taus: tuple[float, ...] = each(lambda tau: tau >= 0, "numbers from 0")
-  training: heads.HeadConfig
+  losses: tuple[str, ...] = setting(
+    ("cross_entropy", "logit_adjustment", "balanced_softmax", "csl"),
+    "rows of every generator",
+    some_of(heads.LOSSES),
+  )
+  exponents: tuple[float, ...] = setting(
+    (1.0,),
+    "candidates; classes are drawn by (real + synthetic)^exponent",
+    each(lambda e: 0 <= e <= 1, "numbers from 0 to 1"),
+  )
+  l2: tuple[float, ...] = setting(
+    (5e-4, 5e-3, 5e-2),
+    "candidates; l2 / 2 times the squared length of the kernel",
+    each(lambda strength: strength >= 0, "numbers from 0"),
+  )
+  taus: tuple[float, ...] = setting(
+    (1.0, 0.5, 1.5),
+    "candidates; logit_adjustment: times the log of the class prior",
+    each(lambda tau: tau >= 0, "numbers from 0"),
+  )
+  training: HeadConfig = setting(HeadConfig(), "of every head")
 
   def __post_init__(self):
     if not self.losses:
@@ -45,26 +67,30 @@ class MethodsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-  map_per_class: int = at_least(2)
+  map_per_class: int = setting(60, "points per class and kind in the t-SNE picture", at_least(2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureConfig:
   """Everything that decides the results of an experiment on embeddings."""
 
-  experiment: str = one_of(("features",))
-  name: str
+  experiment: str = setting("features", "the kind of experiment", one_of(("features",)))
+  name: str = setting("features", "of the run, for its report")
   seeds: tuple[int, ...] = seeds_field()
-  dataset: embeddings.EmbeddingsConfig
-  memory_bank: memory_bank.BankConfig
-  diffusion: DiffusionConfig
-  hallucination: SamplerConfig
-  generators: GeneratorsConfig
-  head: MethodsConfig
-  selection: SelectionConfig
-  evaluation: EvaluationConfig
-  loop: loop.LoopConfig
-  execution: loop.ExecutionConfig
+  dataset: EmbeddingsConfig = setting(EmbeddingsConfig(), "features that another model made")
+  memory_bank: BankConfig = setting(
+    BankConfig(), "features of each class, which the denoiser is told"
+  )
+  diffusion: DiffusionConfig = setting(DiffusionConfig(), "how the denoiser is trained")
+  hallucination: SamplerConfig = setting(SamplerConfig(), "how features are sampled")
+  generators: GeneratorsConfig = setting(GeneratorsConfig(), "what makes features, and how many")
+  head: MethodsConfig = setting(MethodsConfig(), "heads on real and synthetic features")
+  selection: SelectionConfig = setting(SelectionConfig(), "how the best candidates are chosen")
+  evaluation: EvaluationConfig = setting(EvaluationConfig(), "what the report shows")
+  loop: LoopConfig = setting(LoopConfig(), "records and checkpoints")
+  execution: ExecutionConfig = setting(
+    ExecutionConfig(), "how the run is executed; may change when it is resumed"
+  )
 
   def __post_init__(self):
     check_seeds(self.seeds)
@@ -80,11 +106,20 @@ class FeatureConfig:
 class MemdiffConfig(FeatureConfig):
   """Everything that decides the results of an experiment on images."""
 
-  experiment: str = one_of(("memdiff",))
-  dataset: dataset_lib.DatasetConfig
-  encoder: encoder.EncoderConfig
-  classifier: encoder_training.ClassifierConfig
-  joint: joint.JointConfig
+  experiment: str = setting("memdiff", "the kind of experiment", one_of(("memdiff",)))
+  name: str = setting("memdiff", "of the run, for its report")
+  dataset: DatasetConfig = setting(DatasetConfig(), "images, and how they are cut to a long tail")
+  encoder: EncoderConfig = setting(EncoderConfig(), "from pixels to features and logits")
+  classifier: ClassifierConfig = setting(
+    ClassifierConfig(loss="csl", references=("cross_entropy",)),
+    "how encoder and head are trained on images",
+  )
+  selection: SelectionConfig = setting(
+    SelectionConfig(encoder="retrained"), "how the best candidates are chosen"
+  )
+  joint: JointConfig = setting(
+    JointConfig(), "encoder and head on images and synthetic features together"
+  )
 
 
 def has_own_head(config: FeatureConfig) -> bool:

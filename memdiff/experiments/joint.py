@@ -24,7 +24,7 @@ from input_pipeline import batches
 from memdiff.classifier import encoder, encoder_training, heads, losses
 from memdiff.classifier.heads import HeadConfig
 from memdiff.classifier.priors import effective_number, log_prior
-from memdiff.config import at_least, between, one_of, some_of
+from memdiff.config import at_least, between, one_of, setting, some_of
 from memdiff.errors import ConfigError
 from memdiff.experiments.base import Experiment, forward_images
 from memdiff.memory import feature_space, memory_bank
@@ -43,13 +43,29 @@ REAL = "real"
 class JointConfig:
   """How encoder and head are trained together; no generators: not at all."""
 
-  generators: tuple[str, ...] = some_of((REAL, *GENERATORS))
-  loss: str = one_of(heads.TRAINED)
-  counts: str = one_of(heads.GAMMA_COUNTS)
-  num_rounds: int = at_least(2)
-  ramp: float = between(0, 1)
-  refresh_drift: float = at_least(0)
-  added_batch_size: int = at_least(1)
+  generators: tuple[str, ...] = setting(
+    (),
+    "real (the control) and any of generators.names; (): no joint training",
+    some_of((REAL, *GENERATORS)),
+  )
+  loss: str = setting(
+    "balanced_softmax", "what is minimised; csl with head.training's beta", one_of(heads.TRAINED)
+  )
+  counts: str = setting(
+    "real",
+    "of prior and gamma; effective adds trusted synthetic features",
+    one_of(heads.GAMMA_COUNTS),
+  )
+  num_rounds: int = setting(4, "of equal length; the first sees images only", at_least(2))
+  ramp: float = setting(
+    0.5, "share of the other rounds over which synthetic features gain weight", between(0, 1)
+  )
+  refresh_drift: float = setting(
+    0.1, "shift of the class means, over their spread, that asks for new features", at_least(0)
+  )
+  added_batch_size: int = setting(
+    64, "synthetic features beside classifier.batch_size images", at_least(1)
+  )
 
 
 @flax.struct.dataclass

@@ -20,15 +20,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from memdiff.config import at_least
+from memdiff.config import at_least, setting
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import uniform
 
 
 @dataclasses.dataclass(frozen=True)
 class BankConfig:
-  num_slots: int = at_least(1)
-  horizon: int = at_least(1)
+  num_slots: int = setting(32, "stored features per class", at_least(1))
+  horizon: int = setting(
+    1000, "features until the mean becomes an exponential average", at_least(1)
+  )
 
 
 @flax.struct.dataclass

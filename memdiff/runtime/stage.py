@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from memdiff.config import at_least, one_of
+from memdiff.config import at_least, one_of, setting
 from memdiff.runtime import guard
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.preemption import Preemption
@@ -20,13 +20,19 @@ from memdiff.runtime.writers import TensorBoard
 class LoopConfig:
   """What decides the records and checkpoints of a run."""
 
-  steps_per_dispatch: int = at_least(1)
-  eval_every: int = at_least(1)
-  checkpoint_every: int = at_least(1)
-  keep_checkpoints: int = at_least(1)
-  keep_every: int = at_least(0)
-  on_non_finite: str = one_of(guard.ON_NON_FINITE)
-  max_skipped: int = at_least(0)
+  steps_per_dispatch: int = setting(50, "steps per call of the compiled program", at_least(1))
+  eval_every: int = setting(1000, "steps between evaluations", at_least(1))
+  checkpoint_every: int = setting(
+    1000, "steps between checkpoints; a killed run loses at most these", at_least(1)
+  )
+  keep_checkpoints: int = setting(2, "newest checkpoints that are kept", at_least(1))
+  keep_every: int = setting(
+    0, "keep one checkpoint every so many steps for good; 0: none", at_least(0)
+  )
+  on_non_finite: str = setting(
+    "stop", "stop and keep the batch, or skip the step", one_of(guard.ON_NON_FINITE)
+  )
+  max_skipped: int = setting(0, "skip: steps that may be skipped before the run stops", at_least(0))
 
   def __post_init__(self):
     for name in ("eval_every", "checkpoint_every"):
@@ -46,10 +52,16 @@ class LoopConfig:
 class ExecutionConfig:
   """How a run is executed; may change from one call to the next."""
 
-  parameters: str = one_of(mesh_lib.PARAMETERS)
-  show_folds: bool
-  profile_stage: str
-  profile_steps: tuple[int, ...]
+  parameters: str = setting(
+    "replicated",
+    "fsdp splits parameters and optimiser state over the devices",
+    one_of(mesh_lib.PARAMETERS),
+  )
+  show_folds: bool = setting(False, "whether TensorBoard shows the trainings of cross-validation")
+  profile_stage: str = setting("", 'stage to profile, such as "classifier/csl"; "": none')
+  profile_steps: tuple[int, ...] = setting(
+    (), "its steps (first, last); lands in the stage's folder"
+  )
 
   def __post_init__(self):
     if self.profile_steps and (

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memdiff.config import above, at_least, between, each_if_any, one_of
+from memdiff.config import above, at_least, between, each_if_any, one_of, setting
 
 
 @flax.struct.dataclass
@@ -35,17 +35,25 @@ SCHEDULES = ("cosine", "step", "constant")
 class OptimizerConfig:
   """Optimiser with linear warm-up and a schedule; all times are shares of the steps."""
 
-  name: str = one_of(OPTIMIZERS)
-  learning_rate: float = above(0)
-  schedule: str = one_of(SCHEDULES)
-  milestones: tuple[float, ...] = each_if_any(lambda m: 0 < m < 1, "shares between 0 and 1")
-  factors: tuple[float, ...] = each_if_any(lambda f: f > 0, "numbers above 0")
-  momentum: float = between(0, 0.9999)
-  nesterov: bool
-  weight_decay: float = at_least(0)
-  warmup: float = between(0, 0.9)
-  clip_norm: float = at_least(0)
-  accumulate: int = at_least(1)
+  name: str = setting("sgd", "the update rule", one_of(OPTIMIZERS))
+  learning_rate: float = setting(0.1, "peak, after the warm-up", above(0))
+  schedule: str = setting("step", "of the learning rate; cosine falls to 0", one_of(SCHEDULES))
+  milestones: tuple[float, ...] = setting(
+    (0.8, 0.9),
+    "step: shares of the steps at which the rate changes",
+    each_if_any(lambda m: 0 < m < 1, "shares between 0 and 1"),
+  )
+  factors: tuple[float, ...] = setting(
+    (0.01, 0.0001),
+    "step: the rate from each milestone on, as a factor of the peak",
+    each_if_any(lambda f: f > 0, "numbers above 0"),
+  )
+  momentum: float = setting(0.9, "of sgd; b1 of adamw", between(0, 0.9999))
+  nesterov: bool = setting(False, "whether sgd uses Nesterov momentum")
+  weight_decay: float = setting(2e-4, "L2 penalty in sgd, decoupled in adamw", at_least(0))
+  warmup: float = setting(0.025, "share of the steps over which the rate rises", between(0, 0.9))
+  clip_norm: float = setting(0.0, "limit of the gradient norm; 0: none", at_least(0))
+  accumulate: int = setting(1, "batches whose mean gradient makes one update", at_least(1))
 
   def __post_init__(self):
     if len(self.milestones) != len(self.factors):
@@ -64,6 +72,21 @@ class OptimizerConfig:
       raise ValueError(
         f"milestones are {self.milestones}, but the warm-up lasts until {self.warmup}."
       )
+
+
+def nesterov_cosine(
+  learning_rate: float, weight_decay: float, warmup: float = 0.05
+) -> OptimizerConfig:
+  """SGD with Nesterov momentum and cosine decay."""
+  return OptimizerConfig(
+    learning_rate=learning_rate,
+    schedule="cosine",
+    milestones=(),
+    factors=(),
+    nesterov=True,
+    weight_decay=weight_decay,
+    warmup=warmup,
+  )
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memdiff.config import above, one_of
+from memdiff.config import above, one_of, setting
 from memdiff.memory import exemplars as exemplars_lib
 from memdiff.memory.exemplars import Exemplars
 from memdiff.memory.feature_space import logits_of
@@ -89,10 +89,10 @@ NEED_A_HEAD = ("certainty", "entropy_literal", "probability")
 
 @dataclasses.dataclass(frozen=True)
 class ConfidenceConfig:
-  name: str = one_of(CONFIDENCES)
-  power: float = above(0)
-  calibrate: bool
-  normalize: bool
+  name: str = setting("cosine", "how far a synthetic feature is trusted", one_of(CONFIDENCES))
+  power: float = setting(1.0, "of it; above 1: only the best are trusted", above(0))
+  calibrate: bool = setting(False, "to 1 if a feature is as typical as the real ones")
+  normalize: bool = setting(True, "to mean 1 within each class")
 
 
 def _medians(values: jax.Array, exemplars: Exemplars, enough: jax.Array) -> jax.Array:

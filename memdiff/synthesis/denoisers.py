@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memdiff.config import at_least, one_of
+from memdiff.config import at_least, one_of, setting
 from memdiff.diffusion.schedules import time_embedding
 from memdiff.memory.memory_bank import Memory
 from memdiff.runtime.random import kernel_normal, normal
@@ -30,11 +30,13 @@ NAMES = ("mlp", "transformer")
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
-  name: str = one_of(NAMES)
-  width: int = at_least(1)
-  num_blocks: int = at_least(1)
-  embedding_dim: int = at_least(4)
-  num_heads: int = at_least(1)
+  name: str = setting("mlp", "the kind of network", one_of(NAMES))
+  width: int = setting(256, "hidden units", at_least(1))
+  num_blocks: int = setting(3, "residual blocks", at_least(1))
+  embedding_dim: int = setting(
+    64, "of time; mlp: of class and conditions too; transformer: of an attention head", at_least(4)
+  )
+  num_heads: int = setting(4, "of the attention over stored features", at_least(1))
 
   def __post_init__(self):
     if self.embedding_dim % 2:

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from memdiff.config import at_least
+from memdiff.config import at_least, setting
 from memdiff.evaluation import cross_validation
 from memdiff.memory import exemplars as exemplars_lib
 from memdiff.memory.exemplars import Exemplars
@@ -32,7 +32,7 @@ from memdiff.memory.feature_space import FeatureRuns
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.random import stream
-from memdiff.runtime.train_state import OptimizerConfig
+from memdiff.runtime.train_state import OptimizerConfig, nesterov_cosine
 from memdiff.synthesis.generator import Generator, Sampler
 
 MOMENTUM = 0.1  # share of a minibatch in the running statistics
@@ -43,9 +43,9 @@ DOWN, UP = 0.9, 1.1  # factors of p_c
 
 @dataclasses.dataclass(frozen=True)
 class FASAConfig:
-  num_epochs: int = at_least(1)
-  batch_size: int = at_least(1)
-  optimizer: OptimizerConfig
+  num_epochs: int = setting(20, "passes over the training features", at_least(1))
+  batch_size: int = setting(128, "features", at_least(1))
+  optimizer: OptimizerConfig = setting(nesterov_cosine(0.05, 5e-4), "of its head")
 
 
 @flax.struct.dataclass

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from input_pipeline.batches import draw_members, group_by_class
-from memdiff.config import at_least, between, one_of
+from memdiff.config import at_least, between, one_of, setting
 from memdiff.diffusion import denoiser_training, objectives
 from memdiff.diffusion.denoiser_training import Batch, TrainingConfig
 from memdiff.memory import memory_bank
@@ -32,13 +32,21 @@ DENOISERS = {"mlp": MLPDenoiser, "transformer": TransformerDenoiser}
 class DiffusionConfig(TrainingConfig):
   """The engine's settings, the denoiser's, and what a batch is made of."""
 
-  denoiser: DenoiserConfig
-  condition: str = one_of(CONDITIONS)
-  class_exponent: float = between(0, 1)
-  label_dropout: float = between(0, 1)
-  anonymous: float = between(0, 1)
-  displacement: float = at_least(0)
-  batch_size: int = at_least(1)
+  denoiser: DenoiserConfig = setting(DenoiserConfig(), "the network")
+  condition: str = setting("class_and_memory", "what the denoiser is told", one_of(CONDITIONS))
+  class_exponent: float = setting(
+    0.5, "classes are drawn by count^this: 1 as they are, 0 balanced", between(0, 1)
+  )
+  label_dropout: float = setting(
+    0.1, "share of the samples without label and memory", between(0, 1)
+  )
+  anonymous: float = setting(
+    0.5, "share of the others that stand for unseen classes, their label hidden", between(0, 1)
+  )
+  displacement: float = setting(
+    1.0, "by how many class differences those are moved; unused by the condition class", at_least(0)
+  )
+  batch_size: int = setting(128, "features", at_least(1))
 
   def learned(self) -> tuple[str, ...]:
     """The conditions that training shows the denoiser; those it can be sampled with."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from memdiff.config import above, at_least, each, some_of
+from memdiff.config import above, at_least, each, setting, some_of
 from memdiff.errors import ConfigError
 from memdiff.memory.feature_space import FeatureRuns
 from memdiff.runtime import loop, results
@@ -72,12 +72,21 @@ GENERATORS = {
 class GeneratorsConfig:
   """Which generators a run compares, and how much they make."""
 
-  names: tuple[str, ...] = some_of(GENERATORS)
-  tail_below: int = at_least(1)
-  fill_to: tuple[int, ...] = each(lambda n: n >= 1, "whole numbers from 1")
-  confidence: ConfidenceConfig
-  fasa: FASAConfig
-  ldmlr_share: float = above(0)
+  names: tuple[str, ...] = setting(
+    (
+      "duplicate", "kernel_jitter", "feature_mixup", "gaussian_shared", "gaussian_shrunk",
+      "class_only", "memdiff",
+    ),
+    "what makes features",
+    some_of(GENERATORS),
+  )  # fmt: skip
+  tail_below: int = setting(100, "classes with fewer training examples are filled up", at_least(1))
+  fill_to: tuple[int, ...] = setting(
+    (100,), "candidates; up to how many examples", each(lambda n: n >= 1, "whole numbers from 1")
+  )
+  confidence: ConfidenceConfig = setting(ConfidenceConfig(), "how far features are trusted")
+  fasa: FASAConfig = setting(FASAConfig(), "of the generator fasa")
+  ldmlr_share: float = setting(1.0, "of the training steps that LDMLR publishes", above(0))
 
   def __post_init__(self):
     if not self.names:

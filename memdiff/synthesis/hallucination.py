@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from memdiff.config import at_least, each, one_of
+from memdiff.config import at_least, each, one_of, setting
 from memdiff.diffusion import sampler
 from memdiff.diffusion.sampler import SAMPLERS
 from memdiff.diffusion.schedules import NoiseSchedule
@@ -25,13 +25,25 @@ _ROOM = 1.25  # times as many samples may be drawn as are wanted, so that groups
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-  sampler: str = one_of(SAMPLERS)
-  num_steps: int = at_least(2)
-  condition: str = one_of(CONDITIONS)
-  guidance: tuple[float, ...] = each(lambda g: g >= 0, "numbers from 0")
-  start: tuple[float, ...] = each(lambda s: 0 < s <= 1, "numbers above 0, up to 1")
-  x0_limit: float = at_least(0)
-  chunk_size: int = at_least(1)
+  sampler: str = setting("ddim", "of the reverse process", one_of(SAMPLERS))
+  num_steps: int = setting(50, "denoiser calls per sample", at_least(2))
+  condition: str = setting("memory", "what the denoiser is told", one_of(CONDITIONS))
+  guidance: tuple[float, ...] = setting(
+    (1.0,),
+    "candidates; 1: none, above: towards the class",
+    each(lambda g: g >= 0, "numbers from 0"),
+  )
+  start: tuple[float, ...] = setting(
+    (1.0,),
+    "candidates; below 1: from exemplars noised for this share of the steps",
+    each(lambda s: 0 < s <= 1, "numbers above 0, up to 1"),
+  )
+  x0_limit: float = setting(
+    8.0, "limit of predicted features, in standard deviations; 0: none", at_least(0)
+  )
+  chunk_size: int = setting(
+    1024, "samples at a time, bounds the memory; devices share them by 16", at_least(1)
+  )
 
   def __post_init__(self):
     if len(self.guidance) > 1 and len(self.start) > 1:

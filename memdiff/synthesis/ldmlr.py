@@ -29,11 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from memdiff.config import at_least, between, each, one_of
 from memdiff.diffusion import denoiser_training, sampler
 from memdiff.diffusion.denoiser_training import Batch, TrainingConfig
-from memdiff.diffusion.objectives import PLAIN
-from memdiff.diffusion.sampler import SAMPLERS
+from memdiff.diffusion.objectives import ObjectiveConfig
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.memory.exemplars import Exemplars
 from memdiff.memory.feature_space import FeatureRuns, Standardizer
@@ -52,20 +50,20 @@ _CHUNK = 1024  # samples at a time, at most
 class LDMLRConfig:
   """One row; see the module for what the fields stand for."""
 
-  width: int = at_least(GROUPS)
-  multipliers: tuple[int, ...] = each(lambda m: m >= 1, "a non-empty tuple of numbers from 1 on")
+  width: int
+  multipliers: tuple[int, ...]  # of the width, by level
   positions: bool
-  units: str = one_of(UNITS)
+  units: str  # one of UNITS
   fixed_batches: bool
   snr_weighted: bool
   schedule: ScheduleConfig
-  ema_decay: float = between(0, 0.999999)
-  batch_size: int = at_least(1)
-  num_steps: int = at_least(1)
+  ema_decay: float
+  batch_size: int
+  num_steps: int
   optimizer: OptimizerConfig
-  sampler: str = one_of(SAMPLERS)
-  sample_steps: int = at_least(2)
-  x0_limit: float = at_least(0)
+  sampler: str  # one of memdiff.diffusion.sampler.SAMPLERS
+  sample_steps: int
+  x0_limit: float
 
   def __post_init__(self):
     if self.width % GROUPS:
@@ -216,7 +214,7 @@ def make_stage(
   settings = TrainingConfig(
     schedule=config.schedule,
     prediction="eps" if config.snr_weighted else "x0",
-    objective=PLAIN,
+    objective=ObjectiveConfig(),
     ema_decay=config.ema_decay,
     num_steps=config.num_steps,
     optimizer=config.optimizer,

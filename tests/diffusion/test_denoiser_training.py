@@ -12,6 +12,7 @@ from scipy import stats
 
 from memdiff.diffusion import denoiser_training, objectives
 from memdiff.diffusion.denoiser_training import Batch
+from memdiff.diffusion.objectives import ObjectiveConfig
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.memory import memory_bank
 from memdiff.runtime import train_state
@@ -26,7 +27,7 @@ LABELS = np.repeat(np.arange(CLASSES), COUNTS).astype(np.int32)
 CONFIG = DiffusionConfig(
   schedule=ScheduleConfig("cosine", 50),
   prediction="eps",
-  objective=objectives.PLAIN,
+  objective=ObjectiveConfig(),
   denoiser=DenoiserConfig("mlp", width=32, num_blocks=1, embedding_dim=8, num_heads=2),
   condition="class_and_memory",
   class_exponent=0.5,
@@ -269,12 +270,12 @@ def test_anonymous_rows_lie_as_far_from_their_memory_as_before(mesh):
 
 
 def with_terms(**weights):
-  """PLAIN with these weights of supcon and cbdm."""
+  """The plain objective with these weights of supcon and cbdm."""
   changed = {
-    name: dataclasses.replace(getattr(objectives.PLAIN, name), weight=weight)
+    name: dataclasses.replace(getattr(CONFIG.objective, name), weight=weight)
     for name, weight in weights.items()
   }
-  return dataclasses.replace(objectives.PLAIN, **changed)
+  return ObjectiveConfig(**changed)
 
 
 def test_true_labels_are_known_where_the_label_is_dropped(mesh):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from memdiff.diffusion import denoiser_training, objectives
 from memdiff.diffusion.denoiser_training import Batch, TrainingConfig
-from memdiff.diffusion.objectives import PLAIN, PROJECTION
+from memdiff.diffusion.objectives import PROJECTION, ObjectiveConfig
 from memdiff.diffusion.sampler import model_time
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.memory import memory_bank
@@ -25,7 +25,7 @@ BATCH, DIM, WIDTH, STEPS = 8, 5, 6, 40
 CONFIG = TrainingConfig(
   schedule=ScheduleConfig("cosine", STEPS),
   prediction="v",
-  objective=PLAIN,
+  objective=ObjectiveConfig(),
   ema_decay=0.9,
   num_steps=10,
   optimizer=OptimizerConfig("adamw", 1e-2, "cosine", (), (), 0.9, False, 0.0, 0.05, 1.0, 1),
@@ -34,8 +34,8 @@ CONFIG = TrainingConfig(
 
 def change(loss="mse", min_snr=0.0, prediction="v", **groups):
   """CONFIG with these settings; a group is a dict of its changed fields."""
-  changed = {n: dataclasses.replace(getattr(PLAIN, n), **g) for n, g in groups.items()}
-  objective = dataclasses.replace(PLAIN, loss=loss, min_snr=min_snr, **changed)
+  changed = {n: dataclasses.replace(getattr(CONFIG.objective, n), **g) for n, g in groups.items()}
+  objective = ObjectiveConfig(loss=loss, min_snr=min_snr, **changed)
   return dataclasses.replace(CONFIG, objective=objective, prediction=prediction)
 
 
@@ -302,7 +302,7 @@ def test_denoisers_do_not_read_the_projection_that_training_adds(name):
   batch = Batch(x0=normal(0, 4, DIM), label=label, memory=memory, true_label=label)
   with_it, without = (params_of(config, denoiser, batch) for config in (CASES["supcon"], CONFIG))
   assert set(with_it) - set(without) == {PROJECTION}
-  assert with_it[PROJECTION]["kernel"].shape == (16, PLAIN.supcon.projection_dim)
+  assert with_it[PROJECTION]["kernel"].shape == (16, ObjectiveConfig().supcon.projection_dim)
   jax.tree.map(np.testing.assert_array_equal, {n: with_it[n] for n in without}, without)
   apply = jax.jit(lambda p: denoiser.apply({"params": p}, batch.x0, jnp.zeros(4), label, memory))
   jax.tree.map(np.testing.assert_array_equal, apply(with_it), apply(without))

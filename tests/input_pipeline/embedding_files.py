@@ -1,13 +1,14 @@
 """Small files of embeddings in every format, and what reading them gives; shared by tests."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from ml_collections import ConfigDict
 from pyarrow import parquet
 
-from configs import base
 from input_pipeline import embeddings
 from input_pipeline.embeddings import EmbeddingsConfig
 from memdiff import config as config_lib
@@ -21,8 +22,8 @@ TEST_LABELS = np.array([2, 0])
 
 
 def config_of(path, **changes):
-  """base.embeddings(), with the test set split off unless it is given; fields by dotted names."""
-  values = base.embeddings()
+  """The defaults, with the test set split off unless it is given; fields by dotted names."""
+  values = ConfigDict(dataclasses.asdict(EmbeddingsConfig()))
   if not {"test_path", "test_share"} & set(changes):
     changes["test_share"] = 0.2
   values.update_from_flattened_dict({"train_path": str(path)} | changes)

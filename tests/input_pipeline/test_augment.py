@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from configs import base
 from input_pipeline import augment, policies
 from input_pipeline.augment import AugmentConfig
-from memdiff.config import build
+from memdiff.config import as_dict, build
 from memdiff.errors import ConfigError
 
 OFF = AugmentConfig(
@@ -212,7 +211,7 @@ def test_settings_that_fit_pass(config):
 
 
 def test_the_shipped_settings_are_read():
-  config = build(AugmentConfig, base.classifier().augment.to_dict())
+  config = build(AugmentConfig, as_dict(AugmentConfig()))
   augment.check(config, (32, 32, 3))
   assert config.padding == 4 and config.flip and config.policy == "none"
 
@@ -223,6 +222,6 @@ def test_the_shipped_settings_are_read():
   ("cutout", -1, "at least 0"), ("mixup", -0.1, "at least 0"), ("flip", 1, "True or False"),
 ])  # fmt: skip
 def test_values_that_are_not_allowed_are_refused(field, value, words):
-  settings = base.classifier().augment.to_dict() | {field: value}
+  settings = as_dict(AugmentConfig()) | {field: value}
   with pytest.raises(ConfigError, match=f"config.{field} is {value!r}, but must be {words}"):
     build(AugmentConfig, settings)

@@ -7,10 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from configs import base
 from input_pipeline import long_tail
-from input_pipeline.embeddings import EmbeddingsConfig
-from memdiff import config as config_lib
 from memdiff.errors import ConfigError
 from tests.input_pipeline.embedding_files import (
   FEATURES,
@@ -26,12 +23,6 @@ from tests.input_pipeline.embedding_files import (
 )
 
 # --- settings --------------------------------------------------------------------------------
-
-
-def test_the_settings_in_configs_are_those_that_are_read():
-  values = base.embeddings().to_dict()
-  settings = config_lib.build(EmbeddingsConfig, values)
-  assert config_lib.as_dict(settings) == values
 
 
 def test_a_test_set_is_either_given_or_split_off(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memdiff.config import as_dict, build
-from memdiff.diffusion import objectives
+from memdiff.diffusion.objectives import ObjectiveConfig
 from memdiff.diffusion.schedules import ScheduleConfig
 from memdiff.errors import ConfigError, WorkdirError
 from memdiff.memory import exemplars as exemplars_lib
@@ -44,7 +44,7 @@ CONFIG = GeneratorsConfig(
 SETTINGS = SynthesisSettings(
   generators=CONFIG,
   diffusion=DiffusionConfig(
-    schedule=ScheduleConfig("cosine", 20), prediction="v", objective=objectives.PLAIN,
+    schedule=ScheduleConfig("cosine", 20), prediction="v", objective=ObjectiveConfig(),
     ema_decay=0.9, num_steps=4, optimizer=OPTIMIZER,
     denoiser=DenoiserConfig("mlp", width=16, num_blocks=1, embedding_dim=8, num_heads=1),
     condition="class_and_memory", class_exponent=0.5, label_dropout=0.1, anonymous=0.5,

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memdiff.config import as_dict, build
-from memdiff.diffusion import objectives, sampler
+from memdiff.diffusion import sampler
+from memdiff.diffusion.objectives import ObjectiveConfig
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.errors import ConfigError
 from memdiff.memory.memory_bank import Memory, MemoryBank
@@ -27,7 +28,7 @@ SAMPLING = SamplerConfig(
   x0_limit=6.0, chunk_size=4,
 )  # fmt: skip
 TRAINING = DiffusionConfig(
-  schedule=ScheduleConfig("cosine", 20), prediction="v", objective=objectives.PLAIN, ema_decay=0.9,
+  schedule=ScheduleConfig("cosine", 20), prediction="v", objective=ObjectiveConfig(), ema_decay=0.9,
   num_steps=10,
   optimizer=OptimizerConfig("adamw", 1e-3, "cosine", (), (), 0.9, False, 0.0, 0.0, 1.0, 1),
   denoiser=DenoiserConfig("mlp", width=16, num_blocks=1, embedding_dim=8, num_heads=2),

@@ -10,13 +10,13 @@ import pytest
 from scipy import stats
 
 from memdiff import config as config_lib
-from memdiff.diffusion.sampler import model_time
+from memdiff.diffusion.sampler import SAMPLERS, model_time
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.memory import exemplars as exemplars_lib
 from memdiff.memory.feature_space import Standardizer
 from memdiff.runtime.train_state import OptimizerConfig
 from memdiff.synthesis import ldmlr
-from memdiff.synthesis.ldmlr import ROWS, LDMLRConfig, NoiseFromSample, TrainingRows
+from memdiff.synthesis.ldmlr import ROWS, NoiseFromSample, TrainingRows
 
 CLASSES, DIM = 2, 4
 COUNTS = (40, 12)
@@ -90,7 +90,8 @@ def test_the_published_plan_is_a_fifth_of_each_class_and_five_at_least():
 @pytest.mark.parametrize("name", BOTH)
 def test_rows_are_valid_settings(name):
   row = ROWS[name]
-  assert config_lib.build(LDMLRConfig, config_lib.as_dict(row)) == row
+  assert row.units in ldmlr.UNITS and row.sampler in SAMPLERS
+  assert config_lib.build(OptimizerConfig, config_lib.as_dict(row.optimizer)) == row.optimizer
   with pytest.raises(ValueError, match="multiple of 8"):
     dataclasses.replace(row, width=12)
 

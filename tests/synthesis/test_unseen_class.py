@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memdiff.diffusion import objectives
+from memdiff.diffusion.objectives import ObjectiveConfig
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.memory import memory_bank
 from memdiff.runtime.train_state import OptimizerConfig
@@ -21,7 +21,7 @@ CLASSES, MEMBERS, DIM, SLOTS, NEW, SPREAD, STEPS = 20, 30, 6, 8, 4, 0.3, 400
 CONFIG = DiffusionConfig(
   schedule=ScheduleConfig("cosine", 100),
   prediction="v",
-  objective=objectives.PLAIN,
+  objective=ObjectiveConfig(),
   ema_decay=0.99,
   num_steps=STEPS,
   optimizer=OptimizerConfig("adamw", 2e-3, "cosine", (), (), 0.9, False, 0.0, 0.05, 1.0, 1),
