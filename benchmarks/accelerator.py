@@ -99,10 +99,10 @@ def classifier_stage(
   encoder_config = dataclasses.replace(config.encoder, backbone=backbone)
   mesh = mesh_lib.make_mesh()
   shared = encoder.device_data(encoder_config.input, data, mesh)
-  return encoder_training.make_stage(
-    config.classifier, encoder_config, config.memory_bank if bank else None,
-    config.classifier.loss, data, shared, mesh,
-  )  # fmt: skip
+  recipe = encoder_training.Recipe(
+    config.classifier, encoder_config, config.classifier.loss, config.memory_bank if bank else None
+  )
+  return encoder_training.make_stage(recipe, data, shared, mesh)
 
 
 def trained(

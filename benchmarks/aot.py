@@ -293,11 +293,9 @@ def _classifiers(settings: Any, data: Any, run: Any) -> Iterator[Program]:
 
   shared = encoder.device_data(settings.encoder.input, data, run.mesh)
   for loss in encoder_training.trained_losses(settings.classifier):
-    keeps = losses.LOSSES[loss].needs_bank
-    stage = encoder_training.make_stage(
-      settings.classifier, settings.encoder, settings.memory_bank if keeps else None, loss, data,
-      shared, run.mesh,
-    )  # fmt: skip
+    bank = settings.memory_bank if losses.LOSSES[loss].needs_bank else None
+    recipe = encoder_training.Recipe(settings.classifier, settings.encoder, loss, bank)
+    stage = encoder_training.make_stage(recipe, data, shared, run.mesh)
     yield _stage_program(stage, run)
 
 

@@ -72,9 +72,8 @@ def make_training(config: ClassificationConfig, data, mesh, seeds: int, **augmen
     config.classifier, augment=dataclasses.replace(config.classifier.augment, **augment)
   )
   shared = encoder.device_data(config.encoder.input, data, mesh)
-  stage = encoder_training.make_stage(
-    classifier, config.encoder, None, config.classifier.loss, data, shared, mesh
-  )
+  recipe = encoder_training.Recipe(classifier, config.encoder, config.classifier.loss)
+  stage = encoder_training.make_stage(recipe, data, shared, mesh)
   return Training(stage, tuple(range(seeds)), mesh, _STEPS)
 
 

@@ -14,6 +14,7 @@ FOUNDATION = {"config", "errors", "paths"}
 PARTS = {
   "config": {"errors", "paths"},
   "config_flag": {"paths"},
+  "describe": set(),
   "errors": set(),
   "paths": {"errors"},
   "runtime": FOUNDATION,

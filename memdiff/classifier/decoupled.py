@@ -14,9 +14,8 @@ from jax.sharding import Mesh
 
 from input_pipeline import batches
 from input_pipeline.dataset import LongTailDataset
-from memdiff.classifier import encoder, encoder_training, losses, posthoc
-from memdiff.classifier.encoder import EncoderConfig
-from memdiff.classifier.encoder_training import ClassifierConfig
+from memdiff.classifier import encoder, image_batches, losses, posthoc
+from memdiff.classifier.encoder_training import Recipe
 from memdiff.config import above, at_least, between, setting, some_of
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
@@ -48,28 +47,27 @@ class DecoupledConfig:
 def make_stage(
   method: str,
   config: DecoupledConfig,
-  classifier: ClassifierConfig,
-  encoder_config: EncoderConfig,
-  loss: str,
+  trained: Recipe,
   frozen: TrainState,
   dataset: LongTailDataset,
   shared: dict[str, jax.Array],
   mesh: Mesh,
 ) -> Stage:
-  """Trains the head of `method`, crt or lws, on the encoder that `loss` trained.
+  """Trains the head of `method`, crt or lws, on a trained encoder.
 
   Args:
     method: one of TRAINED.
     config: `num_epochs` counts drawn examples: an epoch draws as many as the training set has.
-    classifier: its augmentation and batch size are used here too, mixup excepted.
-    encoder_config, loss: of the trained classifier.
+    trained: how the classifier was trained; its augmentation and batch size are used here too,
+      mixup excepted.
     frozen: its final state, seeds leading.
     dataset, shared, mesh: as for the classifier's own stage.
   """
+  classifier, encoder_config = trained.classifier, trained.encoder
   num_examples, num_classes = len(dataset.train_labels), dataset.num_classes
   num_steps = round(config.num_epochs * num_examples / classifier.batch_size)
   optimizer = train_state.make_optimizer(config.optimizer, num_steps)
-  model = encoder.make_model(encoder_config, loss, num_classes)
+  model = encoder.make_model(encoder_config, trained.loss, num_classes)
   by_class = mesh_lib.replicate(mesh, batches.group_by_class(dataset.train_labels, num_classes))
 
   def init(key, own):
@@ -94,9 +92,7 @@ def make_stage(
     """(frozen encoder, normalised images, labels)."""
     frozen, images, labels = draw(state, shared, own)
     key = stream(state.key, "views", state.step)
-    images = encoder_training.augmented(
-      key, images, classifier.augment, encoder_config.input, shared
-    )
+    images = image_batches.augmented(key, images, classifier.augment, encoder_config.input, shared)
     return frozen, images, labels
 
   def step(state, shared, own):
@@ -120,7 +116,9 @@ def make_stage(
     shared=shared | {"by_class": by_class},
     own={"params": frozen.params, "batch_stats": frozen.model_state},
     batch_size=classifier.batch_size,
-    batches=encoder_training.host_batches(dataset, classifier, f"heads/{method}", balanced=True),
+    batches=image_batches.host_batches(
+      dataset, classifier.batch_size, classifier.stream, f"heads/{method}", balanced=True
+    ),
   )
 
 

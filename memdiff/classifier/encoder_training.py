@@ -12,16 +12,18 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from input_pipeline import augment, batches, streaming
+from input_pipeline import augment, batches
 from input_pipeline.augment import AugmentConfig
 from input_pipeline.dataset import LongTailDataset
 from input_pipeline.streaming import StreamConfig
-from memdiff.classifier import encoder, losses, projection
+from memdiff.classifier import added, encoder, image_batches, losses, projection
+from memdiff.classifier.added import AddedRows, Pool
 from memdiff.classifier.encoder import EncoderConfig
 from memdiff.classifier.losses import LossConfig
 from memdiff.config import at_least, one_of, setting, some_of
 from memdiff.errors import ConfigError
-from memdiff.memory import memory_bank
+from memdiff.memory import feature_space, memory_bank
+from memdiff.memory.memory_bank import BankConfig
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
@@ -78,77 +80,38 @@ def check(
       )
 
 
-def augmented(
-  key: jax.Array,
-  images: jax.Array,
-  config: AugmentConfig,
-  input_config: encoder.InputConfig,
-  shared: dict[str, jax.Array],
-) -> jax.Array:
-  """One random view of uint8 images [B, H, W, ch], normalised."""
-  images = augment.augment(stream(key, "augment"), images, config)
-  images = encoder.normalize(input_config, images, shared)
-  return augment.cutout(stream(key, "cutout"), images, config.cutout)
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How a classifier is trained, whatever its data.
 
-
-def host_batches(
-  dataset: LongTailDataset, config: ClassifierConfig, name: str, *, balanced: bool = False
-):
-  """`Stage.batches` of the stage `name` for a set that is too large for the devices, else None."""
-  if not dataset.streamed:
-    return None
-  process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-
-  def make(seed: int, first_step: int):
-    return streaming.train_batches(
-      dataset.train_images, dataset.train_labels, config.batch_size,
-      streaming.stream_seed(seed, name), first_step, config.stream, balanced=balanced, **process,
-    )  # fmt: skip
-
-  return make
-
-
-def fold_data(
-  encoder_config: EncoderConfig, dataset: LongTailDataset, rows: np.ndarray
-) -> dict[str, Any]:
-  """What is known of the training set in each of R runs that see a part of it.
-
-  Args:
-    encoder_config, dataset: see there.
-    rows: [R, A] training images, -1 where a run has fewer.
-
-  Returns:
-    {"rows" [R, A], padded with a second copy of the run's first image, "counts" [R, C],
-    "statistics": {"pixel_mean", "pixel_std"} [R, ch]}.
+  Attributes:
+    classifier, encoder: see there.
+    loss: a name out of losses.LOSSES.
+    bank: of the memory bank that moves along; None: there is none.
+    added: how synthetic features take part; None: there are none. Needs a bank, and a loss without
+      a state whose head is linear on the features that the encoder returns.
   """
-  seen = [row[row >= 0] for row in rows]
-  statistics = [
-    encoder.pixel_statistics(encoder_config.input, dataset.train_images[row]) for row in seen
-  ]
-  return {
-    "rows": np.where(rows >= 0, rows, rows[:, :1]),
-    "counts": np.stack(
-      [np.bincount(dataset.train_labels[row], minlength=dataset.num_classes) for row in seen]
-    ),
-    "statistics": jax.tree.map(lambda *leaves: np.stack(leaves), *statistics),
-  }
+
+  classifier: ClassifierConfig
+  encoder: EncoderConfig
+  loss: str
+  bank: BankConfig | None = None
+  added: AddedRows | None = None
 
 
 def make_stage(
-  config: ClassifierConfig,
-  encoder_config: EncoderConfig,
-  bank_config: memory_bank.BankConfig | None,
-  loss: str,
+  recipe: Recipe,
   dataset: LongTailDataset,
   shared: dict[str, jax.Array],
   mesh: Mesh,
   rows: np.ndarray | None = None,
 ) -> Stage:
-  """Trains encoder, head and, where it is configured, memory bank with `loss`.
+  """Trains encoder, head and, if there is one, memory bank.
+
+  The runs of a recipe with `added` have a pool of synthetic features in `own["pool"]`, or None.
 
   Args:
-    config, encoder_config, bank_config: see there; without `bank_config` there is no bank.
-    loss: a name out of losses.LOSSES.
+    recipe: see there.
     dataset: the long-tailed set.
     shared: of `encoder.device_data`.
     mesh: the device mesh.
@@ -156,17 +119,10 @@ def make_stage(
       fewer; None: all of them. Class counts and pixel statistics are then a run's own, and the
       stage scores nothing while it trains.
   """
-  name = f"classifier/{loss}"
+  name = f"classifier/{recipe.loss}"
   num_examples = len(dataset.train_labels) if rows is None else rows.shape[1]
-  setup = _Setup(
-    config=config,
-    encoder_config=encoder_config,
-    bank_config=bank_config,
-    loss=loss,
-    num_classes=dataset.num_classes,
-    image_shape=dataset.train_images.shape[1:],
-    mesh=mesh,
-  )
+  folds = {} if rows is None else image_batches.fold_data(recipe.encoder, dataset, rows)
+  setup = _Setup(recipe, dataset.num_classes, dataset.train_images.shape[1:], mesh)
   program = _program(
     setup,
     num_examples,
@@ -176,15 +132,17 @@ def make_stage(
   )
   return Stage(
     name=name,
-    num_steps=config.num_steps(num_examples),
-    init=_make_init(setup, encoder.weights_sha256(encoder_config)),
+    num_steps=recipe.classifier.num_steps(num_examples),
+    init=_make_init(setup, encoder.weights_sha256(recipe.encoder)),
     batch=program.prepare,
     step=program.step,
     evaluate=None if dataset.streamed or rows is not None else program.evaluate,
     shared=shared,
-    own=() if rows is None else mesh_lib.replicate(mesh, fold_data(encoder_config, dataset, rows)),
-    batch_size=config.batch_size,
-    batches=host_batches(dataset, config, name),
+    own=mesh_lib.replicate(mesh, folds),
+    batch_size=recipe.classifier.batch_size,
+    batches=image_batches.host_batches(
+      dataset, recipe.classifier.batch_size, recipe.classifier.stream, name
+    ),
     result=("params", "model_state"),
     one_by_one=mesh_lib.one_by_one(mesh),
   )
@@ -194,21 +152,22 @@ def make_stage(
 class _Setup:
   """All that a network and its training are built of, beside the data."""
 
-  config: ClassifierConfig
-  encoder_config: EncoderConfig
-  bank_config: memory_bank.BankConfig | None
-  loss: str
+  recipe: Recipe
   num_classes: int
   image_shape: tuple[int, ...]
   mesh: Mesh
 
   @property
+  def config(self) -> ClassifierConfig:
+    return self.recipe.classifier
+
+  @property
   def row(self) -> losses.Loss:
-    return losses.LOSSES[self.loss]
+    return losses.LOSSES[self.recipe.loss]
 
   @property
   def model(self) -> nn.Module:
-    return encoder.make_model(self.encoder_config, self.loss, self.num_classes)
+    return encoder.make_model(self.recipe.encoder, self.recipe.loss, self.num_classes)
 
   def optimizer(self, num_steps: int) -> optax.GradientTransformation:
     return train_state.make_optimizer(self.config.optimizer, num_steps)
@@ -216,10 +175,10 @@ class _Setup:
   def objective(self, counts: Any, num_examples: int) -> losses.Objective:
     """Of a training set with `counts` [C] examples per class, perhaps traced."""
     return losses.make(
-      self.loss,
+      self.recipe.loss,
       self.config.loss_parameters,
       counts,
-      scale=self.encoder_config.backbone.scale,
+      scale=self.recipe.encoder.backbone.scale,
       num_steps=self.config.num_steps(num_examples),
       steps_per_epoch=max(num_examples // self.config.batch_size, 1),
     )
@@ -236,14 +195,14 @@ def _make_init(setup: _Setup, weights: str | None) -> Callable:
 
   def init(key, _):
     variables = encoder.initial_variables(
-      setup.encoder_config, model, setup.image_shape, stream(key, "params")
+      setup.recipe.encoder, model, setup.image_shape, stream(key, "params")
     )
     if row.contrastive:
       variables = projection.extend(
         variables, setup.config.loss_parameters, stream(key, "projection")
       )
-    bank = setup.bank_config and memory_bank.create(
-      setup.num_classes, setup.bank_config.num_slots, setup.encoder_config.feature_dim
+    bank = setup.recipe.bank and memory_bank.create(
+      setup.num_classes, setup.recipe.bank.num_slots, setup.recipe.encoder.feature_dim
     )
     return train_state.create(
       key,
@@ -294,11 +253,11 @@ class _Program:
     key = stream(state.key, "views", state.step)
     statistics = own["statistics"] if self.of_runs else shared
     views = [
-      augmented(
+      image_batches.augmented(
         jax.random.fold_in(key, view),
         images,
         config.augment,
-        self.setup.encoder_config.input,
+        self.setup.recipe.encoder.input,
         statistics,
       )
       for view in range(self.setup.row.views)
@@ -311,10 +270,21 @@ class _Program:
   def step(self, state: TrainState, shared: Any, own: Any):
     batch = self.prepare(state, shared, own)
     counts = own["counts"] if self.of_runs else shared["train_counts"]
+    pool = own["pool"] if self.setup.recipe.added else None
+    if pool is not None:
+      weight = self._added_weight(state)
+      counts = self.setup.recipe.added.class_counts(jnp.asarray(counts, jnp.float32), pool, weight)
     objective = self.setup.objective(counts, self.num_examples)
-    (value, (logits, features, changes)), gradients = jax.value_and_grad(
-      lambda params: self._loss(params, state, batch, objective), has_aux=True
-    )(state.params)
+
+    def loss_of(params):
+      value, changes = self._loss(params, state, batch, objective)
+      if pool is not None:
+        value = value + self._added_loss(params, state, pool, objective)
+      return value, changes
+
+    (value, (logits, features, changes)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+      state.params
+    )
     labels = batch[1]
     changes["bank"] = state.bank and memory_bank.update(
       state.bank,
@@ -322,10 +292,12 @@ class _Program:
       labels,
       jnp.ones(labels.shape, bool),
       stream(state.key, "reservoir", state.step),
-      horizon=self.setup.bank_config.horizon,
+      horizon=self.setup.recipe.bank.horizon,
       mesh=self.setup.mesh,
     )
     metrics = {"loss": value, "accuracy": jnp.mean(logits.argmax(axis=-1) == labels)}
+    if pool is not None:
+      metrics["drift"] = added.drift(changes["bank"], pool)
     optimizer = self.setup.optimizer(self.setup.config.num_steps(self.num_examples))
     return train_state.apply_gradients(state, gradients, optimizer, **changes), metrics
 
@@ -337,16 +309,14 @@ class _Program:
     (logits, features), updates = self.setup.model.apply(
       variables, images, train=True, mutable=["batch_stats"]
     )
-    value, loss_state = objective(
-      logits[:size],
-      features[:size],
-      labels,
-      state.loss_state,
-      state.step,
-      bank=state.bank,
+    seen = losses.Batch(
+      logits=logits[:size],
+      features=features[:size],
+      labels=labels,
       partner_labels=None if partner is None else labels[partner],
       share=share,
     )
+    value, loss_state = objective(seen, state.loss_state, state.step, state.bank)
     statistics = updates["batch_stats"]
     if self.setup.row.contrastive:
       embeddings, centres, statistics = projection.project(
@@ -354,11 +324,26 @@ class _Program:
       )
       value = value + objective.contrastive_term(embeddings, centres, labels)
     changes = {"model_state": statistics, "loss_state": loss_state}
-    return value, (logits[:size], features[:size], changes)
+    return value, (seen.logits, seen.features, changes)
+
+  def _added_weight(self, state: TrainState) -> jax.Array:
+    num_steps = self.setup.config.num_steps(self.num_examples)
+    return self.setup.recipe.added.weight(state.step, num_steps)
+
+  def _added_loss(
+    self, params: Any, state: TrainState, pool: Pool, objective: losses.Objective
+  ) -> jax.Array:
+    """What synthetic features add: each counts as one image, as far as it is trusted by now."""
+    key = stream(state.key, "added", state.step)
+    number = self.setup.recipe.added.batch_size
+    features, labels, trust = added.draw(key, pool, state.bank, number)
+    logits = feature_space.logits_of(params["head"], features)
+    rows = trust * objective.weighted_rows(logits, labels, state.step)
+    return self._added_weight(state) * len(pool.labels) / self.num_examples * rows.mean()
 
   def evaluate(self, state: TrainState, shared: Any, _) -> dict[str, jax.Array]:
     def predict(images):
-      images = encoder.normalize(self.setup.encoder_config.input, images, shared)
+      images = encoder.normalize(self.setup.recipe.encoder.input, images, shared)
       return encoder.apply_eval(self.setup.model, state, images)[0]
 
     scores = encoder.score(predict, shared["test_images"], shared["test_labels"])

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -242,6 +243,17 @@ def check(name: str, *, mixup: bool) -> None:
     )
 
 
+@flax.struct.dataclass
+class Batch:
+  """What a network says of a batch of images, and what the images show."""
+
+  logits: jax.Array  # [B, C]
+  features: jax.Array  # [B, D], before the head
+  labels: jax.Array  # [B] int
+  partner_labels: jax.Array | None = None  # [B] int, of mixup
+  share: jax.Array | None = None  # [] in [0, 1], of the own label in mixup
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
   """A row of the table, made ready for one training set; pure, for use inside jit."""
@@ -263,54 +275,57 @@ class Objective:
     return state
 
   def __call__(
-    self,
-    logits: jax.Array,
-    features: jax.Array,
-    labels: jax.Array,
-    state: dict[str, Any],
-    step: jax.Array,
-    *,
-    bank=None,
-    partner_labels: jax.Array | None = None,
-    share: jax.Array | None = None,
+    self, batch: Batch, state: dict[str, Any], step: jax.Array, bank: Any = None
   ) -> tuple[jax.Array, dict[str, Any]]:
     """The loss of a batch and the next state.
 
     Args:
-      logits: [B, C].
-      features: [B, D], before the head.
-      labels: [B] int.
+      batch: of B images.
       state: of `init` or the last call.
       step: int32 [].
       bank: the memory bank, for rows that need it.
-      partner_labels, share: of mixup: [B] int and [] in [0, 1].
     """
-    counts = jnp.asarray(self.counts, jnp.float32)
     state = dict(state)
-    gamma = jnp.ones_like(counts)
     if self.row.weights == "semantic_scale":
       gamma, state["weights"] = stateful_losses.semantic_scale(
-        state["weights"], logits, labels, step, bank, self.steps_per_epoch
+        state["weights"], batch.logits, batch.labels, step, bank, self.steps_per_epoch
       )
-    elif self.row.weights is not None:
-      gamma = CLASS_WEIGHTS[self.row.weights](counts, self.config)
-    if self.row.deferred:
-      gamma = deferred(gamma, step, round(self.config.defer * self.num_steps))
+    else:
+      gamma = self._class_weights()
+    gamma = self._deferred(gamma, step)
 
     def of_labels(labels):
-      losses = OBJECTIVES[self.row.objective](logits, labels, counts, self.scale, self.config)
-      return average(losses, gamma[labels], self.row.normalized)
+      return average(self._rows(batch.logits, labels), gamma[labels], self.row.normalized)
 
-    value = of_labels(labels)
-    if partner_labels is not None:
-      value = share * value + (1 - share) * of_labels(partner_labels)
+    value = of_labels(batch.labels)
+    if batch.partner_labels is not None:
+      value = batch.share * value + (1 - batch.share) * of_labels(batch.partner_labels)
     if self.row.term is not None:
       tail = stateful_losses.tail_classes(self.counts, self.config.tail_share)
       added, state["term"] = stateful_losses.TERMS[self.row.term].value(
-        state["term"], logits, features, labels, step, tail, self.steps_per_epoch
+        state["term"], batch.logits, batch.features, batch.labels, step, tail, self.steps_per_epoch
       )
       value = value + added
     return value, state
+
+  def weighted_rows(self, logits: jax.Array, labels: jax.Array, step: jax.Array) -> jax.Array:
+    """Losses of single examples with their class weights, for rows without a state. [B]."""
+    gamma = self._deferred(self._class_weights(), step)
+    return gamma[labels] * self._rows(logits, labels)
+
+  def _rows(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    counts = jnp.asarray(self.counts, jnp.float32)
+    return OBJECTIVES[self.row.objective](logits, labels, counts, self.scale, self.config)
+
+  def _class_weights(self) -> jax.Array:
+    counts = jnp.asarray(self.counts, jnp.float32)
+    if self.row.weights is None:
+      return jnp.ones_like(counts)
+    return CLASS_WEIGHTS[self.row.weights](counts, self.config)
+
+  def _deferred(self, gamma: jax.Array, step: jax.Array) -> jax.Array:
+    start = round(self.config.defer * self.num_steps)
+    return deferred(gamma, step, start) if self.row.deferred else gamma
 
   def contrastive_term(
     self, embeddings: jax.Array, centres: jax.Array, labels: jax.Array

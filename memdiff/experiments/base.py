@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from input_pipeline.long_tail import LongTailLabels
 from memdiff.classifier import encoder, encoder_training, losses
+from memdiff.classifier.encoder_training import Recipe
 from memdiff.config import each, setting
 from memdiff.memory import feature_space
 from memdiff.runtime import loop, programs, results
@@ -125,9 +126,8 @@ def classifier_stage(
   config = experiment.config
   shared = encoder.device_data(config.encoder.input, experiment.dataset, experiment.mesh)
   bank = config.memory_bank if losses.LOSSES[loss].needs_bank else None
-  return encoder_training.make_stage(
-    config.classifier, config.encoder, bank, loss, experiment.dataset, shared, experiment.mesh, rows
-  )
+  recipe = Recipe(config.classifier, config.encoder, loss, bank)
+  return encoder_training.make_stage(recipe, experiment.dataset, shared, experiment.mesh, rows)
 
 
 def load_classifier(experiment: Experiment, loss: str) -> Any:

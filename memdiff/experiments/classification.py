@@ -18,7 +18,7 @@ from input_pipeline.dataset import DatasetConfig
 from memdiff.classifier import decoupled, encoder, encoder_training, losses, posthoc
 from memdiff.classifier.decoupled import DecoupledConfig
 from memdiff.classifier.encoder import EncoderConfig
-from memdiff.classifier.encoder_training import ClassifierConfig
+from memdiff.classifier.encoder_training import ClassifierConfig, Recipe
 from memdiff.config import one_of, setting
 from memdiff.errors import ConfigError
 from memdiff.evaluation import scores
@@ -118,9 +118,14 @@ def head_stage(experiment: Experiment, method: str) -> loop.Stage:
   loss = config.classifier.loss
   shared = encoder.device_data(config.encoder.input, experiment.dataset, experiment.mesh)
   return decoupled.make_stage(
-    method, config.decoupled, config.classifier, config.encoder, loss,
-    load_classifier(experiment, loss), experiment.dataset, shared, experiment.mesh,
-  )  # fmt: skip
+    method,
+    config.decoupled,
+    Recipe(config.classifier, config.encoder, loss),
+    load_classifier(experiment, loss),
+    experiment.dataset,
+    shared,
+    experiment.mesh,
+  )
 
 
 def train_heads(experiment: Experiment) -> dict:

@@ -164,7 +164,7 @@ def check(config: FeatureConfig, data: LongTailLabels) -> None:
 def check_memdiff(config: MemdiffConfig, data: dataset_lib.LongTailDataset) -> None:
   """Of an experiment that trains or reads an image encoder."""
   check(config, data)
-  joint.check(config.joint, config.classifier, streamed=data.streamed)
+  joint.check(config, streamed=data.streamed)
   for loss in encoder_training.trained_losses(config.classifier):
     if encoder.has_cosine_head(config.encoder.backbone, loss):
       raise ConfigError(

@@ -25,6 +25,7 @@ def child() -> None:
   from input_pipeline.dataset import LongTailDataset
   from memdiff import config as config_lib
   from memdiff.classifier import encoder, encoder_training
+  from memdiff.classifier.encoder_training import Recipe
   from memdiff.experiments.classification import ClassificationConfig
 
   rng = np.random.default_rng(0)
@@ -46,7 +47,7 @@ def child() -> None:
     everywhere = NamedSharding(mesh, PartitionSpec())
     shared = encoder.device_data(config.encoder.input, data, mesh)
     stage = encoder_training.make_stage(
-      config.classifier, config.encoder, None, "cross_entropy", data, shared, mesh
+      Recipe(config.classifier, config.encoder, "cross_entropy"), data, shared, mesh
     )
     state = jax.jit(lambda key, init=stage.init: init(key, ()), out_shardings=everywhere)(
       jax.random.key(0)

@@ -14,11 +14,11 @@ from input_pipeline.augment import AugmentConfig
 from input_pipeline.dataset import LongTailDataset
 from input_pipeline.lazy_images import LazyImages
 from input_pipeline.streaming import StreamConfig
-from memdiff.classifier import backbones, decoupled, encoder, encoder_training
+from memdiff.classifier import backbones, decoupled, encoder, image_batches
 from memdiff.classifier.backbones import Architecture, BackboneConfig
 from memdiff.classifier.decoupled import DecoupledConfig
 from memdiff.classifier.encoder import EncoderConfig, InputConfig
-from memdiff.classifier.encoder_training import ClassifierConfig
+from memdiff.classifier.encoder_training import ClassifierConfig, Recipe
 from memdiff.classifier.losses import LossConfig
 from memdiff.runtime import loop, train_state
 from memdiff.runtime.train_state import OptimizerConfig
@@ -102,7 +102,7 @@ def make(method, mesh, data=None, config=CONFIG, classifier=CLASSIFIER, seeds=1,
   encoder_config, frozen = setting(data, seeds, loss)
   shared = encoder.device_data(encoder_config.input, data, mesh)
   stage = decoupled.make_stage(
-    method, config, classifier, encoder_config, loss, frozen, data, shared, mesh
+    method, config, Recipe(classifier, encoder_config, loss), frozen, data, shared, mesh
   )
   return stage, frozen
 
@@ -231,14 +231,14 @@ def test_classes_are_drawn_alike(streamed, mesh, drawn):
 
 def test_images_are_augmented_anew_at_each_step_but_not_mixed(mesh, monkeypatch):
   """The labels of mixed images would be shares; a head learns from whole ones."""
-  seen, view = [], encoder_training.augmented
+  seen, view = [], image_batches.augmented
 
   def watched(*arguments):
     made = view(*arguments)
     jax.debug.callback(lambda x: seen.append(np.asarray(x)), made, ordered=True)
     return made
 
-  monkeypatch.setattr(encoder_training, "augmented", watched)
+  monkeypatch.setattr(image_batches, "augmented", watched)
 
   def losses_with(**changes):
     own = dataclasses.replace(CLASSIFIER.augment, **changes)

@@ -18,10 +18,10 @@ from input_pipeline.augment import AugmentConfig
 from input_pipeline.dataset import LongTailDataset
 from input_pipeline.lazy_images import LazyImages
 from input_pipeline.streaming import StreamConfig
-from memdiff.classifier import backbones, encoder, encoder_training, losses
+from memdiff.classifier import backbones, encoder, encoder_training, image_batches, losses
 from memdiff.classifier.backbones import Architecture, BackboneConfig
 from memdiff.classifier.encoder import EncoderConfig, InputConfig
-from memdiff.classifier.encoder_training import ClassifierConfig
+from memdiff.classifier.encoder_training import ClassifierConfig, Recipe
 from memdiff.classifier.losses import LossConfig
 from memdiff.errors import ConfigError
 from memdiff.experiments.base import forward_images
@@ -89,7 +89,8 @@ def make(
 ):
   data = data or data_of()
   shared = encoder.device_data(encoder_config.input, data, mesh)
-  return encoder_training.make_stage(config, encoder_config, bank, loss, data, shared, mesh, rows)
+  recipe = Recipe(config, encoder_config, loss, bank)
+  return encoder_training.make_stage(recipe, data, shared, mesh, rows)
 
 
 def steps(stage, number=1, fold=()):
@@ -276,7 +277,7 @@ def balanced_contrastive(z, labels, centres, temperature):
 
 
 def test_balanced_contrastive_learning_adds_its_term_on_two_further_views(mesh, monkeypatch):
-  views = watch(monkeypatch, encoder_training, "augmented")
+  views = watch(monkeypatch, image_batches, "augmented")
   states, metrics = steps(make(mesh, "bcl", changed(CONFIG, flip=True, cutout=2)), 2)
   jax.effects_barrier()
   assert len({view.tobytes() for view in views}) == 6  # augmented apart, and anew at each step
@@ -443,7 +444,7 @@ def test_a_fold_trains_as_if_there_was_nothing_but_its_part(mesh, loss):
 def test_what_is_known_of_a_fold_is_of_its_own_images_alone():
   data = uneven()
   rows = np.array([[3, 0, 8, 12, -1, -1], [1, 2, 9, 13, 11, 4]])
-  known = encoder_training.fold_data(ENCODER, data, rows)
+  known = image_batches.fold_data(ENCODER, data, rows)
   np.testing.assert_array_equal(known["rows"][1], rows[1])
   np.testing.assert_array_equal(known["rows"][0], [3, 0, 8, 12, 3, 3])  # padding is drawn too
   np.testing.assert_array_equal(known["counts"], [[2, 1, 1], [3, 2, 1]])  # but is not counted
@@ -454,7 +455,7 @@ def test_what_is_known_of_a_fold_is_of_its_own_images_alone():
         known["statistics"][name][run], function(images, axis=(0, 1, 2)), rtol=1e-4
       )
   given = dataclasses.replace(ENCODER, input=InputConfig((0.5,) * 3, (0.25,) * 3, "rgb"))
-  statistics = encoder_training.fold_data(given, data, rows)["statistics"]
+  statistics = image_batches.fold_data(given, data, rows)["statistics"]
   np.testing.assert_allclose(statistics["pixel_mean"], np.full((2, 3), 127.5), rtol=1e-6)
 
 
@@ -555,10 +556,10 @@ def test_streamed_images_train_as_those_in_memory(mesh):
 
 def test_streams_differ_by_seed_and_stage_and_go_on_at_a_step():
   lazy = LazyImages(Colours(np.arange(42).reshape(14, 3)), SIZE)
-  data, config = data_of(lazy), changed(CONFIG, batch_size=7)
+  data, config = data_of(lazy), CONFIG
 
   def batch(name, seed, step):
-    iterator = encoder_training.host_batches(data, config, name)(seed, step)
+    iterator = image_batches.host_batches(data, 7, config.stream, name)(seed, step)
     first = next(iterator)
     iterator.close()
     colours = first["images"][:, 0, 0, 0]
@@ -569,4 +570,4 @@ def test_streams_differ_by_seed_and_stage_and_go_on_at_a_step():
   drawn = [batch("a", 0, 0), batch("a", 0, 1), batch("a", 1, 0), batch("b", 0, 0)]
   assert len({tuple(colours) for colours in drawn}) == 4
   assert sorted(drawn[0] + drawn[1]) == list(range(0, 42, 3))  # two halves of an epoch
-  assert encoder_training.host_batches(data_of(), config, "a") is None
+  assert image_batches.host_batches(data_of(), 7, config.stream, "a") is None

@@ -81,13 +81,22 @@ def make(name, config=CONFIG, counts=COUNTS):
 def value_of(name, step, config=CONFIG, logits=LOGITS, **more):
   loss = make(name, config)
   inputs = [jnp.asarray(x, jnp.float32) for x in (logits, FEATURES)]
-  return float(loss(*inputs, jnp.asarray(LABELS), loss.init(), jnp.int32(step), **more)[0])
+  batch = losses.Batch(*inputs, jnp.asarray(LABELS), **more)
+  return float(loss(batch, loss.init(), jnp.int32(step))[0])
 
 
 @pytest.mark.parametrize("step", [0, 5, 6, 9])
 @pytest.mark.parametrize("name", STATELESS)
 def test_the_loss_is_its_formula(name, step):
   assert value_of(name, step) == pytest.approx(expected(name, step), rel=1e-5)
+
+
+@pytest.mark.parametrize("step", [0, 9])
+@pytest.mark.parametrize("name", [n for n in STATELESS if not LOSSES[n].normalized])
+def test_weighted_rows_are_the_summands_of_the_loss(name, step):
+  rows = make(name).weighted_rows(jnp.asarray(LOGITS), jnp.asarray(LABELS), jnp.int32(step))
+  assert rows.shape == (16,)
+  assert float(rows.mean()) == pytest.approx(expected(name, step), rel=1e-5)
 
 
 def test_the_names_of_the_field_are_all_there():
@@ -171,9 +180,12 @@ def test_gradients_are_finite_for_extreme_logits(name, size):
   features = jnp.asarray(FEATURES, jnp.float32)
   for sign in (1, -1):
     logits = sign * size * jax.nn.one_hot(LABELS, 4)
-    gradient = jax.grad(
-      lambda z: loss(z, features, jnp.asarray(LABELS), loss.init(), jnp.int32(8), bank=EMPTY)[0]
-    )(logits)
+
+    def value(z):
+      batch = losses.Batch(z, features, jnp.asarray(LABELS))
+      return loss(batch, loss.init(), jnp.int32(8), EMPTY)[0]
+
+    gradient = jax.grad(value)(logits)
     assert np.isfinite(gradient).all()
 
 
@@ -193,9 +205,8 @@ def test_losses_run_under_jit_vmap_and_scan_with_state_of_fixed_shape(name):
 
   def seed(scale):
     def body(state, step):
-      value, state = loss(
-        scale * inputs[0], inputs[1], jnp.asarray(LABELS), state, step, bank=EMPTY
-      )
+      batch = losses.Batch(scale * inputs[0], inputs[1], jnp.asarray(LABELS))
+      value, state = loss(batch, state, step, EMPTY)
       return state, value
 
     return jax.lax.scan(body, loss.init(), jnp.arange(7))[1]

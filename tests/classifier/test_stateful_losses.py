@@ -28,10 +28,10 @@ def run(name, bank=None):
   loss = losses.make(name, CONFIG, COUNTS, scale=1.0, num_steps=20, steps_per_epoch=PER_EPOCH)
   state, values = loss.init(), []
   for step, (logits, features, labels) in enumerate(batches()):
-    value, state = loss(
-      jnp.asarray(logits, jnp.float32), jnp.asarray(features, jnp.float32), jnp.asarray(labels),
-      state, jnp.int32(step), bank=bank,
-    )  # fmt: skip
+    batch = losses.Batch(
+      jnp.asarray(logits, jnp.float32), jnp.asarray(features, jnp.float32), jnp.asarray(labels)
+    )
+    value, state = loss(batch, state, jnp.int32(step), bank)
     values.append(float(value))
   return values, state
 

@@ -1,4 +1,4 @@
-"""Joint training: curriculum, drift, loss, and whole runs with refreshes and resume."""
+"""Joint training: rounds, a step with synthetic features, whole runs with refreshes and resume."""
 
 import dataclasses
 import json
@@ -9,80 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from configs import digits_lt
 from input_pipeline import dataset as dataset_lib
 from memdiff import config as config_lib
 from memdiff import pipeline
 from memdiff.classifier import backbones
+from memdiff.classifier.added import Pool
 from memdiff.errors import ConfigError
 from memdiff.experiments import joint
 from memdiff.experiments.feature_settings import MemdiffConfig
-from memdiff.experiments.joint import Pool
 from memdiff.experiments.methods import synthesis_settings
-from memdiff.memory import memory_bank
 from tests import support
-
-CLASSES, DIM = 3, 4
 
 
 def normal(seed, *shape):
   return np.asarray(jax.random.normal(jax.random.key(seed), shape))
 
 
-# --- the parts -------------------------------------------------------------------------------
-
-
-@given(st.integers(0, 50), st.integers(1, 200), st.floats(0.05, 1))
-def test_the_curriculum_rises_in_a_straight_line_to_one(first, length, ramp):
-  steps = jnp.arange(first, first + length)
-  weight = np.asarray(joint.curriculum(steps, first, first + length, ramp))
-  rise = max(round(ramp * length), 1)
-  expected = [min((k + 1) / rise, 1.0) for k in range(length)]
-  np.testing.assert_allclose(weight, expected, rtol=1e-5)
-  assert joint.curriculum(first - 1, first, first + length, ramp) == 0
-
-
-def bank_of(prototype, seen):
-  rows = memory_bank.num_rows(CLASSES)
-  pad = rows - CLASSES
-  return memory_bank.MemoryBank(
-    prototype=jnp.pad(jnp.asarray(prototype), ((0, pad), (0, 0))),
-    slots=jnp.zeros((rows, 2, DIM)),
-    seen=jnp.pad(jnp.asarray(seen), (0, pad)),
-  )
-
-
-def test_drift_is_the_mean_shift_of_classes_over_their_spread():
-  before, after = normal(0, CLASSES, DIM), normal(1, CLASSES, DIM)
-  pool = Pool(jnp.zeros((1, DIM)), jnp.ones(1), jnp.zeros(1, jnp.int32), jnp.asarray(before))
-  inside = np.array([0, 2])  # class 1 was never seen
-  shift = np.sqrt(np.square(after - before)[inside].sum(axis=1).mean())
-  spread = np.sqrt(np.square(before[inside] - before[inside].mean(axis=0)).sum(axis=1).mean())
-  value = joint.drift(bank_of(after, [5, 0, 2]), pool)
-  np.testing.assert_allclose(value, shift / spread, rtol=1e-5)
-  assert joint.drift(bank_of(before, [5, 0, 2]), pool) == 0
-
-
-@pytest.mark.parametrize("kind", ["real", "effective"])
-@pytest.mark.parametrize("active", [True, False])
-@pytest.mark.parametrize("loss", ["cross_entropy", "balanced_softmax", "csl"])
-def test_offset_and_gamma_follow_the_counts_that_the_loss_sees(loss, active, kind):
-  real, added, weight, beta = np.array([50.0, 9.0, 2.0]), np.array([0.0, 20.0, 40.0]), 0.5, 0.99
-  counts = real + weight * added if kind == "effective" else real
-  offset, gamma = joint.weighted_rows(
-    loss, jnp.asarray(real), jnp.asarray(added), weight, kind, beta, active
-  )
-  expected_offset, expected_gamma = np.zeros(3), np.ones(3)
-  if loss == "balanced_softmax":
-    expected_offset = np.log(counts / counts.sum())
-  if loss == "csl" and active:
-    own = (1 - beta) / (1 - beta**counts)
-    expected_gamma = own / own.mean()
-  np.testing.assert_allclose(offset, expected_offset, rtol=1e-5)
-  np.testing.assert_allclose(gamma, expected_gamma, rtol=1e-5)
+# --- rounds ----------------------------------------------------------------------------------
 
 
 def test_rounds_share_the_steps():
@@ -126,9 +71,11 @@ def experiment(mesh):
 
 def one_step(experiment, loss, pool, change=lambda state: state):
   """The parameters after one step in the second round, its loss, and the parameters before."""
-  config = dataclasses.replace(experiment.config.joint, loss=loss)
-  head = experiment.config.head.training
-  stage = joint.make_stage(experiment, config, head, "j", 7, 14, None, None)
+  config = dataclasses.replace(
+    experiment.config, joint=dataclasses.replace(experiment.config.joint, loss=loss)
+  )
+  e = SimpleNamespace(**vars(experiment) | {"config": config})
+  stage = joint.make_stage(e, "j", 7, 14, None, None)
   own = {"start": None, "pool": pool}
   state = stage.init(jax.random.key(0), own)
   state = change(state.replace(step=jnp.asarray(10, jnp.int32)))
@@ -165,8 +112,8 @@ def test_a_synthetic_feature_counts_as_an_image_as_far_as_it_is_trusted(experime
     return state.replace(params=state.params | {"head": head})
 
   config, images = experiment.config, len(experiment.dataset.train_labels)
-  limits = joint.round_limits(config.joint, config.classifier.num_steps(images))
-  weight = joint.curriculum(10, limits[1], limits[-1], config.joint.ramp)
+  rows = joint.recipe(experiment).added
+  weight = rows.weight(10, config.classifier.num_steps(images))
   assert 0 < weight < 1
   for confidence in (1.0, 0.25, 0.0):
     _, loss, _ = one_step(experiment, "cross_entropy", make_pool(confidence), flat_head)
@@ -194,8 +141,7 @@ def test_every_refresh_draws_anew(experiment, mesh, tmp_path):
   """Of encoders that have not moved, the features of two rounds still differ."""
   run = support.make_run(mesh, experiment.seeds, 5)
   e = SimpleNamespace(**vars(experiment), run=run)
-  config = e.config
-  stage = joint.make_stage(e, config.joint, config.head.training, "j", 0, 7, None, None)
+  stage = joint.make_stage(e, "j", 0, 7, None, None)
   state = jax.vmap(lambda key: stage.init(key, {"start": None, "pool": None}))(run.keys("test"))
   settings = synthesis_settings(e)
   pools = [
@@ -269,17 +215,19 @@ def test_a_run_that_lost_its_last_round_ends_with_the_same_logits(finished, tmp_
   [
     ({"classifier.num_epochs": 0.0, "encoder.init_from": __file__}, "num_epochs is 0"),
     ({"classifier.augment.mixup": 0.2}, "mixup is not 0"),
+    ({"encoder.backbone.taps": ("1:1",), "head.training.start": "zeros"}, "taps are features"),
+    ({"encoder.backbone.head": "cosine"}, "head is cosine"),
   ],
 )
 def test_what_does_not_go_together_is_refused(changes, words):
   settings = config_lib.build(MemdiffConfig, settings_of(**changes))
   with pytest.raises(ConfigError, match=words):
-    joint.check(settings.joint, settings.classifier, streamed=False)
+    joint.check(settings, streamed=False)
   off = dataclasses.replace(settings.joint, generators=())
-  joint.check(off, settings.classifier, streamed=False)
+  joint.check(dataclasses.replace(settings, joint=off), streamed=False)
 
 
 def test_streamed_sets_are_refused():
   settings = config_lib.build(MemdiffConfig, settings_of())
   with pytest.raises(ConfigError, match="streamed from disk"):
-    joint.check(settings.joint, settings.classifier, streamed=True)
+    joint.check(settings, streamed=True)

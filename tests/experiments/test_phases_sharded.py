@@ -43,11 +43,11 @@ def steps_of(stage, settings, mesh):
 
 def train_classifier(settings, data, mesh):
   from memdiff.classifier import encoder, encoder_training
+  from memdiff.classifier.encoder_training import Recipe
 
   shared = encoder.device_data(settings.encoder.input, data, mesh)
-  stage = encoder_training.make_stage(
-    settings.classifier, settings.encoder, settings.memory_bank, "csl", data, shared, mesh
-  )
+  recipe = Recipe(settings.classifier, settings.encoder, "csl", settings.memory_bank)
+  stage = encoder_training.make_stage(recipe, data, shared, mesh)
   state, metrics = steps_of(stage, settings, mesh)
   return {"classifier": (state.params, metrics), "bank": state.bank}
 
@@ -123,23 +123,23 @@ def train_on_features(settings, data, mesh):
 
 def train_jointly(settings, data, mesh):
   """A second round, with hallucinated features."""
+  from memdiff.classifier.added import Pool
   from memdiff.experiments import joint
   from memdiff.runtime import mesh as mesh_lib
 
   rng, seeds = np.random.default_rng(2), len(settings.seeds)
   labels = np.tile(np.repeat(np.arange(5, 10, dtype=np.int32), MADE), (seeds, 1))
-  pool = joint.Pool(
+  pool = Pool(
     features=np.abs(rng.normal(size=(*labels.shape, DIM))).astype(np.float32),
     confidence=np.full(labels.shape, 0.7, np.float32),
     labels=labels,
     prototype=np.abs(rng.normal(size=(seeds, data.num_classes, DIM))).astype(np.float32),
   )
+  settings = dataclasses.replace(settings, joint=dataclasses.replace(settings.joint, loss="csl"))
   e = SimpleNamespace(config=settings, dataset=data, mesh=mesh, seeds=settings.seeds)
-  config = dataclasses.replace(settings.joint, loss="csl")
-  args = (e, config, settings.head.training)
-  first, _ = steps_of(joint.make_stage(*args, "first", 0, STEPS, None, None), settings, mesh)
+  first, _ = steps_of(joint.make_stage(e, "first", 0, STEPS, None, None), settings, mesh)
   pool = mesh_lib.replicate(mesh, pool)
-  stage = joint.make_stage(*args, "second", STEPS, 2 * STEPS, first, pool)
+  stage = joint.make_stage(e, "second", STEPS, 2 * STEPS, first, pool)
   state, metrics = steps_of(stage, settings, mesh)
   return {"joint": (state.params, metrics), "joint_bank": state.bank}
 

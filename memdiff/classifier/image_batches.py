@@ -1,0 +1,75 @@
+"""What classifiers are trained on: random views of images, batches from the host, folds."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from input_pipeline import augment, streaming
+from input_pipeline.augment import AugmentConfig
+from input_pipeline.dataset import LongTailDataset
+from input_pipeline.streaming import StreamConfig
+from memdiff.classifier import encoder
+from memdiff.classifier.encoder import EncoderConfig
+from memdiff.runtime.random import stream
+
+
+def augmented(
+  key: jax.Array,
+  images: jax.Array,
+  config: AugmentConfig,
+  input_config: encoder.InputConfig,
+  shared: dict[str, jax.Array],
+) -> jax.Array:
+  """One random view of uint8 images [B, H, W, ch], normalised."""
+  images = augment.augment(stream(key, "augment"), images, config)
+  images = encoder.normalize(input_config, images, shared)
+  return augment.cutout(stream(key, "cutout"), images, config.cutout)
+
+
+def host_batches(
+  dataset: LongTailDataset,
+  batch_size: int,
+  config: StreamConfig,
+  name: str,
+  *,
+  balanced: bool = False,
+):
+  """`Stage.batches` of the stage `name` for a set that is too large for the devices, else None."""
+  if not dataset.streamed:
+    return None
+  process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+  def make(seed: int, first_step: int):
+    return streaming.train_batches(
+      dataset.train_images, dataset.train_labels, batch_size,
+      streaming.stream_seed(seed, name), first_step, config, balanced=balanced, **process,
+    )  # fmt: skip
+
+  return make
+
+
+def fold_data(
+  encoder_config: EncoderConfig, dataset: LongTailDataset, rows: np.ndarray
+) -> dict[str, Any]:
+  """What is known of the training set in each of R runs that see a part of it.
+
+  Args:
+    encoder_config, dataset: see there.
+    rows: [R, A] training images, -1 where a run has fewer.
+
+  Returns:
+    {"rows" [R, A], padded with a second copy of the run's first image, "counts" [R, C],
+    "statistics": {"pixel_mean", "pixel_std"} [R, ch]}.
+  """
+  seen = [row[row >= 0] for row in rows]
+  statistics = [
+    encoder.pixel_statistics(encoder_config.input, dataset.train_images[row]) for row in seen
+  ]
+  return {
+    "rows": np.where(rows >= 0, rows, rows[:, :1]),
+    "counts": np.stack(
+      [np.bincount(dataset.train_labels[row], minlength=dataset.num_classes) for row in seen]
+    ),
+    "statistics": jax.tree.map(lambda *leaves: np.stack(leaves), *statistics),
+  }
