@@ -51,6 +51,7 @@ from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.random import base_keys
 from memdiff.synthesis import feature_diffusion, hallucination
+from memdiff.synthesis.hallucination import TrainedDenoiser
 
 _PRODUCT = "matrix product"
 _DIM = 64  # of the features that the denoiser sees
@@ -225,8 +226,9 @@ def measure_sampler(size: Size, rounds: int) -> dict[str, Any]:
   mesh, stage = mesh_lib.make_mesh(), denoiser_stage(config, size, 1)
   state = Training(stage, (0,), mesh, 1).state
   params, bank = jax.tree.map(lambda x: x[0], (state.params, stage.own.bank))
-  denoiser = feature_diffusion.make_denoiser(config.diffusion, 100, _DIM)
+  module = feature_diffusion.make_denoiser(config.diffusion, 100, _DIM)
   schedule = NoiseSchedule(config.diffusion.schedule)
+  denoiser = TrainedDenoiser(module, params, schedule, config.diffusion.prediction)
   found = Measurements()
   for number in size.samples:
     settings = dataclasses.replace(config.hallucination, chunk_size=number)
@@ -234,10 +236,7 @@ def measure_sampler(size: Size, rounds: int) -> dict[str, Any]:
 
     @jax.jit
     def sample(key, settings=settings, labels=labels):
-      return hallucination.sample_features(
-        denoiser, params, schedule, bank, labels, key, settings, config.diffusion.prediction, mesh,
-        1.0,
-      )  # fmt: skip
+      return hallucination.sample_features(denoiser, bank, labels, key, settings, mesh)
 
     found.variants[f"{number} at a time"] = (
       (lambda sample=sample: sample(jax.random.key(0))),

@@ -63,6 +63,7 @@ from memdiff.runtime.loop import Stage
 from memdiff.runtime.random import base_keys
 from memdiff.synthesis import feature_diffusion, generators, hallucination
 from memdiff.synthesis.feature_diffusion import FeatureData
+from memdiff.synthesis.hallucination import TrainedDenoiser
 
 _SEEDS = (0, 1, 2, 3, 4)
 _MATMUL = 2048
@@ -322,18 +323,8 @@ def make_sampler(work: Workload, params: Any, method: str, steps: int) -> Callab
 
   @jax.jit
   def sample(params, bank, key):
-    return hallucination.sample_features(
-      work.denoiser(),
-      params,
-      schedule,
-      bank,
-      work.labels,
-      key,
-      config,
-      work.config.diffusion.prediction,
-      work.mesh,
-      1.0,
-    )
+    denoiser = TrainedDenoiser(work.denoiser(), params, schedule, work.config.diffusion.prediction)
+    return hallucination.sample_features(denoiser, bank, work.labels, key, config, work.mesh)
 
   seeds, bank = itertools.count(), work.bank()
   return lambda: sample(params, bank, jax.random.key(next(seeds)))

@@ -33,6 +33,7 @@ from memdiff.memory import feature_space
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import base_keys
 from memdiff.synthesis import feature_diffusion, hallucination
+from memdiff.synthesis.hallucination import TrainedDenoiser
 from memdiff.synthesis.unet1d import UNet1D
 
 _CLASSES, _SEEDS, _TIMED_STEPS = 100, (0, 1, 2, 3, 4), 20
@@ -119,10 +120,14 @@ def measure(peer: Peer, config: MemdiffConfig, rounds: int) -> tuple[list[Row], 
     settings = dataclasses.replace(config.hallucination, sampler=method, num_steps=steps)
     sample = jax.jit(
       lambda params, bank: hallucination.sample_features(
-        denoiser, params, schedule, bank, wanted, jax.random.key(0), settings,
-        diffusion.prediction, mesh, 1.0,
+        TrainedDenoiser(denoiser, params, schedule, diffusion.prediction),
+        bank,
+        wanted,
+        jax.random.key(0),
+        settings,
+        mesh,
       )
-    )  # fmt: skip
+    )
     return lambda: sample(params, one_bank)
 
   label = torch.arange(peer.sampled_at_once) % _CLASSES

@@ -25,7 +25,7 @@ from benchmarks import generated_images, timing
 from input_pipeline import streaming, tfds_sources
 from input_pipeline.lazy_images import LazyImages
 from input_pipeline.source import Source
-from input_pipeline.streaming import StreamConfig
+from input_pipeline.streaming import Order, StreamConfig
 
 _SIZE, _BATCH, _BILINEAR = 224, 64, Image.Resampling.BILINEAR
 _DEFAULT = StreamConfig()
@@ -160,7 +160,9 @@ def shortcuts(rounds: int) -> dict[str, Any]:
 
 def _open(source: Source, config: StreamConfig, first_step: int = 0):
   return contextlib.closing(
-    streaming.train_batches(source.train_images, source.train_labels, _BATCH, 0, first_step, config)
+    streaming.train_batches(
+      source.train_images, source.train_labels, _BATCH, Order(0, first_step), config
+    )
   )
 
 

@@ -274,18 +274,33 @@ def export_suffix(train_path: str) -> str:
   return ".npz" if pathlib.Path(train_path).suffix.lower() in (".npz", ".npy") else ".parquet"
 
 
+@dataclasses.dataclass(frozen=True)
+class SyntheticRows:
+  """Synthetic features, and where they come from.
+
+  Attributes:
+    method: what made them, for all rows or per row.
+    features: [M, D] in the units of the training file.
+    labels: [M] classes, int in [0, C).
+    confidence: [M].
+    number: [M], the n-th feature of its class.
+    num_exemplars: [M] training rows of the class.
+    nearest_index: [M] the nearest training row of the class, in `train_features`.
+    nearest_distance: [M] to that row.
+  """
+
+  method: str | Sequence[str]
+  features: np.ndarray
+  labels: np.ndarray
+  confidence: np.ndarray
+  number: np.ndarray
+  num_exemplars: np.ndarray
+  nearest_index: np.ndarray
+  nearest_distance: np.ndarray
+
+
 def write_synthetic(
-  path: str | pathlib.Path,
-  data: LongTailEmbeddings,
-  method: str | Sequence[str],
-  *,
-  features: np.ndarray,
-  labels: np.ndarray,
-  confidence: np.ndarray,
-  number: np.ndarray,
-  num_exemplars: np.ndarray,
-  nearest_index: np.ndarray,
-  nearest_distance: np.ndarray,
+  path: str | pathlib.Path, data: LongTailEmbeddings, rows: SyntheticRows
 ) -> None:
   """Writes synthetic features so that they can be used like the file they were made from.
 
@@ -296,14 +311,7 @@ def write_synthetic(
   Args:
     path: ends in .npz or .parquet.
     data: the set they were made from.
-    method: what made them, for all rows or per row.
-    features: [M, D] in the units of the training file.
-    labels: [M] classes, int in [0, C).
-    confidence: [M].
-    number: [M], the n-th feature of its class.
-    num_exemplars: [M] training rows of the class.
-    nearest_distance: [M] to the nearest training row of the class.
-    nearest_index: [M] index into `data.train_features`.
+    rows: what is written.
 
   Raises:
     ConfigError: for another suffix. WorkdirError: where it cannot be written.
@@ -312,16 +320,16 @@ def write_synthetic(
   suffix = path.suffix.lower()
   if suffix not in (".npz", ".parquet"):
     raise ConfigError(f"The path of synthetic features, {path}, must end in .npz or .parquet.")
-  labels = np.asarray(labels)
+  labels = np.asarray(rows.labels)
   arrays = {
-    "features": np.asarray(features, np.float32),
+    "features": np.asarray(rows.features, np.float32),
     "label" if suffix == ".parquet" else "labels": data.label_values[labels],
-    "confidence": np.asarray(confidence),
-    "method": np.broadcast_to(np.asarray(method), len(labels)),
-    "number": np.asarray(number),
-    "num_exemplars": np.asarray(num_exemplars),
-    "nearest_row": data.train_rows[nearest_index],
-    "nearest_distance": np.asarray(nearest_distance),
+    "confidence": np.asarray(rows.confidence),
+    "method": np.broadcast_to(np.asarray(rows.method), len(labels)),
+    "number": np.asarray(rows.number),
+    "num_exemplars": np.asarray(rows.num_exemplars),
+    "nearest_row": data.train_rows[rows.nearest_index],
+    "nearest_distance": np.asarray(rows.nearest_distance),
   }
   if suffix == ".npz":
     write_arrays(path, arrays)

@@ -128,15 +128,28 @@ class _InTurns:
     return self.examples[(turn * self.workers + worker) * self.rows + row]
 
 
+@dataclasses.dataclass(frozen=True)
+class Order:
+  """Which images the batches of a stream hold.
+
+  Attributes:
+    seed: of order and crops, below 2^32.
+    first_step: of the first batch.
+    balanced: draws a class, then one of its examples, in place of shuffled epochs.
+  """
+
+  seed: int
+  first_step: int = 0
+  balanced: bool = False
+
+
 def train_batches(
   images: LazyImages,
   labels: np.ndarray,
   batch_size: int,
-  seed: int,
-  first_step: int,
+  order: Order,
   config: StreamConfig,
   *,
-  balanced: bool = False,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -145,11 +158,9 @@ def train_batches(
   Args:
     images, labels: N of them, labels int32.
     batch_size: B of all hosts together.
-    seed: of order and crops, below 2^32.
-    first_step: of the first batch.
+    order: of the images.
     config: threads of each process and worker processes, which do not change the batches, and
       how many of them each process reads ahead.
-    balanced: draws a class, then one of its examples, in place of shuffled epochs.
     process_index, process_count: of this host.
 
   Yields:
@@ -162,15 +173,15 @@ def train_batches(
       f"config.classifier.batch_size is {batch_size}, but must be a multiple of the"
       f" {process_count} processes."
     )
-  numbers = grain.MapDataset.range(len(images)).seed(seed)
-  if balanced:
+  numbers = grain.MapDataset.range(len(images)).seed(order.seed)
+  if order.balanced:
     by_class = tuple(np.flatnonzero(labels == c) for c in range(labels.max() + 1))
     numbers = numbers.repeat().random_map(_OfAnyClass(by_class))
   else:
     numbers = numbers.shuffle().repeat()
   examples = numbers.random_map(_Crops(images, labels))[process_index:_ENDLESS:process_count]
   rows = batch_size // process_count
-  examples = examples[first_step * rows :]
+  examples = examples[order.first_step * rows :]
   # In images: a batch is made of what all threads have read.
   threads = grain.ReadOptions(
     num_threads=config.threads_per_process, prefetch_buffer_size=config.prefetch * rows

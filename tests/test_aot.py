@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import aot
-from input_pipeline.streaming import StreamConfig, train_batches
+from input_pipeline.streaming import Order, StreamConfig, train_batches
 from tests import support
 
 DEVICES, ROWS, SLOTS, DIM, BATCH = 8, 16, 32, 64, 8
@@ -125,7 +125,7 @@ def test_large_sets_stand_in_with_batches_of_their_size(name, profile):
   data = aot._large_dataset(config, numbers)
   assert data.streamed and data.num_classes == numbers.classes
   assert len(data.train_labels) == numbers.images and len(data.test_labels) == numbers.test
-  batches = train_batches(data.train_images, data.train_labels, 4, 0, 0, StreamConfig(1, 0, 1))
+  batches = train_batches(data.train_images, data.train_labels, 4, Order(0), StreamConfig(1, 0, 1))
   batch = next(batches)
   batches.close()
   assert {v.shape for v in batch.values()} == {(4, 8, 8, 3), (4,)}

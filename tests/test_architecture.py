@@ -28,7 +28,7 @@ PARTS = {
   | FOUNDATION,
   "pipeline": {"classifier", "evaluation", "experiments", "runtime"} | FOUNDATION,
 }
-MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 80
+MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 400, 80, 8
 
 
 def sources(folder: str) -> list[pathlib.Path]:
@@ -89,6 +89,9 @@ def test_files_and_functions_are_short(folder):
       if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         length = node.end_lineno - node.lineno + 1
         assert length <= MOST_LINES_OF_A_FUNCTION, f"{path}: {node.name} has {length} lines"
+        taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        taken = [argument.arg for argument in taken if argument.arg not in ("self", "cls")]
+        assert len(taken) <= MOST_PARAMETERS, f"{path}: {node.name} takes {', '.join(taken)}"
 
 
 def test_the_picture_of_the_data_flow_names_the_phases_and_the_parts():

@@ -8,7 +8,7 @@ import numpy as np
 from input_pipeline import augment, streaming
 from input_pipeline.augment import AugmentConfig
 from input_pipeline.dataset import LongTailDataset
-from input_pipeline.streaming import StreamConfig
+from input_pipeline.streaming import Order, StreamConfig
 from memdiff.classifier import encoder
 from memdiff.classifier.encoder import EncoderConfig
 from memdiff.runtime.random import stream
@@ -41,10 +41,10 @@ def host_batches(
   process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
   def make(seed: int, first_step: int):
+    order = Order(streaming.stream_seed(seed, name), first_step, balanced)
     return streaming.train_batches(
-      dataset.train_images, dataset.train_labels, batch_size,
-      streaming.stream_seed(seed, name), first_step, config, balanced=balanced, **process,
-    )  # fmt: skip
+      dataset.train_images, dataset.train_labels, batch_size, order, config, **process
+    )
 
   return make
 

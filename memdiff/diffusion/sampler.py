@@ -13,6 +13,7 @@ abar = 1, the clean sample. With x0 as the denoiser's output implies it:
   log-SNR from the previous step; its steps are even in log-SNR and its last one is first order.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -92,16 +93,32 @@ def coefficients(
   }
 
 
+@dataclasses.dataclass(frozen=True)
+class Solver:
+  """How the reverse process is solved.
+
+  Attributes:
+    method: one of SAMPLERS.
+    num_steps: visited steps N, 2 <= N <= T.
+    prediction: what the denoiser predicts, one of objectives.PREDICTIONS.
+    x0_limit: clips every predicted x0 to [-x0_limit, x0_limit]. At the first steps of a schedule
+      that ends in pure noise, x0 is the difference of two large numbers; data of known range need
+      not suffer from it. 0 leaves x0 alone.
+  """
+
+  method: str
+  num_steps: int
+  prediction: str = "eps"
+  x0_limit: float = 0.0
+
+
 def sample(
   predict: Callable[[jax.Array, jax.Array], jax.Array],
   schedule: NoiseSchedule,
   shape: tuple[int, ...],
   key: jax.Array,
+  solver: Solver,
   *,
-  method: str,
-  num_steps: int,
-  prediction: str = "eps",
-  x0_limit: float = 0.0,
   origin: jax.Array | None = None,
   start: float | jax.Array = 1.0,
 ) -> jax.Array:
@@ -113,12 +130,7 @@ def sample(
     schedule: of the training.
     shape: (B, ...) of the samples.
     key: of the initial noise and of every step.
-    method: one of SAMPLERS.
-    num_steps: visited steps N, 2 <= N <= T.
-    prediction: what that output is, one of objectives.PREDICTIONS.
-    x0_limit: clips every predicted x0 to [-x0_limit, x0_limit]. At the first steps of a schedule
-      that ends in pure noise, x0 is the difference of two large numbers; data of known range need
-      not suffer from it. 0 leaves x0 alone.
+    solver: the method and its steps.
     origin: [B, ...] samples to begin from, not noise alone (SDEdit, Meng et al. 2022): as long
       as t is `start` T or more, x0 is taken to be `origin`, so that x_t is a draw from
       q(x_t | origin), whatever the method.
@@ -129,17 +141,17 @@ def sample(
   """
   start_key, step_key = jax.random.split(key)
   x = normal(start_key, shape)
-  table = coefficients(schedule, method, num_steps, prediction)
+  table = coefficients(schedule, solver.method, solver.num_steps, solver.prediction)
   rows = {name: jnp.asarray(column, jnp.float32) for name, column in table.items()}
-  rows["index"] = jnp.arange(num_steps)
+  rows["index"] = jnp.arange(solver.num_steps)
   stochastic = bool(table["sigma"].any())
 
   def step(carry, row):
     x, previous_x0 = carry
     t = model_time(row["t"], schedule)[None]
     x0 = row["from_x"] * x + row["from_output"] * predict(x, t)
-    if x0_limit:
-      x0 = jnp.clip(x0, -x0_limit, x0_limit)
+    if solver.x0_limit:
+      x0 = jnp.clip(x0, -solver.x0_limit, solver.x0_limit)
     if origin is not None:
       x0 = jnp.where(row["t"] >= start * schedule.num_steps, origin, x0)
     x = row["keep"] * x + row["pull"] * (x0 + row["extrapolate"] * (x0 - previous_x0))

@@ -205,9 +205,9 @@ def place_on_map(
   from memdiff.evaluation import plots  # matplotlib takes a second
 
   return plots.embed(
-    *features["real"],
-    *features["left out"],
-    *features["synthetic"],
+    features["real"],
+    features["left out"],
+    features["synthetic"],
     experiment.dataset.num_classes,
     max_per_class=experiment.config.evaluation.map_per_class,
   )
@@ -235,10 +235,8 @@ def export_embeddings(
   """The first seed's synthetic features, in the format of the file that the features came from."""
   suffix = embeddings.export_suffix(experiment.config.dataset.train_path)
   path = experiment.workdir.path / f"synthetic_embeddings{suffix}"
-  embeddings.write_synthetic(
-    path,
-    experiment.dataset,
-    generator,
+  rows = embeddings.SyntheticRows(
+    method=generator,
     labels=made["labels"],
     number=made["number"],
     num_exemplars=experiment.dataset.train_counts[made["labels"]],
@@ -247,6 +245,7 @@ def export_embeddings(
       for name in ("features", "confidence", "nearest_index", "nearest_distance")
     },
   )
+  embeddings.write_synthetic(path, experiment.dataset, rows)
   experiment.run.progress.say(f"{len(made['labels']):,} features of {generator} are in {path}")
 
 

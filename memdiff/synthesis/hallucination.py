@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from memdiff.config import at_least, each, one_of, setting
 from memdiff.diffusion import sampler
-from memdiff.diffusion.sampler import SAMPLERS
+from memdiff.diffusion.sampler import SAMPLERS, Solver
 from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.memory import memory_bank
 from memdiff.memory.memory_bank import MemoryBank
@@ -57,11 +57,40 @@ class SamplerConfig:
     """The candidates: of guidance where it has several, otherwise of `start`."""
     return self.guidance if len(self.guidance) > 1 else self.start
 
-  def at(self, strength: float | jax.Array) -> dict[str, float | jax.Array]:
-    """(guidance, start) at one of the strengths, which may be traced."""
+  def at(self, strength: float | jax.Array, origins: jax.Array | None = None) -> "Steering":
+    """Guidance and start at one of the strengths, which may be traced."""
     if len(self.guidance) > 1:
-      return {"guidance": strength, "start": self.start[0]}
-    return {"guidance": self.guidance[0], "start": strength}
+      return Steering(strength, self.start[0], origins)
+    return Steering(self.guidance[0], strength, origins)
+
+
+@dataclasses.dataclass(frozen=True)
+class Steering:
+  """How far samples are guided, and what they begin from.
+
+  Attributes:
+    guidance: its scale; may be traced, so that `vmap` or a map over it samples at several scales,
+      from the same noise, in one program.
+    start: how far `origins` are noised first, a share of all steps; may be traced, too.
+    origins: [M, D] features to begin from, for example exemplars; None: from noise alone.
+  """
+
+  guidance: float | jax.Array = 1.0
+  start: float | jax.Array = 1.0
+  origins: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedDenoiser:
+  """A denoiser with parameters, usually the EMA weights, and what its training settled."""
+
+  module: nn.Module
+  params: Any
+  schedule: NoiseSchedule
+  prediction: str  # what it predicts
+
+
+_UNSTEERED = Steering()
 
 
 def check_conditions(trained: DiffusionConfig, sampled: SamplerConfig) -> None:
@@ -129,37 +158,29 @@ def group(labels: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def sample_features(
-  denoiser: nn.Module,
-  params: Any,
-  schedule: NoiseSchedule,
+  denoiser: TrainedDenoiser,
   bank: MemoryBank,
   labels: ArrayLike,
   key: jax.Array,
   config: SamplerConfig,
-  prediction: str,
   mesh: Mesh,
-  guidance: float | jax.Array,
-  origins: jax.Array | None = None,
-  start: float | jax.Array = 1.0,
+  steering: Steering = _UNSTEERED,
 ) -> jax.Array:
   """Samples one standardised feature per label, chunk by chunk in one compiled program.
 
   Args:
-    denoiser, params, schedule: of the training; `params` are usually the EMA weights.
+    denoiser: may hold traced parameters.
     bank: in standardised units.
     labels: [M] int32, not traced: how they repeat decides the program.
     key: randomness.
     config: sampler, steps, condition and chunk size.
-    prediction: what the denoiser was trained to predict.
     mesh: groups of samples are split over it.
-    guidance: its scale; may be traced, so that `vmap` or a map over it samples at several scales,
-      from the same noise, in one program.
-    origins: [M, D] features to begin from, for example exemplars; None: from noise alone.
-    start: how far they are noised first, a share of all steps; may be traced, too.
+    steering: by default no guidance, from noise alone.
 
   Returns:
     [M, D] float32.
   """
+  solver = Solver(config.sampler, config.num_steps, denoiser.prediction, config.x0_limit)
   of_groups, place, size = group(np.asarray(labels), config.chunk_size)
   groups_per_chunk = min(config.chunk_size // size, len(of_groups))
   num_chunks = -(-len(of_groups) // groups_per_chunk)
@@ -178,22 +199,19 @@ def sample_features(
     if config.condition == "class":
       memory = memory_bank.forget(memory, jnp.ones(labels.shape, bool))
     if config.condition == "memory":
-      labels = jnp.full_like(labels, denoiser.num_classes)
-    predict = guided_denoiser(denoiser, params, labels, memory, guidance)
+      labels = jnp.full_like(labels, denoiser.module.num_classes)
+    predict = guided_denoiser(denoiser.module, denoiser.params, labels, memory, steering.guidance)
     return sampler.sample(
       predict,
-      schedule,
-      (chunk, denoiser.feature_dim),
+      denoiser.schedule,
+      (chunk, denoiser.module.feature_dim),
       jax.random.fold_in(key, number),
-      method=config.sampler,
-      num_steps=config.num_steps,
-      prediction=prediction,
-      x0_limit=config.x0_limit,
+      solver,
       origin=origin,
-      start=start,
+      start=steering.start,
     )
 
   labels_by_chunk = jnp.asarray(of_groups.reshape(num_chunks, -1), jnp.int32)
-  inputs = (jnp.arange(num_chunks), labels_by_chunk, jax.tree.map(chunks, origins))
+  inputs = (jnp.arange(num_chunks), labels_by_chunk, jax.tree.map(chunks, steering.origins))
   samples = jax.lax.map(sample_chunk, inputs)
   return samples.reshape(num_chunks * chunk, -1)[place]

@@ -32,6 +32,7 @@ from jax.sharding import Mesh
 from memdiff.diffusion import denoiser_training, sampler
 from memdiff.diffusion.denoiser_training import Batch, TrainingConfig
 from memdiff.diffusion.objectives import ObjectiveConfig
+from memdiff.diffusion.sampler import Solver
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.memory.exemplars import Exemplars
 from memdiff.memory.feature_space import FeatureRuns, Standardizer
@@ -254,6 +255,7 @@ def sample(
   denoiser = make_denoiser(config, num_classes, standardizer.mean.shape[0])
   variables = {"params": params["denoiser"] if config.snr_weighted else params}
   schedule = NoiseSchedule(config.schedule)
+  solver = Solver(config.sampler, config.sample_steps, "x0", config.x0_limit)
   num_chunks = max(-(-labels.shape[0] // _CHUNK), 1)
   chunk = -(-labels.shape[0] // num_chunks)  # of one size, so that little is padding
   padded = jnp.pad(labels, (0, num_chunks * chunk - labels.shape[0])).reshape(num_chunks, chunk)
@@ -266,10 +268,7 @@ def sample(
       schedule,
       (chunk, denoiser.feature_dim),
       jax.random.fold_in(key, number),
-      method=config.sampler,
-      num_steps=config.sample_steps,
-      prediction="x0",
-      x0_limit=config.x0_limit,
+      solver,
     )
 
   samples = jax.lax.map(sample_chunk, (jnp.arange(num_chunks), padded))

@@ -17,7 +17,7 @@ from memdiff.runtime.stage import Stage
 from memdiff.synthesis import feature_diffusion, hallucination
 from memdiff.synthesis.feature_diffusion import DiffusionConfig
 from memdiff.synthesis.generator import Generator, Sampler
-from memdiff.synthesis.hallucination import SamplerConfig
+from memdiff.synthesis.hallucination import SamplerConfig, TrainedDenoiser
 
 _TOGETHER = 2**26  # bytes of features up to which all runs are sampled at once
 
@@ -45,7 +45,7 @@ class MemoryDiffusion(Generator):
   def sampler(self, labels: np.ndarray, feature_dim: int, mesh: Mesh) -> Sampler:
     """A single strength is static, which spares guidance's pair of calls at a scale of 1."""
     config = self.hallucination
-    denoiser = feature_diffusion.make_denoiser(self.diffusion, self.num_classes, feature_dim)
+    module = feature_diffusion.make_denoiser(self.diffusion, self.num_classes, feature_dim)
     schedule = NoiseSchedule(self.diffusion.schedule)
 
     def of_runs(keys, strength, runs, params):
@@ -56,10 +56,10 @@ class MemoryDiffusion(Generator):
         origins = None
         if min(config.start) < 1:
           origins = exemplars_lib.draw(stream(key, "origin"), exemplars, labels)
+        denoiser = TrainedDenoiser(module, params, schedule, self.diffusion.prediction)
         return hallucination.sample_features(
-          denoiser, params, schedule, bank, labels, key, config, self.diffusion.prediction, mesh,
-          origins=origins, **config.at(strength),
-        )  # fmt: skip
+          denoiser, bank, labels, key, config, mesh, config.at(strength, origins)
+        )
 
       arguments = keys, params, runs.bank, runs.exemplars
       trust = jnp.ones(labels.shape)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memdiff.diffusion import objectives, sampler
-from memdiff.diffusion.sampler import SAMPLERS, coefficients, visited_steps
+from memdiff.diffusion.sampler import SAMPLERS, Solver, coefficients, visited_steps
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 
 MEAN, STD = 1.0, 0.3  # of the data x0 in all closed-form checks
@@ -40,9 +40,7 @@ def exact_denoiser(schedule):
 @functools.partial(jax.jit, static_argnames=("schedule", "shape", "method", "num_steps", "limit"))
 def draw(key, schedule, shape, method, num_steps, limit=0.0):
   predict = exact_denoiser(schedule)
-  return sampler.sample(
-    predict, schedule, shape, key, method=method, num_steps=num_steps, x0_limit=limit
-  )
+  return sampler.sample(predict, schedule, shape, key, Solver(method, num_steps, x0_limit=limit))
 
 
 def is_the_data_distribution(samples, tolerance):
@@ -240,7 +238,7 @@ def test_the_scan_equals_a_plain_loop_for_a_curved_denoiser(method):
     jax.debug.callback(lambda x: first.append(np.asarray(x)), x, ordered=True)
     return predict(x, t)
 
-  samples = sampler.sample(spy, schedule, (6, 3), key, method=method, num_steps=9)
+  samples = sampler.sample(spy, schedule, (6, 3), key, Solver(method, 9))
   jax.effects_barrier()
   assert len(first) == 9
   expected = numpy_sample(predict, schedule, first[0].astype(float), method, 9)
@@ -263,9 +261,12 @@ def test_noise_velocity_and_clean_sample_are_one_and_the_same_process():
   samples = {}
   for name in objectives.PREDICTIONS:
     samples[name] = sampler.sample(
-      functools.partial(predict, name), schedule, (300, 2), jax.random.key(0), method="ddim",
-      num_steps=12, prediction=name,
-    )  # fmt: skip
+      functools.partial(predict, name),
+      schedule,
+      (300, 2),
+      jax.random.key(0),
+      Solver("ddim", 12, prediction=name),
+    )
   np.testing.assert_allclose(samples["v"], samples["eps"], atol=5e-3)
   np.testing.assert_allclose(samples["x0"], samples["eps"], atol=5e-3)
   assert float(samples["v"].std()) == pytest.approx(STD, abs=0.07)  # 12 steps
@@ -295,7 +296,7 @@ def test_denoisers_see_times_below_a_thousand_whatever_the_length(total):
     jax.debug.callback(lambda t: seen.append(np.asarray(t)), t, ordered=True)
     return x
 
-  sampler.sample(spy, schedule, (2, 1), jax.random.key(0), method="ddim", num_steps=5)
+  sampler.sample(spy, schedule, (2, 1), jax.random.key(0), Solver("ddim", 5))
   jax.effects_barrier()
   expected = visited_steps(total, 5) * 1000 / total
   np.testing.assert_allclose(np.array(seen), expected[:, None], rtol=1e-6)  # [1] for all rows
@@ -332,9 +333,14 @@ def test_guidance_extrapolates_from_the_unconditional_prediction():
 @functools.partial(jax.jit, static_argnames=("schedule", "method", "num_steps"))
 def draw_from(key, origin, start, schedule, method, num_steps):
   return sampler.sample(
-    exact_denoiser(schedule), schedule, origin.shape, key, method=method, num_steps=num_steps,
-    origin=origin, start=start,
-  )  # fmt: skip
+    exact_denoiser(schedule),
+    schedule,
+    origin.shape,
+    key,
+    Solver(method, num_steps),
+    origin=origin,
+    start=start,
+  )
 
 
 @pytest.mark.parametrize("start", [0.1, 0.3, 0.6])

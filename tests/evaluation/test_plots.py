@@ -122,7 +122,8 @@ def scatters(figure) -> list[PathCollection]:
 def map_of(*arguments, **options):
   """The map of three kinds of features with labels and the classes' names."""
   *kinds, class_names = arguments[:7]
-  plane = plots.embed(*kinds, len(class_names), *arguments[7:], **options)
+  pairs = list(zip(kinds[::2], kinds[1::2], strict=True))
+  plane = plots.embed(*pairs, len(class_names), *arguments[7:], **options)
   return plots.feature_map(plane, class_names)
 
 

@@ -16,7 +16,7 @@ from scipy import stats
 from input_pipeline import streaming
 from input_pipeline.folder import FolderImages
 from input_pipeline.lazy_images import LazyImages
-from input_pipeline.streaming import StreamConfig, train_batches
+from input_pipeline.streaming import Order, StreamConfig, train_batches
 from memdiff.errors import ConfigError, DataError
 
 N, SIZE = 23, 6
@@ -51,10 +51,12 @@ def noise(tmp_path_factory) -> LazyImages:
 
 
 def take(
-  images, steps, *, labels=NUMBERS, batch_size=6, seed=3, first_step=0, config=CONFIG, **more
+  images, steps, *, labels=NUMBERS, batch_size=6, config=CONFIG, processes=None, seed=3, **order
 ):
   """The first batches of a stream, which is closed then."""
-  stream = train_batches(images, labels, batch_size, seed, first_step, config, **more)
+  stream = train_batches(
+    images, labels, batch_size, Order(seed, **order), config, **(processes or {})
+  )
   try:
     return [next(stream) for _ in range(steps)]
   finally:
@@ -88,7 +90,8 @@ def test_threads_and_reading_ahead_change_nothing(noise, config):
 
 @pytest.mark.parametrize("balanced", [False, True])
 def test_worker_processes_change_nothing(noise, balanced):
-  more = {"balanced": balanced, "process_index": 1, "process_count": 2, "first_step": 2}
+  processes = {"process_index": 1, "process_count": 2}
+  more = {"balanced": balanced, "first_step": 2, "processes": processes}
   workers = take(noise, 9, labels=CLASSES, config=StreamConfig(2, 3 if balanced else 2, 2), **more)
   assert_same(workers, take(noise, 9, labels=CLASSES, **more))
 
@@ -109,7 +112,11 @@ def test_the_parts_of_all_hosts_interleave_to_the_global_batch(noise, processes,
   whole = take(noise, 6, balanced=balanced, first_step=1)
   for process in range(processes):
     part = take(
-      noise, 6, balanced=balanced, first_step=1, process_index=process, process_count=processes
+      noise,
+      6,
+      balanced=balanced,
+      first_step=1,
+      processes={"process_index": process, "process_count": processes},
     )
     assert_same(part, [{key: x[process::processes] for key, x in batch.items()} for batch in whole])
 
@@ -169,13 +176,13 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(processes):
   with pytest.raises(
     ConfigError, match=f"batch_size is 7, .* multiple of the {processes} processes"
   ):
-    take(LazyImages(Plain(), SIZE), 1, batch_size=7, process_count=processes)
+    take(LazyImages(Plain(), SIZE), 1, batch_size=7, processes={"process_count": processes})
 
 
 def test_whole_batches_are_read_while_one_is_in_use():
   reader = Plain(200)
   config = StreamConfig(num_threads=2, num_workers=0, prefetch=2)
-  stream = train_batches(LazyImages(reader, SIZE), np.zeros(200, np.int32), 20, 0, 0, config)
+  stream = train_batches(LazyImages(reader, SIZE), np.zeros(200, np.int32), 20, Order(0), config)
   next(stream)
   deadline = time.monotonic() + 5
   while reader.reads < 60 and time.monotonic() < deadline:
@@ -188,7 +195,7 @@ def test_whole_batches_are_read_while_one_is_in_use():
 def test_a_closed_stream_reads_no_more_and_leaves_no_thread():
   before = set(threading.enumerate())
   reader = Plain()
-  stream = train_batches(LazyImages(reader, SIZE), NUMBERS, 6, 0, 0, CONFIG)
+  stream = train_batches(LazyImages(reader, SIZE), NUMBERS, 6, Order(0), CONFIG)
   next(stream)
   threads = set(threading.enumerate()) - before
   assert threads

@@ -6,6 +6,7 @@ import pytest
 from pyarrow import parquet
 
 from input_pipeline import embeddings
+from input_pipeline.embeddings import SyntheticRows
 from memdiff.errors import ConfigError, WorkdirError
 from tests.input_pipeline.embedding_files import (
   FEATURES,
@@ -41,7 +42,7 @@ def test_synthetic_features_are_read_back_as_they_were_written(tmp_path, suffix,
   original = np.array(LABEL_KINDS[kind])[LABELS % len(LABEL_KINDS[kind])]
   data = load(npz(tmp_path / "train.npz", labels=original))
   made, path = synthetic(data), tmp_path / f"made{suffix}"
-  embeddings.write_synthetic(path, data, "memdiff", **made)
+  embeddings.write_synthetic(path, data, SyntheticRows("memdiff", **made))
   assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["train.npz", path.name])
   again = load(path, test_path=str(tmp_path / "train.npz"))
   assert again.class_names == data.class_names
@@ -68,7 +69,7 @@ def test_synthetic_features_are_read_back_as_they_were_written(tmp_path, suffix,
 
 def test_synthetic_features_in_parquet_carry_checksums(tmp_path):
   data, path = load(npz(tmp_path / "train.npz")), tmp_path / "made.parquet"
-  embeddings.write_synthetic(path, data, "memdiff", **synthetic(data, 60))
+  embeddings.write_synthetic(path, data, SyntheticRows("memdiff", **synthetic(data, 60)))
   assert load(path).num_classes == 3
   path.write_bytes(DAMAGE["spoilt"](path.read_bytes()))
   assert f"Cannot read {path} (" in refusal(path)
@@ -77,7 +78,9 @@ def test_synthetic_features_in_parquet_carry_checksums(tmp_path):
 def test_each_row_may_have_a_method_of_its_own(tmp_path):
   data = load(npz(tmp_path / "train.npz"))
   methods = list("abcdefg")
-  embeddings.write_synthetic(tmp_path / "made.parquet", data, methods, **synthetic(data))
+  embeddings.write_synthetic(
+    tmp_path / "made.parquet", data, SyntheticRows(methods, **synthetic(data))
+  )
   assert parquet.read_table(tmp_path / "made.parquet")["method"].to_pylist() == methods
 
 
@@ -96,7 +99,7 @@ def test_synthetic_features_of_a_folder_of_named_classes_train_with_its_test_set
   )
   parquet.write_table(table, tmp_path / "parts" / "part-0.parquet")
   data, path = load(tmp_path / "parts"), tmp_path / "made.parquet"
-  embeddings.write_synthetic(path, data, "memdiff", **synthetic(data, 30))
+  embeddings.write_synthetic(path, data, SyntheticRows("memdiff", **synthetic(data, 30)))
   again = load(path, test_path=str(tmp_path / "parts"))
   assert again.label_values.tolist() == data.label_values.tolist() == [0, 1, 2]
   np.testing.assert_array_equal(again.test_labels, LABELS)
@@ -105,6 +108,10 @@ def test_synthetic_features_of_a_folder_of_named_classes_train_with_its_test_set
 def test_what_cannot_be_written_is_one_sentence(tmp_path):
   data = load(npz(tmp_path / "train.npz"))
   with pytest.raises(ConfigError, match=r"made\.csv, must end in \.npz or \.parquet"):
-    embeddings.write_synthetic(tmp_path / "made.csv", data, "memdiff", **synthetic(data))
+    embeddings.write_synthetic(
+      tmp_path / "made.csv", data, SyntheticRows("memdiff", **synthetic(data))
+    )
   with pytest.raises(WorkdirError, match=r"Cannot write .*nowhere/made\.npz"):
-    embeddings.write_synthetic(tmp_path / "nowhere/made.npz", data, "memdiff", **synthetic(data))
+    embeddings.write_synthetic(
+      tmp_path / "nowhere/made.npz", data, SyntheticRows("memdiff", **synthetic(data))
+    )

@@ -19,7 +19,7 @@ from memdiff.memory.memory_bank import Memory, MemoryBank
 from memdiff.synthesis import denoisers, hallucination
 from memdiff.synthesis.denoisers import DenoiserConfig
 from memdiff.synthesis.feature_diffusion import DENOISERS
-from memdiff.synthesis.hallucination import SamplerConfig
+from memdiff.synthesis.hallucination import SamplerConfig, Steering, TrainedDenoiser
 
 CLASSES, SLOTS, DIM, BATCH = 3, 4, 5, 6
 CONFIG = DenoiserConfig("mlp", width=16, num_blocks=2, embedding_dim=8, num_heads=2)
@@ -277,10 +277,10 @@ def make_bank():
 
 
 def sample(made, mesh, bank, labels, config, guidance=1.0):
-  return hallucination.sample_features(
-    made.model, made.params, NoiseSchedule(ScheduleConfig("cosine", 100)), bank, labels,
-    jax.random.key(0), config, "v", mesh, guidance,
-  )  # fmt: skip
+  schedule = NoiseSchedule(ScheduleConfig("cosine", 100))
+  denoiser = TrainedDenoiser(made.model, made.params, schedule, "v")
+  key, steering = jax.random.key(0), Steering(guidance)
+  return hallucination.sample_features(denoiser, bank, labels, key, config, mesh, steering)
 
 
 def test_several_scales_share_a_program_and_equal_each_alone(made, mesh):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from memdiff.config import as_dict, build
 from memdiff.diffusion import sampler
 from memdiff.diffusion.objectives import ObjectiveConfig
+from memdiff.diffusion.sampler import Solver
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.errors import ConfigError
 from memdiff.memory.memory_bank import Memory, MemoryBank
@@ -20,7 +21,7 @@ from memdiff.runtime.train_state import OptimizerConfig
 from memdiff.synthesis import hallucination
 from memdiff.synthesis.denoisers import DenoiserConfig
 from memdiff.synthesis.feature_diffusion import CONDITIONS, DENOISERS, DiffusionConfig
-from memdiff.synthesis.hallucination import SamplerConfig
+from memdiff.synthesis.hallucination import SamplerConfig, Steering, TrainedDenoiser
 
 CLASSES, ROWS, SLOTS, DIM = 3, 4, 4, 5
 SAMPLING = SamplerConfig(
@@ -189,11 +190,11 @@ def test_the_guided_denoiser_is_that_of_the_formula(made, scale):
 
 
 def sample(made, mesh, bank, labels, guidance, key=0, **fields):
-  model, params = made
   config = dataclasses.replace(SAMPLING, **fields)
   return hallucination.sample_features(
-    model, params, SCHEDULE, bank, labels, jax.random.key(key), config, "v", mesh, guidance
-  )
+    TrainedDenoiser(*made, SCHEDULE, "v"), bank, labels, jax.random.key(key), config, mesh,
+    Steering(guidance),
+  )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -233,8 +234,7 @@ def test_samples_are_those_of_the_guided_denoiser_chunk_by_chunk(mlp, mesh, cond
     told = jnp.full_like(labels, CLASSES) if condition == "memory" else labels
     return sampler.sample(
       predict_in_two(mlp, told, memory, scale), SCHEDULE, (4, DIM),
-      jax.random.fold_in(jax.random.key(0), number), method="ddpm", num_steps=4, prediction="v",
-      x0_limit=6.0,
+      jax.random.fold_in(jax.random.key(0), number), Solver("ddpm", 4, "v", 6.0),
     )  # fmt: skip
 
   chunks = [of_chunk(0, jnp.array([0, 0, 1, 1])), of_chunk(1, jnp.array([2, 2, 2, 2]))]
@@ -245,13 +245,12 @@ def test_samples_are_those_of_the_guided_denoiser_chunk_by_chunk(mlp, mesh, cond
 def test_origins_stay_with_their_labels(mlp, mesh):
   """A start of 0 gives every origin back."""
   origins = normal(9, len(LABELS), DIM)
-  model, params = mlp
+  denoiser = TrainedDenoiser(*mlp, SCHEDULE, "v")
   made = jax.jit(
     lambda origins: hallucination.sample_features(
-      model, params, SCHEDULE, make_bank(), LABELS, jax.random.key(0), SAMPLING, "v", mesh, 1.0,
-      origins=origins, start=0.0,
+      denoiser, make_bank(), LABELS, jax.random.key(0), SAMPLING, mesh, Steering(1.0, 0.0, origins)
     )
-  )(origins)  # fmt: skip
+  )(origins)
   np.testing.assert_allclose(made, origins, rtol=1e-5, atol=1e-5)
 
 
@@ -310,6 +309,6 @@ def test_predicted_features_are_clipped(mlp, mesh):
 def test_only_one_of_guidance_and_start_has_candidates():
   assert dataclasses.replace(SAMPLING, guidance=(1.0, 2.0)).strengths == (1.0, 2.0)
   several = dataclasses.replace(SAMPLING, start=(0.5, 1.0))
-  assert several.strengths == (0.5, 1.0) and several.at(0.5) == {"guidance": 1.0, "start": 0.5}
+  assert several.strengths == (0.5, 1.0) and several.at(0.5) == Steering(1.0, 0.5)
   with pytest.raises(ValueError, match="only one of them may have several"):
     dataclasses.replace(SAMPLING, guidance=(1.0, 2.0), start=(0.5, 1.0))

@@ -15,7 +15,7 @@ from memdiff.runtime.train_state import OptimizerConfig
 from memdiff.synthesis import feature_diffusion, hallucination
 from memdiff.synthesis.denoisers import DenoiserConfig
 from memdiff.synthesis.feature_diffusion import DENOISERS, DiffusionConfig
-from memdiff.synthesis.hallucination import SamplerConfig
+from memdiff.synthesis.hallucination import SamplerConfig, TrainedDenoiser
 
 CLASSES, MEMBERS, DIM, SLOTS, NEW, SPREAD, STEPS = 20, 30, 6, 8, 4, 0.3, 400
 CONFIG = DiffusionConfig(
@@ -88,10 +88,8 @@ def test_a_class_never_seen_is_sampled_from_its_exemplars(mesh, name):
 
   @jax.jit
   def sample(params, bank):
-    return hallucination.sample_features(
-      denoiser, params, NoiseSchedule(config.schedule), bank, wanted, jax.random.key(1), SAMPLING,
-      "v", mesh, 1.0,
-    )  # fmt: skip
+    trained = TrainedDenoiser(denoiser, params, NoiseSchedule(config.schedule), "v")
+    return hallucination.sample_features(trained, bank, wanted, jax.random.key(1), SAMPLING, mesh)
 
   samples = np.asarray(sample(params, new_bank)).reshape(NEW, 200, DIM)
   error_of_exemplars = SPREAD * np.sqrt(DIM / SLOTS)  # of their mean, as expected

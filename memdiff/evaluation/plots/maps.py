@@ -35,13 +35,13 @@ class FeaturePlane:
   classes: np.ndarray  # those that are in colour
 
 
+Labelled = tuple[ArrayLike, ArrayLike]  # features and their classes
+
+
 def embed(
-  real: ArrayLike,
-  real_labels: ArrayLike,
-  left_out: ArrayLike,
-  left_out_labels: ArrayLike,
-  synthetic: ArrayLike,
-  synthetic_labels: ArrayLike,
+  real: Labelled,
+  left_out: Labelled,
+  synthetic: Labelled,
   num_classes: int,
   seed: int = 0,
   max_per_class: int = 60,
@@ -54,21 +54,14 @@ def embed(
   background.
 
   Args:
-    real, real_labels: [N, D] features of training examples and their classes [N].
-    left_out, left_out_labels: [M, D], [M], real features that training never saw.
-    synthetic, synthetic_labels: [S, D], [S].
+    real: features [N, D] of training examples and their classes [N].
+    left_out: [M, D] and [M], real features that training never saw.
+    synthetic: [S, D] and [S].
     num_classes: C.
     seed: chooses the features that are shown and starts t-SNE.
     max_per_class: the most features shown per kind and class.
   """
-  kinds = [
-    _finite_rows(features, labels)
-    for features, labels in (
-      (real, real_labels),
-      (left_out, left_out_labels),
-      (synthetic, synthetic_labels),
-    )
-  ]
+  kinds = [_finite_rows(*kind) for kind in (real, left_out, synthetic)]
   shown = _classes_in_colour(kinds[0][1], kinds[2][1], num_classes)
   chosen = [_thin(y, shown, max_per_class, (seed, kind)) for kind, (_, y) in enumerate(kinds)]
   background = _background(kinds[0][1], shown, seed)
