@@ -19,7 +19,7 @@ from memdiff.memory.memory_bank import MemoryBank
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.synthesis.feature_diffusion import CONDITIONS, DiffusionConfig
 
-_GROUP_SIZES = (16, 8, 4, 2, 1)
+_GROUP_SIZES = (16, 10, 8, 5, 4, 3, 2, 1)
 _ROOM = 1.25  # times as many samples may be drawn as are wanted, so that groups are whole
 
 
@@ -42,7 +42,7 @@ class SamplerConfig:
     8.0, "limit of predicted features, in standard deviations; 0: none", at_least(0)
   )
   chunk_size: int = setting(
-    1024, "samples at a time, bounds the memory; devices share them by 16", at_least(1)
+    1024, "samples at a time, bounds the memory; devices share groups of up to 16", at_least(1)
   )
 
   def __post_init__(self):
@@ -182,7 +182,8 @@ def sample_features(
   """
   solver = Solver(config.sampler, config.num_steps, denoiser.prediction, config.x0_limit)
   of_groups, place, size = group(np.asarray(labels), config.chunk_size)
-  groups_per_chunk = min(config.chunk_size // size, len(of_groups))
+  room = 1 << (size - 1).bit_length()  # a power of two, so that devices share the groups evenly
+  groups_per_chunk = min(max(config.chunk_size // room, 1), len(of_groups))
   num_chunks = -(-len(of_groups) // groups_per_chunk)
   of_groups = np.pad(of_groups, (0, num_chunks * groups_per_chunk - len(of_groups)))
   chunk = groups_per_chunk * size

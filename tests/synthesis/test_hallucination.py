@@ -206,6 +206,9 @@ def sample(made, mesh, bank, labels, guidance, key=0, **fields):
     ([5] * 16 + [3] * 16, 9, [3, 3, 5, 5], [*range(16, 32), *range(16)], 8),
     ([7] * 15, 64, [7], [*range(15)], 16),
     ([7], 64, [7], [0], 1),
+    ([7] * 10, 64, [7], [*range(10)], 10),
+    ([7] * 5, 64, [7], [*range(5)], 5),
+    ([7] * 5, 5, [7], [*range(5)], 5),
   ],
 )
 def test_samples_of_a_class_lie_in_groups(labels, chunk_size, groups, place, size):
