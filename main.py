@@ -1,6 +1,6 @@
 """Runs a memdiff experiment: python main.py --config=configs/digits_lt.py --workdir=runs/digits_lt.
 
-The same command again goes on where the last one stopped. All the work is in memdiff.pipeline.
+The same command resumes a run where it stopped. All the work is in memdiff.pipeline.
 """
 
 import atexit
@@ -23,7 +23,7 @@ _TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard events 
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   False,
-  "Join the other processes of the run first; also where JAX_COORDINATOR_ADDRESS is set.",
+  "Join the other processes of the run first; also if JAX_COORDINATOR_ADDRESS is set.",
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "HOST:PORT of process 0; not needed on TPU pods, under Slurm or Open MPI."
@@ -83,7 +83,7 @@ def _exit(error: MemdiffError) -> None:
 
 
 def _join_cluster() -> None:
-  """Joins the other processes, where flags or the environment ask for it."""
+  """Joins the other processes, if flags or the environment ask for it."""
   asked = _DISTRIBUTED.value or _COORDINATOR.value is not None
   asked = asked or _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None
   if not asked and "JAX_COORDINATOR_ADDRESS" not in os.environ:

@@ -207,8 +207,8 @@ def feature_data(config: MemdiffConfig, num_classes: int, size: Size, seeds: int
 
 
 def denoiser_stage(config: MemdiffConfig, size: Size, seeds: int) -> Stage:
-  own = feature_data(config, 100, size, seeds)
-  return feature_diffusion.make_stage(config.diffusion, own, 100, mesh_lib.make_mesh())
+  per_seed = feature_data(config, 100, size, seeds)
+  return feature_diffusion.make_stage(config.diffusion, per_seed, 100, mesh_lib.make_mesh())
 
 
 def measure_denoiser(size: Size, rounds: int) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def measure_sampler(size: Size, rounds: int) -> dict[str, Any]:
   config = config_lib.build(MemdiffConfig, cifar100_lt.get_config("memdiff").to_dict())
   mesh, stage = mesh_lib.make_mesh(), denoiser_stage(config, size, 1)
   state = Training(stage, (0,), mesh, 1).state
-  params, bank = jax.tree.map(lambda x: x[0], (state.params, stage.own.bank))
+  params, bank = jax.tree.map(lambda x: x[0], (state.params, stage.per_seed.bank))
   module = feature_diffusion.make_denoiser(config.diffusion, 100, _DIM)
   schedule = NoiseSchedule(config.diffusion.schedule)
   denoiser = TrainedDenoiser(module, params, schedule, config.diffusion.prediction)

@@ -100,13 +100,13 @@ def host_transfers(program: str) -> list[str]:
 
 def memory(program: Any) -> dict[str, int]:
   """Bytes per device of a compiled program."""
-  own = program.memory_analysis()
+  per_seed = program.memory_analysis()
   parts = {
-    "arguments": own.argument_size_in_bytes,
-    "outputs": own.output_size_in_bytes,
-    "temporaries": own.temp_size_in_bytes,
-    "aliased": own.alias_size_in_bytes,
-    "code": own.generated_code_size_in_bytes,
+    "arguments": per_seed.argument_size_in_bytes,
+    "outputs": per_seed.output_size_in_bytes,
+    "temporaries": per_seed.temp_size_in_bytes,
+    "aliased": per_seed.alias_size_in_bytes,
+    "code": per_seed.generated_code_size_in_bytes,
   }
   return parts | {"total": sum(parts.values()) - 2 * parts["aliased"]}
 
@@ -248,7 +248,7 @@ def _stage_program(stage: Any, run: Any, bank: Any = None) -> Program:
       iterator.close()
     dispatch = stage_programs.make_dispatch(stage, run)
     count = mesh_lib.replicate(run.mesh, np.int32(steps))
-    return dispatch.lower(state, alive, stage.shared, stage.own, batches, count, at_most=steps)
+    return dispatch.lower(state, alive, stage.shared, stage.per_seed, batches, count, at_most=steps)
 
   return Program(stage.name, lower, state.bank if bank is None else bank)
 
@@ -311,11 +311,11 @@ def _on_features(settings: Any, data: Any, run: Any) -> Iterator[Program]:
   from memdiff.synthesis.memory_diffusion import MemoryDiffusion
 
   mesh, runs = run.mesh, _feature_runs(settings, data, run.mesh)
-  own = feature_diffusion.make_data(
+  per_seed = feature_diffusion.make_data(
     runs.exemplars.features, data.train_labels, runs.bank, data.num_classes,
     settings.diffusion.class_exponent, mesh,
   )  # fmt: skip
-  diffusion = feature_diffusion.make_stage(settings.diffusion, own, data.num_classes, mesh)
+  diffusion = feature_diffusion.make_stage(settings.diffusion, per_seed, data.num_classes, mesh)
   yield _stage_program(diffusion, run, runs.bank)
 
   generator = MemoryDiffusion(settings.diffusion, settings.hallucination, data.num_classes)

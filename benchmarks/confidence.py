@@ -70,8 +70,10 @@ VARIANTS = (
 
 def possible(e: Experiment) -> list[Variant]:
   """The variants that need nothing which the run does not have."""
-  own = feature_settings.has_own_head(e.config)
-  return [v for v in VARIANTS if own or v.confidence.get("name") not in confidence_lib.NEED_A_HEAD]
+  per_seed = feature_settings.has_own_head(e.config)
+  return [
+    v for v in VARIANTS if per_seed or v.confidence.get("name") not in confidence_lib.NEED_A_HEAD
+  ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,7 @@ def outcomes(e: Experiment, generator: str) -> dict[str, Outcome]:
     weights = None
     if variant.filled:
       of_setting = np.stack([mesh_lib.fetch(trusted)[s.run, s.strength] for s in settings])
-      weights = of_setting * mesh_lib.fetch(stage.own["gamma"])[:, mesh_lib.fetch(labels)]
+      weights = of_setting * mesh_lib.fetch(stage.per_seed["gamma"])[:, mesh_lib.fetch(labels)]
       weights /= weights.mean(axis=1, keepdims=True)
     found[variant.title] = Outcome(weights, mesh_lib.fetch(logits_of(state.params, space.test)))
   return found

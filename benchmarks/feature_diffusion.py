@@ -50,8 +50,7 @@ from benchmarks.training import Training
 from configs.digits_lt import get_config
 from input_pipeline import dataset as dataset_lib
 from memdiff import config as config_lib
-from memdiff.classifier import encoder
-from memdiff.classifier import encoder_training as classifier
+from memdiff.classifier import encoder, encoder_training
 from memdiff.diffusion import objectives
 from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.evaluation.feature_metrics import mmd
@@ -79,7 +78,7 @@ class Workload:
   config: MemdiffConfig
   data: dataset_lib.LongTailDataset
   mesh: Mesh
-  own: FeatureData  # standardised, leading axis of one seed
+  per_seed: FeatureData  # standardised, leading axis of one seed
   left_out: np.ndarray  # [n, D] held-out real features, standardised
   labels: np.ndarray  # [M] what to sample: the tail classes filled up as the config has it
 
@@ -88,31 +87,33 @@ class Workload:
     return self.data.num_classes
 
   def one_run(self) -> FeatureData:
-    return jax.tree.map(lambda x: x[0], self.own)
+    return jax.tree.map(lambda x: x[0], self.per_seed)
 
   def bank(self) -> memory_bank.MemoryBank:
     return self.one_run().bank
 
   def denoiser_stage(self, num_seeds: int) -> Stage:
     """The diffusion stage of that many seeds, all on the same features."""
-    own = jax.tree.map(lambda x: jnp.repeat(x, num_seeds, axis=0), self.own)
-    own = jax.device_put(own, mesh_lib.replicated(self.mesh))
-    return feature_diffusion.make_stage(self.config.diffusion, own, self.num_classes, self.mesh)
+    per_seed = jax.tree.map(lambda x: jnp.repeat(x, num_seeds, axis=0), self.per_seed)
+    per_seed = jax.device_put(per_seed, mesh_lib.replicated(self.mesh))
+    return feature_diffusion.make_stage(
+      self.config.diffusion, per_seed, self.num_classes, self.mesh
+    )
 
   def encoder_stage(self) -> Stage:
     return make_encoder_stage(self.config, self.data, self.mesh)
 
   def denoiser(self):
-    dim = self.own.exemplars.features.shape[-1]
+    dim = self.per_seed.exemplars.features.shape[-1]
     return feature_diffusion.make_denoiser(self.config.diffusion, self.num_classes, dim)
 
 
 def make_encoder_stage(config, data, mesh: Mesh) -> Stage:
   shared = encoder.device_data(config.encoder.input, data, mesh)
-  return classifier.make_stage(
-    config.classifier, config.encoder, config.memory_bank, config.classifier.loss, data, shared,
-    mesh,
-  )  # fmt: skip
+  recipe = encoder_training.Recipe(
+    config.classifier, config.encoder, config.classifier.loss, config.memory_bank
+  )
+  return encoder_training.make_stage(recipe, data, shared, mesh)
 
 
 def prepare(encoder_steps: int) -> tuple[Workload, Training]:
@@ -145,7 +146,7 @@ def prepare(encoder_steps: int) -> tuple[Workload, Training]:
     config=config,
     data=data,
     mesh=mesh,
-    own=feature_diffusion.make_data(
+    per_seed=feature_diffusion.make_data(
       runs.exemplars.features,
       labels,
       runs.bank,
@@ -166,11 +167,11 @@ def make_torch_trainer(work: Workload, params: Any):
   """A torch_denoiser.Trainer that starts from `params`."""
   from benchmarks import torch_denoiser
 
-  config, own = work.config.diffusion, work.one_run()
-  dim = own.exemplars.features.shape[-1]
+  config, per_seed = work.config.diffusion, work.one_run()
+  dim = per_seed.exemplars.features.shape[-1]
   model = torch_denoiser.Denoiser(work.num_classes, dim, config.denoiser)
   torch_denoiser.load_parameters(model, params)
-  return torch_denoiser.Trainer(model, config, own, work.num_classes, seed=0)
+  return torch_denoiser.Trainer(model, config, per_seed, work.num_classes, seed=0)
 
 
 def disagreement(work: Workload, updates: int = 3) -> dict[str, float]:
@@ -244,9 +245,9 @@ def disagreement(work: Workload, updates: int = 3) -> dict[str, float]:
 
 def step_flops(stage: Stage) -> float:
   """Operations of one optimiser step of one seed, as XLA counts them in a program without loop."""
-  own = jax.tree.map(lambda x: x[0], stage.own)
-  state = jax.eval_shape(stage.init, jax.random.key(0), own)
-  return float(jax.jit(stage.step).lower(state, stage.shared, own).cost_analysis()["flops"])
+  per_seed = jax.tree.map(lambda x: x[0], stage.per_seed)
+  state = jax.eval_shape(stage.init, jax.random.key(0), per_seed)
+  return float(jax.jit(stage.step).lower(state, stage.shared, per_seed).cost_analysis()["flops"])
 
 
 def time_training(
@@ -308,7 +309,7 @@ def quality(work: Workload, samples: np.ndarray) -> float:
 
 def quality_of_training_set(work: Workload) -> float:
   """The same of the training features, over the classes that have two or more."""
-  train, labels = np.asarray(work.own.exemplars.features[0]), work.data.train_labels
+  train, labels = np.asarray(work.per_seed.exemplars.features[0]), work.data.train_labels
   values = [
     mmd(work.left_out[work.data.left_out_labels == c], train[labels == c])
     for c in np.unique(work.labels)
@@ -440,7 +441,7 @@ def time_encoder(
 
 def make_bank_updates(work: Workload, num_seeds: int, steps: int) -> Callable[[], Any]:
   """Every call does `steps` updates of that many banks and nothing else, as one program."""
-  features, labels = work.own.exemplars.features[0], work.own.exemplars.labels[0]
+  features, labels = work.per_seed.exemplars.features[0], work.per_seed.exemplars.labels[0]
   config, batch = work.config.memory_bank, work.config.classifier.batch_size
 
   def updates(bank, key, features, labels):

@@ -98,7 +98,7 @@ class Setting:
     )
     runs = feature_space.make_runs(features[None], labels[None], bank, None, _CLASSES, self.mesh)
     self.bank = jax.tree.map(lambda x: x[0], runs.bank)
-    self.own = feature_diffusion.make_data(
+    self.per_seed = feature_diffusion.make_data(
       runs.exemplars.features, labels, runs.bank, _CLASSES, self.diffusion.class_exponent, self.mesh
     )
     self.trainer = torch_peers.Trainer(
@@ -107,9 +107,9 @@ class Setting:
     self.threads = sorted({1, os.cpu_count() or 1})
 
   def training(self, seeds: tuple[int, ...]) -> Training:
-    own = jax.tree.map(lambda x: jnp.repeat(x, len(seeds), axis=0), self.own)
-    own = jax.device_put(own, mesh_lib.replicated(self.mesh))
-    stage = feature_diffusion.make_stage(self.diffusion, own, _CLASSES, self.mesh)
+    per_seed = jax.tree.map(lambda x: jnp.repeat(x, len(seeds), axis=0), self.per_seed)
+    per_seed = jax.device_put(per_seed, mesh_lib.replicated(self.mesh))
+    stage = feature_diffusion.make_stage(self.diffusion, per_seed, _CLASSES, self.mesh)
     return Training(stage, seeds, self.mesh, 10)
 
   def with_threads(self, work: Callable[[], Any], units: float) -> dict[str, Any]:
@@ -219,9 +219,9 @@ def measure_whole(setting: Setting, params: Any) -> tuple[list[Row], list[dict[s
 
 def step_flops(stage: Stage) -> float:
   """Operations of a training step of one seed, as XLA counts them."""
-  own = jax.tree.map(lambda x: x[0], stage.own)
-  state = jax.eval_shape(stage.init, jax.random.key(0), own)
-  return float(jax.jit(stage.step).lower(state, stage.shared, own).cost_analysis()["flops"])
+  per_seed = jax.tree.map(lambda x: x[0], stage.per_seed)
+  state = jax.eval_shape(stage.init, jax.random.key(0), per_seed)
+  return float(jax.jit(stage.step).lower(state, stage.shared, per_seed).cost_analysis()["flops"])
 
 
 def denoising_flops(setting: Setting, params: Any, labels: np.ndarray) -> float:

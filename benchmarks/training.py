@@ -41,13 +41,13 @@ class Training:
     self.state = programs.make_init(stage, run)()
     self._alive = mesh_lib.replicate(mesh, np.ones(len(seeds), bool))
     self._count = mesh_lib.replicate(mesh, np.int32(steps))
-    arguments = (self.state, self._alive, stage.shared, stage.own, None, self._count)
+    arguments = (self.state, self._alive, stage.shared, stage.per_seed, None, self._count)
     dispatch = programs.make_dispatch(stage, run)
     self._compiled = dispatch.compile(arguments, steps, contextlib.nullcontext())
 
   def __call__(self) -> Any:
     self.state, self._alive, metrics = self._compiled(
-      self.state, self._alive, self.stage.shared, self.stage.own, None, self._count
+      self.state, self._alive, self.stage.shared, self.stage.per_seed, None, self._count
     )
     self.done += self.steps
     return self.state, metrics

@@ -6,7 +6,7 @@ DIR/val (or valid, validation) is the test set if there is no DIR/test, and held
 if there is. Of DIR/CLASS/*.jpg alone, dataset.test_share=0.2 splits a test set off. The classes
 keep the images they have. Variants:
   default  a ResNet-32 on 32 px images
-  large    a ResNet-18 on 224 px images; start it from ImageNet weights where you have them:
+  large    a ResNet-18 on 224 px images; start it from ImageNet weights if you have them:
            --config.encoder.init_from=resnet18.safetensors --config.encoder.init_head=False
   memdiff  as default, then hallucinated features for the classes with fewer than 100 images
 """

@@ -5,7 +5,7 @@
     --config.dataset.data_dir=DIR --config.dataset.list_path=Places_LT_train.txt
 
 The list is the official one of Liu et al. 2019 (OLTR), a line per image such as
-"train/airfield/00004851.jpg 0". The field starts from ImageNet weights; where you have them:
+"train/airfield/00004851.jpg 0". The field starts from ImageNet weights; if you have them:
 --config.encoder.init_from=resnet50.safetensors --config.encoder.init_head=False
 """
 

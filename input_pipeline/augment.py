@@ -26,7 +26,7 @@ class AugmentConfig:
 
 
 def check(config: AugmentConfig, image_shape: tuple[int, ...]) -> None:
-  """Raises ConfigError where the settings do not fit images of shape (H, W, ch)."""
+  """Raises ConfigError if the settings do not fit images of shape (H, W, ch)."""
   height, width, channels = image_shape
   where = "config.classifier.augment"
   if config.padding >= min(height, width):

@@ -45,7 +45,7 @@ def kind_of(entry: os.DirEntry) -> str:
       return "folder"
     if entry.is_file():
       return "file"
-  except OSError:  # a link to itself, or to where nobody may look
+  except OSError:  # a link to itself, or to if nobody may look
     return "broken link"
   return "broken link" if entry.is_symlink() else "special file"
 

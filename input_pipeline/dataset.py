@@ -103,7 +103,7 @@ class LongTailDataset(long_tail.LongTailLabels):
 
 
 def check(source: Source, name: str) -> None:
-  """Raises DataError where a source breaks the rules that the rest of memdiff relies on."""
+  """Raises DataError if a source breaks the rules that the rest of memdiff relies on."""
   num_classes = len(source.class_names)
   if num_classes < 2:
     raise DataError(f"Data set {name} has {num_classes} class; a classifier needs at least two.")

@@ -1,4 +1,4 @@
-"""Embeddings as a data set: rows of numbers with labels, made long-tailed where asked.
+"""Embeddings as a data set: rows of numbers with labels, made long-tailed if asked.
 
 For features that another model made (CLIP, DINO, a tabular model): read from .npz, .npy or Parquet
 (a file or a folder of parts), checked, and split like images are. Synthetic features are written
@@ -8,7 +8,7 @@ Numbers are kept as float32, of which neighbours lie 1e-7 of their size apart. A
 by less becomes constant, for example a time in seconds since 1970 that spans a minute; subtract an
 offset from such a column first.
 
-A class of one row is allowed: it trains, and is not tested where the test set is split off. A class
+A class of one row is allowed: it trains, and is not tested if the test set is split off. A class
 without test rows has no accuracy of its own.
 """
 
@@ -103,10 +103,10 @@ class LongTailEmbeddings(long_tail.LongTailLabels):
 
 
 def load(config: EmbeddingsConfig) -> LongTailEmbeddings:
-  """Reads labelled embeddings, splits off a test set where asked, and cuts the long tail.
+  """Reads labelled embeddings, splits off a test set if asked, and cuts the long tail.
 
   Classes are the labels of the training file in ascending order, or the file's `class_names` in
-  theirs, which then must name a class each: label c, or the label itself where labels are texts.
+  theirs, which then must name a class each: label c, or the label itself if labels are texts.
   Hugging Face's ClassLabel in a Parquet schema names classes too; names without a row are dropped.
 
   Raises:
@@ -190,7 +190,7 @@ def _parquet_files():
 
 
 def _read_test(config: EmbeddingsConfig) -> LabelledRows | None:
-  """The given test set, or None where it is to be split off."""
+  """The given test set, or None if it is to be split off."""
   if config.test_path:
     return _read(config.test_path, config.test_labels_path, config, "test")
   if config.test_labels_path:
@@ -236,7 +236,7 @@ def _usable_rows(rows: LabelledRows, skip: bool) -> np.ndarray:
 
 
 def _check_train(train: LabelledRows, labels, rows, names: Sequence[str]) -> None:
-  """Raises DataError where the usable rows cannot be learnt from."""
+  """Raises DataError if the usable rows cannot be learnt from."""
   empty = np.flatnonzero(np.bincount(labels[rows], minlength=len(names)) == 0)
   if len(empty):
     raise DataError(
@@ -249,7 +249,7 @@ def _check_train(train: LabelledRows, labels, rows, names: Sequence[str]) -> Non
 
 
 def _check_test(train: LabelledRows, test: LabelledRows) -> None:
-  """Raises DataError where the test set speaks of something else than the training set."""
+  """Raises DataError if the test set speaks of something else than the training set."""
   widths = train.features.shape[1], test.features.shape[1]
   if widths[0] != widths[1]:
     raise DataError(
@@ -314,7 +314,7 @@ def write_synthetic(
     rows: what is written.
 
   Raises:
-    ConfigError: for another suffix. WorkdirError: where it cannot be written.
+    ConfigError: for another suffix. WorkdirError: if it cannot be written.
   """
   path = pathlib.Path(path)
   suffix = path.suffix.lower()

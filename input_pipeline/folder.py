@@ -157,12 +157,12 @@ def _find(folders: Mapping[str, pathlib.Path]):
         f"{folder} has a folder {unknown[0]!r} for a class that {folders['train']} does not have."
       )
     paths, labels = [], []
-    for name, own in classes.items():
-      images, others = class_folders.find_images(own)
+    for name, class_folder in classes.items():
+      images, others = class_folders.find_images(class_folder)
       if not images and part == "train":
         raise DataError(
-          f"The class {name!r} has no image in {own}"
-          + (f" ({class_folders.describe(others, own)})" if others else "")
+          f"The class {name!r} has no image in {class_folder}"
+          + (f" ({class_folders.describe(others, class_folder)})" if others else "")
           + "; every class needs at least one, in a format that Pillow reads, such as .jpg."
         )
       paths += images

@@ -80,7 +80,7 @@ def of_files(paths: Sequence[str | os.PathLike]) -> str:
 
 
 def _of_file(path: str, root: str, sampled: bool) -> bytes:
-  """SHA-256 of path, size and, where `sampled`, three blocks, which may overlap."""
+  """SHA-256 of path, size and, if `sampled`, three blocks, which may overlap."""
   found = hashlib.sha256(os.fsencode(path[len(root) :]))
   try:
     size = os.stat(path).st_size

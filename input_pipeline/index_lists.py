@@ -17,7 +17,7 @@ def read(path: str, labels: np.ndarray, names: np.ndarray | None) -> np.ndarray:
     path: an .npz file of indices into the official training order, as PATH or PATH:KEY where it
       holds several arrays; or a text file with a file name and a class number per line.
     labels: [N] of the whole training set.
-    names: [N] its official file names, or None where it has none.
+    names: [N] its official file names, or None if it has none.
 
   Raises:
     DataError: naming the first entry that does not fit, and how many do not.
@@ -106,10 +106,11 @@ def _parts(name: str) -> tuple[str, ...]:
 def _check_classes(path: str, ours: np.ndarray, listed: list[int]) -> None:
   """Both must part the images alike; the numbers of the classes may differ."""
   known: dict[int, int] = {}
-  for number, (own, label) in enumerate(zip(ours.tolist(), listed, strict=True), 1):
-    if known.setdefault(own, label) != label:
+  for number, (our_label, label) in enumerate(zip(ours.tolist(), listed, strict=True), 1):
+    if known.setdefault(our_label, label) != label:
       raise DataError(
-        f"{path} gives images of one class of the data set the classes {known[own]} and {label}"
+        f"{path} gives images of one class of the data set the classes {known[our_label]} and"
+        f" {label}"
         f" (its entry {number}); it is a list of another data set, or damaged."
       )
   twice = [label for label in known.values() if list(known.values()).count(label) > 1]

@@ -53,7 +53,7 @@ class LongTailLabels:
     Texts and numbers are left out: they follow from the config or from the arrays.
 
     Raises:
-      DataError: where a file is gone or cannot be read.
+      DataError: if a file is gone or cannot be read.
     """
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     return {
@@ -77,7 +77,7 @@ def class_counts(n_max: int, num_classes: int, imbalance: float, profile: str) -
     [C] int64.
 
   Raises:
-    DataError: where a class would have no image.
+    DataError: if a class would have no image.
   """
   ratio = 1 / imbalance
   if profile == "exponential":
@@ -104,7 +104,7 @@ def select(labels: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarra
     (kept, left_out): int64 indices into `labels`, grouped by ascending class.
 
   Raises:
-    DataError: where a class has fewer images than its count.
+    DataError: if a class has fewer images than its count.
   """
   generator = np.random.RandomState(seed)
   kept, left_out = [], []
@@ -140,7 +140,7 @@ def cut(
     (kept, left out, imbalance of what is kept): indices grouped by ascending class.
 
   Raises:
-    DataError: where a class would be left without an example.
+    DataError: if a class would be left without an example.
   """
   counts = np.bincount(labels, minlength=len(class_names))
   if profile == "natural":

@@ -16,7 +16,7 @@ def prepare(name: str, data_dir: str) -> None:
   """Downloads and indexes the set `name`, saying what it does.
 
   Raises:
-    DataError: where the download or the writing fails.
+    DataError: if the download or the writing fails.
   """
   builder = tfds_sources.make_builder(name, data_dir)
   if builder.is_prepared():

@@ -16,7 +16,7 @@ class Source:
   train_labels: np.ndarray  # [N] int in [0, C)
   test_images: np.ndarray | LazyImages
   test_labels: np.ndarray
-  train_names: np.ndarray | None = None  # [N] file names, where official lists speak of them
+  train_names: np.ndarray | None = None  # [N] file names, if official lists speak of them
   holdout_images: np.ndarray | LazyImages | None = None  # given apart from train, for selection
   holdout_labels: np.ndarray | None = None
   every_class_tested: bool = True  # False: classes without a test image are allowed

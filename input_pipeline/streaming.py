@@ -106,8 +106,8 @@ class _OfAnyClass:
   by_class: tuple[np.ndarray, ...]
 
   def __call__(self, _: int, generator: np.random.Generator) -> int:
-    own = self.by_class[generator.integers(len(self.by_class))]
-    return int(own[generator.integers(len(own))])
+    members = self.by_class[generator.integers(len(self.by_class))]
+    return int(members[generator.integers(len(members))])
 
 
 @dataclasses.dataclass(frozen=True)

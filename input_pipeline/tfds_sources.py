@@ -46,8 +46,8 @@ class TfdsSet:
     test: its split that is tested on.
     streamed: whether images stay on disk; needs `image_size`.
     name_feature: of the official name of an example, or None.
-    official_name: from that feature to the name in official lists, where they differ.
-    label: example -> class, or None where the example is not used; None reads "label".
+    official_name: from that feature to the name in official lists, if they differ.
+    label: example -> class, or None if the example is not used; None reads "label".
     class_names: where the label is not a feature of TFDS.
     hashed_keys: whether examples are numbered in TFDS's generator, so that the official order can
       be found from its hash.
@@ -104,7 +104,7 @@ def load(name: str, data_dir: str, image_size: int) -> Source:
     image_size: side of streamed images, pixels; 0 for the others.
 
   Raises:
-    DataError: where the set is not there, with the command that gets it.
+    DataError: if the set is not there, with the command that gets it.
   """
   spec = SETS[name]
   if spec.streamed and image_size < 1:
@@ -219,7 +219,7 @@ def _data_dir(builder) -> str:
 
 
 def decode(data: bytes) -> np.ndarray:
-  """uint8 [h, w, ch] of an encoded image, one channel where it is grey."""
+  """uint8 [h, w, ch] of an encoded image, one channel if it is grey."""
   image = np.asarray(Image.open(io.BytesIO(data)))
   return image[..., None] if image.ndim == 2 else image
 
@@ -329,13 +329,13 @@ def read_index(name: str, builder) -> dict[str, np.ndarray]:
 def write_index(name: str, builder, progress: Callable[[str, int, int], None]) -> None:
   """Writes labels, names and places of all used examples of a large set beside it.
 
-  Reads every record once without decoding its image. In order of names where there are names.
+  Reads every record once without decoding its image. In order of names if there are names.
 
   Args:
     progress: called with (split, records read, records in all).
 
   Raises:
-    DataError: where a record cannot be read or the index cannot be written.
+    DataError: if a record cannot be read or the index cannot be written.
   """
   spec, arrays = SETS[name], {}
   for part, split in splits(name).items():

@@ -67,7 +67,7 @@ class Tap:
 
 
 def parse_tap(text: str) -> Tap | None:
-  """`2:4` -> Tap(stage=2, grid=4); None where it is not of this form."""
+  """`2:4` -> Tap(stage=2, grid=4); None if it is not of this form."""
   match = re.fullmatch(r"([1-9]):([1-9]\d?)", text)
   return Tap(int(match[1]), int(match[2])) if match else None
 

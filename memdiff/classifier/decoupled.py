@@ -70,7 +70,7 @@ def make_stage(
   model = encoder.make_model(encoder_config, trained.loss, num_classes)
   by_class = mesh_lib.replicate(mesh, batches.group_by_class(dataset.train_labels, num_classes))
 
-  def init(key, own):
+  def init(key, per_seed):
     if method == "lws":
       return train_state.create(key, {"scale": jnp.ones((num_classes,))}, optimizer)
     kernel = jax.nn.initializers.lecun_normal()(
@@ -78,25 +78,25 @@ def make_stage(
     )
     return train_state.create(key, {"kernel": kernel, "bias": jnp.zeros((num_classes,))}, optimizer)
 
-  def draw(state, shared, own):
+  def draw(state, shared, per_seed):
     if dataset.streamed:
-      own, batch = own
-      return own, batch["images"], batch["labels"]
+      per_seed, batch = per_seed
+      return per_seed, batch["images"], batch["labels"]
     index = batches.balanced_indices(
       stream(state.key, "order"), state.step, shared["by_class"], classifier.batch_size
     )
     images, labels = mesh_lib.shard_batch((shared["images"][index], shared["labels"][index]), mesh)
-    return own, images, labels
+    return per_seed, images, labels
 
-  def prepare(state, shared, own):
+  def prepare(state, shared, per_seed):
     """(frozen encoder, normalised images, labels)."""
-    frozen, images, labels = draw(state, shared, own)
+    frozen, images, labels = draw(state, shared, per_seed)
     key = stream(state.key, "views", state.step)
     images = image_batches.augmented(key, images, classifier.augment, encoder_config.input, shared)
     return frozen, images, labels
 
-  def step(state, shared, own):
-    frozen, images, labels = prepare(state, shared, own)
+  def step(state, shared, per_seed):
+    frozen, images, labels = prepare(state, shared, per_seed)
     _, features = model.apply(frozen, images, train=False)
 
     def loss_of(params):
@@ -114,7 +114,7 @@ def make_stage(
     step=step,
     evaluate=None,
     shared=shared | {"by_class": by_class},
-    own={"params": frozen.params, "batch_stats": frozen.model_state},
+    per_seed={"params": frozen.params, "batch_stats": frozen.model_state},
     batch_size=classifier.batch_size,
     batches=image_batches.host_batches(
       dataset, classifier.batch_size, classifier.stream, f"heads/{method}", balanced=True

@@ -59,7 +59,7 @@ class EncoderConfig:
 
 
 def check(config: EncoderConfig, dataset: LongTailDataset) -> None:
-  """Raises ConfigError where the settings do not fit the data."""
+  """Raises ConfigError if the settings do not fit the data."""
   channels = dataset.train_images.shape[-1]
   if config.input.mean and len(config.input.mean) != channels:
     raise ConfigError(
@@ -96,7 +96,7 @@ def stage_side(config: EncoderConfig, side: int, stage: int) -> int:
 
 
 def weights_sha256(config: EncoderConfig) -> str | None:
-  """SHA-256 of the file the encoder starts from, for manifests; None where there is none."""
+  """SHA-256 of the file the encoder starts from, for manifests; None if there is none."""
   if not config.init_from:
     return None
   return hashlib.sha256(pathlib.Path(config.init_from).read_bytes()).hexdigest()

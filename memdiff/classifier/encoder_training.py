@@ -58,7 +58,7 @@ def trained_losses(config: ClassifierConfig) -> tuple[str, ...]:
 def check(
   config: ClassifierConfig, encoder_config: EncoderConfig, dataset: LongTailDataset
 ) -> None:
-  """Raises ConfigError where the settings do not fit the data or each other."""
+  """Raises ConfigError if the settings do not fit the data or each other."""
   num_examples = len(dataset.train_labels)
   if config.batch_size > num_examples:
     raise ConfigError(
@@ -108,14 +108,14 @@ def make_stage(
 ) -> Stage:
   """Trains encoder, head and, if there is one, memory bank.
 
-  The runs of a recipe with `added` have a pool of synthetic features in `own["pool"]`, or None.
+  Runs of a recipe with `added` have a pool of synthetic features, or None, as `per_seed["pool"]`.
 
   Args:
     recipe: see there.
     dataset: the long-tailed set.
     shared: of `encoder.device_data`.
     mesh: the device mesh.
-    rows: [R, A] the training images of each of R runs, of a set in memory, -1 where a run has
+    rows: [R, A] the training images of each of R runs, of a set in memory, -1 if a run has
       fewer; None: all of them. Class counts and pixel statistics are then a run's own, and the
       stage scores nothing while it trains.
   """
@@ -138,7 +138,7 @@ def make_stage(
     step=program.step,
     evaluate=None if dataset.streamed or rows is not None else program.evaluate,
     shared=shared,
-    own=mesh_lib.replicate(mesh, folds),
+    per_seed=mesh_lib.replicate(mesh, folds),
     batch_size=recipe.classifier.batch_size,
     batches=image_batches.host_batches(
       dataset, recipe.classifier.batch_size, recipe.classifier.stream, name
@@ -234,24 +234,24 @@ class _Program:
   of_runs: bool
   held_out: bool
 
-  def draw(self, state: TrainState, shared: Any, own: Any) -> tuple[jax.Array, jax.Array]:
+  def draw(self, state: TrainState, shared: Any, per_seed: Any) -> tuple[jax.Array, jax.Array]:
     """A batch of uint8 images and labels, split over the devices."""
     if self.streamed:
-      _, batch = own
+      _, batch = per_seed
       return batch["images"], batch["labels"]
     index = batches.epoch_indices(
       stream(state.key, "order"), state.step, self.num_examples, self.setup.config.batch_size
     )
-    index = own["rows"][index] if self.of_runs else index
+    index = per_seed["rows"][index] if self.of_runs else index
     rows = shared["images"][index], shared["labels"][index]
     return mesh_lib.shard_batch(rows, self.setup.mesh)
 
-  def prepare(self, state: TrainState, shared: Any, own: Any):
+  def prepare(self, state: TrainState, shared: Any, per_seed: Any):
     """The loss's views of a batch, one after the other, its labels, and mixup's partners."""
     config = self.setup.config
-    images, labels = self.draw(state, shared, own)
+    images, labels = self.draw(state, shared, per_seed)
     key = stream(state.key, "views", state.step)
-    statistics = own["statistics"] if self.of_runs else shared
+    statistics = per_seed["statistics"] if self.of_runs else shared
     views = [
       image_batches.augmented(
         jax.random.fold_in(key, view),
@@ -267,10 +267,10 @@ class _Program:
       views[0], partner, share = augment.mixup(stream(key, "mixup"), views[0], config.augment.mixup)
     return jnp.concatenate(views), labels, partner, share
 
-  def step(self, state: TrainState, shared: Any, own: Any):
-    batch = self.prepare(state, shared, own)
-    counts = own["counts"] if self.of_runs else shared["train_counts"]
-    pool = own["pool"] if self.setup.recipe.added else None
+  def step(self, state: TrainState, shared: Any, per_seed: Any):
+    batch = self.prepare(state, shared, per_seed)
+    counts = per_seed["counts"] if self.of_runs else shared["train_counts"]
+    pool = per_seed["pool"] if self.setup.recipe.added else None
     if pool is not None:
       weight = self._added_weight(state)
       counts = self.setup.recipe.added.class_counts(jnp.asarray(counts, jnp.float32), pool, weight)

@@ -154,21 +154,25 @@ def padded(added: Added, rows: int) -> Added:
   )
 
 
-def mixture(counts: jax.Array, added: Added, own: dict[str, jax.Array]) -> Mixture:
+def mixture(counts: jax.Array, added: Added, per_seed: dict[str, jax.Array]) -> Mixture:
   """The mixture of one head.
 
   Args:
     counts: [C] real features.
     added: of all runs.
-    own: scalars of its setting, a row of `setting_arrays`.
+    per_seed: scalars of its setting, a row of `setting_arrays`.
   """
-  run, strength, share_of_set = own["run"], own["strength"], own["share"]
+  run, strength, share_of_set = per_seed["run"], per_seed["strength"], per_seed["share"]
   numbers = jnp.asarray(added.numbers)
-  filled = jnp.clip(jnp.round(own["fill"] * share_of_set).astype(jnp.int32) - counts, 0, numbers)
+  filled = jnp.clip(
+    jnp.round(per_seed["fill"] * share_of_set).astype(jnp.int32) - counts, 0, numbers
+  )
   everything = jnp.round(numbers * share_of_set).astype(jnp.int32)
-  used = jnp.where(counts > 0, jnp.where(own["fill"] == ALL, everything, filled), 0)
+  used = jnp.where(counts > 0, jnp.where(per_seed["fill"] == ALL, everything, filled), 0)
   total = counts + used
-  draw = jnp.where(total > 0, jnp.maximum(total, 1).astype(jnp.float32) ** own["exponent"], 0.0)
+  draw = jnp.where(
+    total > 0, jnp.maximum(total, 1).astype(jnp.float32) ** per_seed["exponent"], 0.0
+  )
   draw = draw / draw.sum()
   share = used / jnp.maximum(total, 1)
   first = jnp.cumsum(numbers) - numbers
@@ -201,8 +205,8 @@ def setting_arrays(settings: Sequence[Setting]) -> dict[str, np.ndarray]:
 
 
 @jax.jit
-def _mixtures(counts: jax.Array, added: Added, own: dict[str, jax.Array]) -> Mixture:
-  return jax.vmap(lambda own: mixture(counts[own["run"]], added, own))(own)
+def _mixtures(counts: jax.Array, added: Added, per_seed: dict[str, jax.Array]) -> Mixture:
+  return jax.vmap(lambda per_seed: mixture(counts[per_seed["run"]], added, per_seed))(per_seed)
 
 
 def mixtures(data: HeadData, settings: Sequence[Setting]) -> Mixture:
@@ -260,11 +264,11 @@ def make_stage(
     mesh: the device mesh.
   """
   program = _program(config, mesh)
-  own = setting_arrays(settings)
-  counts = jnp.asarray(data.exemplars.by_class.counts)[own["run"]]
+  per_seed = setting_arrays(settings)
+  counts = jnp.asarray(data.exemplars.by_class.counts)[per_seed["run"]]
   mixed = mixtures(data, settings)
   change = jnp.asarray if config.start == "encoder" else jnp.zeros_like
-  start = jax.tree.map(lambda x: change(jnp.asarray(x)[own["run"]]), data.start)
+  start = jax.tree.map(lambda x: change(jnp.asarray(x)[per_seed["run"]]), data.start)
   return Stage(
     name=name,
     num_steps=config.num_steps,
@@ -273,8 +277,9 @@ def make_stage(
     step=program.step,
     evaluate=program.evaluate if data.test_labels.shape[1] else None,
     shared=data,
-    own=mesh_lib.replicate(
-      mesh, own | {"start": start, "mixture": mixed} | class_terms(config, own, counts, mixed)
+    per_seed=mesh_lib.replicate(
+      mesh,
+      per_seed | {"start": start, "mixture": mixed} | class_terms(config, per_seed, counts, mixed),
     ),
     batch_size=config.batch_size,
     result=(),  # `experiments.feature_heads` keeps its own
@@ -282,13 +287,13 @@ def make_stage(
 
 
 def class_terms(
-  config: HeadConfig, own: dict[str, Any], counts: jax.Array, mixed: Mixture
+  config: HeadConfig, per_seed: dict[str, Any], counts: jax.Array, mixed: Mixture
 ) -> dict[str, jax.Array]:
   """What each head's loss knows of the classes.
 
   Args:
     config: see there.
-    own: of `setting_arrays`.
+    per_seed: of `setting_arrays`.
     counts: [H, C] real features.
     mixed: of every head.
 
@@ -299,7 +304,9 @@ def class_terms(
   if config.gamma_counts == "effective":  # in units of real features
     seen = counts.sum(axis=1, keepdims=True) * mixed.prior / mixed.real[:, None]
   gamma = effective_number(jnp.maximum(seen, 1e-3), config.beta)
-  balanced, csl = ((own["loss"] == TRAINED.index(n))[:, None] for n in ("balanced_softmax", "csl"))
+  balanced, csl = (
+    (per_seed["loss"] == TRAINED.index(n))[:, None] for n in ("balanced_softmax", "csl")
+  )
   return {
     "offset": jnp.where(balanced, log_shares(mixed.prior), 0.0),
     "gamma": jnp.where(csl, gamma, 1.0),
@@ -325,14 +332,14 @@ def _program(config: HeadConfig, mesh: Mesh) -> _Program:
   optimizer = train_state.make_optimizer(config.optimizer, config.num_steps)
   start_step = round(config.defer * config.num_steps)
 
-  def init(_, own):
-    key = jax.random.fold_in(jax.random.key(own["seed"]), own["stream"])
-    start = jax.tree.map(jnp.copy, own["start"])  # the state is donated, the data are not
+  def init(_, per_seed):
+    key = jax.random.fold_in(jax.random.key(per_seed["seed"]), per_seed["stream"])
+    start = jax.tree.map(jnp.copy, per_seed["start"])  # the state is donated, the data are not
     return train_state.create(key, start, optimizer)
 
-  def draw(state, data, own):
+  def draw(state, data, per_seed):
     """Features [B, D], labels [B] and trust [B] of a minibatch."""
-    mixed, run, by_class = own["mixture"], own["run"], data.exemplars.by_class
+    mixed, run, by_class = per_seed["mixture"], per_seed["run"], data.exemplars.by_class
     of_class, of_real, of_added, of_kind = uniform(
       stream(state.key, "batch", state.step), (4, config.batch_size)
     )
@@ -344,26 +351,26 @@ def _program(config: HeadConfig, mesh: Mesh) -> _Program:
     numbers = jnp.asarray(data.added.numbers)
     first = (jnp.cumsum(numbers) - numbers)[label]
     row = jnp.minimum(first + _below(of_added, mixed.used[label]), data.added.features.shape[2] - 1)
-    added = data.added.features[run, own["strength"], row]
-    confidence = data.added.confidence[run, own["strength"], row]
+    added = data.added.features[run, per_seed["strength"], row]
+    confidence = data.added.confidence[run, per_seed["strength"], row]
     synthetic = of_kind < mixed.share[label]
     features = jnp.where(synthetic[:, None], added, real)
     return mesh_lib.shard_batch((features, label, jnp.where(synthetic, confidence, 1.0)), mesh)
 
-  def step(state, data, own):
-    features, label, trust = draw(state, data, own)
-    gamma = losses.deferred(own["gamma"], state.step, start_step)
+  def step(state, data, per_seed):
+    features, label, trust = draw(state, data, per_seed)
+    gamma = losses.deferred(per_seed["gamma"], state.step, start_step)
 
     def loss_of(params):
-      logits = logits_of(params, features) + own["offset"][None]
+      logits = logits_of(params, features) + per_seed["offset"][None]
       value = losses.weighted_cross_entropy(logits, label, gamma[label] * trust)
-      return value + own["l2"] / 2 * jnp.square(params["kernel"]).sum()
+      return value + per_seed["l2"] / 2 * jnp.square(params["kernel"]).sum()
 
     loss, gradients = jax.value_and_grad(loss_of)(state.params)
     return train_state.apply_gradients(state, gradients, optimizer), {"loss": loss}
 
-  def evaluate(state, data, own):
-    logits = logits_of(state.params, data.test_features[own["run"]])
-    return {"accuracy": jnp.mean(logits.argmax(axis=-1) == data.test_labels[own["run"]])}
+  def evaluate(state, data, per_seed):
+    logits = logits_of(state.params, data.test_features[per_seed["run"]])
+    return {"accuracy": jnp.mean(logits.argmax(axis=-1) == data.test_labels[per_seed["run"]])}
 
   return _Program(init, draw, step, evaluate)

@@ -56,7 +56,7 @@ def fold_data(
 
   Args:
     encoder_config, dataset: see there.
-    rows: [R, A] training images, -1 where a run has fewer.
+    rows: [R, A] training images, -1 if a run has fewer.
 
   Returns:
     {"rows" [R, A], padded with a second copy of the run's first image, "counts" [R, C],

@@ -234,7 +234,7 @@ LOSSES: dict[str, Loss] = _PUBLISHED | _DEFERRED | _OTHERS
 
 
 def check(name: str, *, mixup: bool) -> None:
-  """Raises ConfigError where a loss cannot be trained as asked."""
+  """Raises ConfigError if a loss cannot be trained as asked."""
   row = LOSSES[name]
   if mixup and (row.stateful or row.contrastive):
     raise ConfigError(

@@ -33,7 +33,7 @@ def read(path: str) -> dict[str, np.ndarray]:
   """The arrays of a state dict.
 
   Raises:
-    DataError: where the file is missing, of another format, or holds anything but arrays.
+    DataError: if the file is missing, of another format, or holds anything but arrays.
   """
   file = pathlib.Path(path)
   if file.suffix not in _READERS:
@@ -90,7 +90,7 @@ def load(path: str, variables: dict[str, Any], *, head: bool) -> dict[str, Any]:
     raise DataError(
       f"The weights in {path} do not fit config.encoder.backbone: {'; '.join(problems)}. Choose"
       " another config.encoder.backbone.name"
-      + ("." if not head else ", or config.encoder.init_head=False where only the head differs.")
+      + ("." if not head else ", or config.encoder.init_head=False if only the head differs.")
     )
   damaged = [name for name, array in found.values() if not np.isfinite(array).all()]
   if damaged:
@@ -104,7 +104,7 @@ def _is_head(name: str) -> bool:
 
 
 def _place(name: str) -> tuple[str, ...] | None:
-  """Where an array of a state dict belongs in our variables; None where it has no place."""
+  """Where an array of a state dict belongs in our variables; None if it has no place."""
   *layers, array = name.removeprefix("module.").split(".")
   if layers in (["fc"], ["linear"]):
     kind, modules = "head", ("head",)

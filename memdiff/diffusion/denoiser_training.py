@@ -46,7 +46,7 @@ class Batch:
   """What a denoiser is trained on; the last three fields are there if a term needs them."""
 
   x0: Any  # [B, ...]
-  label: Any  # [B] int32, as the denoiser sees it: num_classes where the class is not told
+  label: Any  # [B] int32, as the denoiser sees it: num_classes if the class is not told
   memory: Any  # what the denoiser takes as memory; rows dropped together with the label
   true_label: Any = None  # [B] int32, equal if rows are of one class, told or not
   other_label: Any = None  # [B] int32, another class, dropped if the label is
@@ -112,7 +112,7 @@ def make_stage(
   denoiser: nn.Module,
   draw_batch: Callable[[jax.Array, Any, Any], Batch],
   shared: Any,
-  own: Any,
+  per_seed: Any,
   mesh: Mesh,
 ) -> Stage:
   """Trains `denoiser` to predict the noise, or what the config names instead.
@@ -120,16 +120,18 @@ def make_stage(
   Args:
     config: optimiser, schedule, objective, EMA.
     denoiser: Flax module (x_t, t, label, memory) -> (prediction, bottleneck).
-    draw_batch: (key, shared, own) -> Batch, pure; called at every step. Stages of one and the same
-      function share their compiled programs.
+    draw_batch: (key, shared, per_seed) -> Batch, pure; called at every step. Stages of one and the
+      same function share their compiled programs.
     shared: arrays on the devices that all runs use.
-    own: arrays with a leading axis of runs.
+    per_seed: arrays with a leading axis of runs.
     mesh: the device mesh.
   """
   example = jax.eval_shape(
-    lambda shared, own: draw_batch(jax.random.key(0), shared, jax.tree.map(lambda x: x[0], own)),
+    lambda shared, per_seed: draw_batch(
+      jax.random.key(0), shared, jax.tree.map(lambda x: x[0], per_seed)
+    ),
     shared,
-    own,
+    per_seed,
   )
   leaves, structure = jax.tree.flatten(example)
   program = _program(config, denoiser, draw_batch, structure, tuple(leaves), mesh)
@@ -141,7 +143,7 @@ def make_stage(
     step=program.step,
     evaluate=None,
     shared=shared,
-    own=own,
+    per_seed=per_seed,
     batch_size=example.x0.shape[0],
     result=("ema_params",),
     one_by_one=mesh_lib.one_by_one(mesh),
@@ -179,16 +181,16 @@ def _program(
     ema_params = jax.tree.map(jnp.copy, params)
     return train_state.create(key, params, optimizer, ema_params=ema_params)
 
-  def noised_batch(state, shared, own):
+  def noised_batch(state, shared, per_seed):
     """(batch, t [B], eps)."""
-    batch = draw_batch(stream(state.key, "batch", state.step), shared, own)
+    batch = draw_batch(stream(state.key, "batch", state.step), shared, per_seed)
     batch = mesh_lib.shard_batch(batch, mesh)
     t = jax.random.randint(stream(state.key, "time", state.step), batch.label.shape, 0, num_times)
     eps = normal(stream(state.key, "noise", state.step), batch.x0.shape)
     return batch, t, eps
 
-  def step(state, shared, own):
-    batch, t, eps = noised_batch(state, shared, own)
+  def step(state, shared, per_seed):
+    batch, t, eps = noised_batch(state, shared, per_seed)
 
     def loss_of(params):
       terms = loss_terms(config, denoiser, params, batch, t, eps)

@@ -3,7 +3,7 @@
 Three targets, equivalent in what they say about x_t = s x_0 + n eps with s = sqrt(abar_t) and
 n = sqrt(1 - abar_t), but not in how errors weigh at either end of the schedule:
 
-- `eps`, the noise (DDPM); ill-conditioned where s is nearly zero, since x_0 = (x_t - n eps) / s;
+- `eps`, the noise (DDPM); ill-conditioned if s is nearly zero, since x_0 = (x_t - n eps) / s;
 - `x0`, the clean sample;
 - `v` = s eps - n x_0 (Salimans and Ho, "Progressive distillation", 2022), well-conditioned at both
   ends: x_0 = s x_t - n v.

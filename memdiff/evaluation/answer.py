@@ -59,7 +59,7 @@ class Answer:
     method: X.
     effects: of X over plain training; the rarest classes first.
     synthetic: sentences about synthetic data; the first is the finding.
-    synthetic_verdict: "better", "worse" or "unclear"; empty where none were made.
+    synthetic_verdict: "better", "worse" or "unclear"; empty if none were made.
     terms: what the words mean, the criterion first.
   """
 

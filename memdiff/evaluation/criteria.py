@@ -254,10 +254,10 @@ def _bootstrap_means(differences: np.ndarray, labels: np.ndarray) -> np.ndarray:
   seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), _DRAWS) / num_seeds
   total = np.zeros((_DRAWS, *differences.shape[:2]))
   for label in np.unique(labels):
-    own = differences[:, :, labels == label]
-    size = own.shape[2]
+    of_class = differences[:, :, labels == label]
+    size = of_class.shape[2]
     times = generator.multinomial(size, np.full(size, 1 / size), _DRAWS)
-    total += np.tensordot(times, own, axes=(1, 2))
+    total += np.tensordot(times, of_class, axes=(1, 2))
   return np.einsum("bs,bks->bk", seeds, total)
 
 

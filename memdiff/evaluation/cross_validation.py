@@ -114,7 +114,7 @@ class Judged:
 def judged_examples(
   held_out: np.ndarray, labels: np.ndarray, criterion: str, num_classes: int
 ) -> Judged:
-  """Of held-out rows [R, B], -1 where there is none."""
+  """Of held-out rows [R, B], -1 if there is none."""
   run, position = np.nonzero(held_out >= 0)
   example = held_out[run, position]
   return Judged(labels[example], example, run, criterion, num_classes)

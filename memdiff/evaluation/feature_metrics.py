@@ -103,7 +103,7 @@ def gaussian_kl(real: Gaussian | None, synthetic: Gaussian | None) -> tuple[floa
   """KL(real || synthetic) in nats.
 
   Returns:
-    (KL, the larger of the two shrinkage intensities); NaN where one is not known.
+    (KL, the larger of the two shrinkage intensities); NaN if one is not known.
   """
   if real is None or synthetic is None:
     return float("nan"), float("nan")
@@ -148,7 +148,7 @@ def mmd(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray, bandwidth: float) -> flo
 
 
 def frechet(x: Gaussian | None, y: Gaussian | None) -> float:
-  """Frechet distance of two Gaussians; NaN where one is not known."""
+  """Frechet distance of two Gaussians; NaN if one is not known."""
   if x is None or y is None:
     return float("nan")
   # tr (cov_x cov_y)^(1/2) by two symmetric eigenproblems, which singular matrices do not upset.
@@ -163,7 +163,7 @@ def precision_recall(
   """Improved precision and recall (Kynkaanniemi et al. 2019) with k-nearest-neighbour balls.
 
   Precision: share of synthetic features inside a ball around a real one; recall: share of real
-  features inside a ball around a synthetic one. k shrinks to the set where it is small; NaN below
+  features inside a ball around a synthetic one. k shrinks to the set if it is small; NaN below
   two features.
 
   Args:
@@ -193,7 +193,7 @@ def memorization_ratio(copied: np.ndarray, unseen: np.ndarray) -> float:
     unseen: [L] distances of left-out features.
 
   Returns:
-    NaN where there are none of either, or the left-out ones are copies.
+    NaN if there are none of either, or the left-out ones are copies.
   """
   if not min(len(copied), len(unseen)) or np.median(unseen) == 0:
     return float("nan")
@@ -217,12 +217,12 @@ def separation(features: np.ndarray, labels: np.ndarray, centre: np.ndarray, num
   result = np.full(num_classes, np.nan)
   total = unit.sum(axis=0)
   for label in range(num_classes):
-    own = unit[labels == label]
-    others = len(unit) - len(own)
-    if len(own) < 2 or others == 0:
+    members = unit[labels == label]
+    others = len(unit) - len(members)
+    if len(members) < 2 or others == 0:
       continue
-    summed = own.sum(axis=0)
-    within = (summed @ summed - len(own)) / (len(own) * (len(own) - 1))
-    across = summed @ (total - summed) / (len(own) * others)
+    summed = members.sum(axis=0)
+    within = (summed @ summed - len(members)) / (len(members) * (len(members) - 1))
+    across = summed @ (total - summed) / (len(members) * others)
     result[label] = within - across
   return result

@@ -31,6 +31,6 @@ def num_seeds(report: Mapping[str, Any]) -> int:
 
 
 def description_of(report: Mapping[str, Any], method: str | None) -> str:
-  """What a method is, to be put into a sentence; empty where nobody said."""
+  """What a method is, to be put into a sentence; empty if nobody said."""
   text = (row_of(report, method).get("description") or "").strip().rstrip(".")
   return text[0].lower() + text[1:] if text[1:2].islower() else text

@@ -39,13 +39,13 @@ def place(fraction: float) -> str:
 
 
 def bounds(difference: Mapping[str, Any]) -> str:
-  """` (95 % interval −0.6 to +0.2)`, or nothing where no interval is known."""
+  """` (95 % interval −0.6 to +0.2)`, or nothing if no interval is known."""
   interval = difference.get("interval")
   return f" (95 % interval {to(interval)})" if is_interval(interval) else ""
 
 
 def mean_std(stat: Mapping[str, Any] | None, num_seeds: int) -> str:
-  """`mean ± std` in percent; the mean alone for one seed, a dash where there is nothing."""
+  """`mean ± std` in percent; the mean alone for one seed, a dash if there is nothing."""
   if not stat or not is_number(stat.get("mean")):
     return "–"
   if num_seeds == 1 or not is_number(stat.get("std")):
@@ -61,7 +61,7 @@ def share(stat: Mapping[str, Any] | None) -> str:
 
 
 def share_bounds(stat: Mapping[str, Any] | None) -> str:
-  """The ends of its interval, `10 to 38`; empty where it is unknown."""
+  """The ends of its interval, `10 to 38`; empty if it is unknown."""
   if not stat or not is_interval(stat.get("interval")):
     return ""
   return " to ".join(str(round(100 * end)) for end in stat["interval"]).replace("-", "−")

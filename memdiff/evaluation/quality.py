@@ -61,12 +61,12 @@ class Seed:
   Attributes:
     train: [N, D].
     left_out: [L, D].
-    made: generator -> [M, D].
+    synthetic: generator -> [M, D].
   """
 
   train: np.ndarray
   left_out: np.ndarray
-  made: Mapping[str, np.ndarray]
+  synthetic: Mapping[str, np.ndarray]
 
 
 class _Set:
@@ -91,13 +91,13 @@ class _Truth:
   def __init__(self, train: np.ndarray, left_out: np.ndarray):
     self.train, self.left_out = _Set(train), _Set(left_out)
     self.diversity = metrics.diversity(self.left_out.within)
-    # Of unseen features, whoever is judged; of the training ones where there are none.
+    # Of unseen features, whoever is judged; of the training ones if there are none.
     widest = self.left_out if len(left_out) > 1 else self.train
     self.bandwidth = metrics.median_bandwidth(widest.within)
     self.unseen = self._to_train(left_out)
 
   def _to_train(self, features: np.ndarray) -> np.ndarray:
-    """Distances to the nearest training feature; none where there is none."""
+    """Distances to the nearest training feature; none if there is none."""
     if not len(self.train.all):
       return np.zeros(0)
     return metrics.nearest_distances(features, self.train.all)
@@ -132,14 +132,14 @@ class _Truth:
 
   def judge(self, features: np.ndarray) -> tuple[dict[str, float], float]:
     """Metrics of synthetic features [M, D], and the KL's shrinkage."""
-    made = _Set(features)
-    values = self.compare(made) | {"mmd": self._mmd_to_train(made)}
+    synthetic = _Set(features)
+    values = self.compare(synthetic) | {"mmd": self._mmd_to_train(synthetic)}
     if len(self.unseen):
       copied = self._to_train(features)
       values["memorization_ratio"] = metrics.memorization_ratio(copied, self.unseen)
     if not self.is_known:
       return values, float("nan")
-    kl, shrinkage = metrics.gaussian_kl(self.left_out.gaussian, made.gaussian)
+    kl, shrinkage = metrics.gaussian_kl(self.left_out.gaussian, synthetic.gaussian)
     return values | {"kl_gaussian": kl}, shrinkage
 
 
@@ -150,7 +150,7 @@ _REFERENCE_WORDS = {
 
 
 class _Values:
-  """A generator's metrics: rows of seeds, [C] each, NaN where there is nothing."""
+  """A generator's metrics: rows of seeds, [C] each, NaN if there is nothing."""
 
   def __init__(self, num_classes: int):
     self._num_classes = num_classes
@@ -184,7 +184,7 @@ def measure(
   seeds: Iterable[Seed],
   train_labels: np.ndarray,
   left_out_labels: np.ndarray,
-  made_labels: Mapping[str, np.ndarray],
+  synthetic_labels: Mapping[str, np.ndarray],
   num_classes: int,
 ) -> dict[str, dict]:
   """All quality metrics of all generators of a run.
@@ -192,7 +192,7 @@ def measure(
   Args:
     seeds: one after the other.
     train_labels, left_out_labels: [n].
-    made_labels: generator -> [M].
+    synthetic_labels: generator -> [M].
     num_classes: C.
 
   Returns:
@@ -201,36 +201,36 @@ def measure(
     a class without enough features is None. `kl_gaussian` has `shrinkage`, the largest intensity
     used.
   """
-  found = {name: _Values(num_classes) for name in made_labels}
-  classes = {name: np.unique(labels) for name, labels in made_labels.items()}
+  found = {name: _Values(num_classes) for name in synthetic_labels}
+  classes = {name: np.unique(labels) for name, labels in synthetic_labels.items()}
   for seed in seeds:
     for name in found:
       found[name].begin_seed()
     for label in np.unique(np.concatenate(list(classes.values()))):
       truth = _Truth(seed.train[train_labels == label], seed.left_out[left_out_labels == label])
       reference = truth.reference()
-      for name, own in found.items():
+      for name, measures in found.items():
         if label not in classes[name]:
           continue
-        values, shrinkage = truth.judge(seed.made[name][made_labels[name] == label])
-        own.shrinkages.append(shrinkage)
-        for rows, of_class in ((own.values, values), (own.references, reference)):
+        values, shrinkage = truth.judge(seed.synthetic[name][synthetic_labels[name] == label])
+        measures.shrinkages.append(shrinkage)
+        for rows, of_class in ((measures.values, values), (measures.references, reference)):
           for metric, value in of_class.items():
             rows[-1][metric][label] = value
     centre = seed.train.mean(axis=0)
-    for name, own in found.items():
-      own.values[-1]["separation"] = metrics.separation(
-        seed.made[name], made_labels[name], centre, num_classes
+    for name, measures in found.items():
+      measures.values[-1]["separation"] = metrics.separation(
+        seed.synthetic[name], synthetic_labels[name], centre, num_classes
       )
       among = np.isin(left_out_labels, classes[name])
-      own.references[-1]["separation"] = metrics.separation(
+      measures.references[-1]["separation"] = metrics.separation(
         seed.left_out[among], left_out_labels[among], centre, num_classes
       )
-  return {name: own.report() for name, own in found.items()}
+  return {name: measures.report() for name, measures in found.items()}
 
 
 def _over_classes(values: np.ndarray) -> dict:
-  """[S, C] with NaN where there is nothing -> mean and std over seeds of the mean over classes."""
+  """[S, C] with NaN if there is nothing -> mean and std over seeds of the mean over classes."""
   present = np.isfinite(values).all(axis=0)
   if not present.any():
     return {"mean": None, "std": None, "per_class": [None] * values.shape[1]}
@@ -245,14 +245,14 @@ def nearness(
   """Distance of each synthetic feature to the nearest unseen real one of its class, in units.
 
   The unit is the class's median distance of an unseen feature to its nearest neighbour among them:
-  1 is as near as real ones are to each other. [M]; NaN where a class has fewer than two unseen.
+  1 is as near as real ones are to each other. [M]; NaN if a class has fewer than two unseen.
   """
   distances = np.full(len(labels), np.nan)
   for label in np.unique(labels):
-    unseen, own = left_out[left_out_labels == label], labels == label
+    unseen, of_class = left_out[left_out_labels == label], labels == label
     if len(unseen) < 2:
       continue
     unit = np.median(metrics.nearest_distances(unseen, unseen, itself=False))
     if unit > 0:
-      distances[own] = metrics.nearest_distances(synthetic[own], unseen) / unit
+      distances[of_class] = metrics.nearest_distances(synthetic[of_class], unseen) / unit
   return distances

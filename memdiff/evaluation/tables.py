@@ -53,7 +53,7 @@ def columns(report: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def short(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-  """The rows of the short table; all of them where none is marked."""
+  """The rows of the short table; all of them if none is marked."""
   rows = report.get("classification") or []
   return [row for row in rows if row.get("shown")] or rows
 

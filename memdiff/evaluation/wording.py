@@ -79,7 +79,7 @@ def _groups_sentence(report: Mapping[str, Any]) -> str:
 
 
 def decision(report: Mapping[str, Any]) -> list[str]:
-  """How cross-validation on training data came to its recommendation; none where it was not run."""
+  """How cross-validation on training data came to its recommendation; none if it was not run."""
   advice = report.get("recommendation")
   if not advice:
     return []

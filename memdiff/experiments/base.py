@@ -31,7 +31,7 @@ def seeds_field() -> Any:
 
 
 def check_seeds(seeds: tuple[int, ...]) -> None:
-  """Raises ValueError where a seed stands twice."""
+  """Raises ValueError if a seed stands twice."""
   if len(set(seeds)) != len(seeds):
     raise ValueError(f"seeds are {seeds}, but each may stand only once.")
 
@@ -111,7 +111,7 @@ def bank_of_losses(settings: Any) -> tuple[str, ...]:
 
 
 def check_classifier(settings: Any, data: LongTailLabels) -> None:
-  """Raises ConfigError where encoder and classifier do not fit each other or the images."""
+  """Raises ConfigError if encoder and classifier do not fit each other or the images."""
   encoder.check(settings.encoder, data)
   encoder_training.check(settings.classifier, settings.encoder, data)
 
@@ -170,12 +170,12 @@ def _forward_program(
   def forward(images, state, statistics):
     images = mesh_lib.shard_batch(images, mesh)
 
-    def of_run(own, shared):
-      state, statistics = own if statistics_of_runs else (own, shared)
+    def of_run(per_run, shared):
+      state, statistics = per_run if statistics_of_runs else (per_run, shared)
       return encoder.apply_eval(model, state, encoder.normalize(input_config, images, statistics))
 
-    own = (state, statistics) if statistics_of_runs else state
-    return programs.over_seeds(of_run, mesh_lib.one_by_one(mesh))(own, statistics)
+    per_run = (state, statistics) if statistics_of_runs else state
+    return programs.over_seeds(of_run, mesh_lib.one_by_one(mesh))(per_run, statistics)
 
   return jax.jit(forward)
 

@@ -70,7 +70,7 @@ class ClassificationConfig:
 
 
 def check(settings: ClassificationConfig, _: dataset_lib.LongTailDataset) -> None:
-  """Raises ConfigError where the heads do not go with the classifier they build on."""
+  """Raises ConfigError if the heads do not go with the classifier they build on."""
   if settings.encoder.backbone.taps:
     raise ConfigError(
       "config.encoder.backbone.taps names inner stages for features, but classification scores the"

@@ -90,7 +90,7 @@ def judge(experiment: Experiment, space: Space, choices: Mapping[str, Choice], l
   left_out, standardizer = mesh_lib.fetch((space.left_out, space.runs.standardizer))
   names = experiment.config.generators.names
 
-  def made(name, seed):
+  def synthetic_of(name, seed):
     """[M, D]; read again for every seed, since those of all seeds and generators are large."""
     return _synthetic(experiment, choices, name, loss, ("features",))["features"][seed]
 
@@ -99,8 +99,8 @@ def judge(experiment: Experiment, space: Space, choices: Mapping[str, Choice], l
       experiment.run.progress.say(
         f"measuring features, seed {number + 1} of {len(experiment.seeds)}"
       )
-      own = jax.tree.map(lambda x, n=number: x[n], standardizer)
-      features = {name: own.forward(made(name, number)) for name in names}
+      of_seed = jax.tree.map(lambda x, n=number: x[n], standardizer)
+      features = {name: of_seed.forward(synthetic_of(name, number)) for name in names}
       yield quality.Seed(exemplars[number], left_out[number], features)
 
   labels = {
@@ -167,12 +167,12 @@ def draw(
   from memdiff.evaluation import plots  # matplotlib takes a second
 
   data = experiment.dataset
-  made = np.bincount(shown["labels"], minlength=data.num_classes)
+  numbers = np.bincount(shown["labels"], minlength=data.num_classes)
   named = [comparison[key] for key in ("control", "method", "reference") if comparison[key]]
   yield (
     "long_tail_profile",
     plots.long_tail_profile(
-      data.class_names, data.train_counts, made, record.group_of_class(experiment)
+      data.class_names, data.train_counts, numbers, record.group_of_class(experiment)
     ),
   )
   yield "per_class_accuracy", record.accuracy_by_class(experiment, scored.rows, named)
@@ -230,23 +230,23 @@ def save_recommended_head(
 
 
 def export_embeddings(
-  experiment: Experiment, generator: str, made: Mapping[str, np.ndarray]
+  experiment: Experiment, generator: str, synthetic: Mapping[str, np.ndarray]
 ) -> None:
   """The first seed's synthetic features, in the format of the file that the features came from."""
   suffix = embeddings.export_suffix(experiment.config.dataset.train_path)
   path = experiment.workdir.path / f"synthetic_embeddings{suffix}"
   rows = embeddings.SyntheticRows(
     method=generator,
-    labels=made["labels"],
-    number=made["number"],
-    num_exemplars=experiment.dataset.train_counts[made["labels"]],
+    labels=synthetic["labels"],
+    number=synthetic["number"],
+    num_exemplars=experiment.dataset.train_counts[synthetic["labels"]],
     **{
-      name: made[name][0]
+      name: synthetic[name][0]
       for name in ("features", "confidence", "nearest_index", "nearest_distance")
     },
   )
   embeddings.write_synthetic(path, experiment.dataset, rows)
-  experiment.run.progress.say(f"{len(made['labels']):,} features of {generator} are in {path}")
+  experiment.run.progress.say(f"{len(synthetic['labels']):,} features of {generator} are in {path}")
 
 
 def evaluate(experiment: Experiment) -> dict:
@@ -267,7 +267,7 @@ def evaluate(experiment: Experiment) -> dict:
     chosen = recommendation["method"] if recommendation else comparison["method"]
     save_recommended_head(experiment, space, scored, chosen, choices)
     if isinstance(experiment.dataset, embeddings.LongTailEmbeddings):
-      # The recommended generator's; where that is none, those of the one that was compared.
+      # The recommended generator's; if that is none, those of the one that was compared.
       known = Method(chosen).generator in experiment.config.generators.names
       exported = Method(chosen if known else comparison["method"])
       name, loss = exported.generator, exported.loss

@@ -47,7 +47,7 @@ def train_heads(experiment: Experiment) -> dict:
     folder = experiment.workdir.folder("heads") / name
     trained = head_training(experiment, space, choices, name)
     state = loop.train(trained.stage, trained.run, folder)
-    prior = trained.stage.own["mixture"].prior
+    prior = trained.stage.per_seed["mixture"].prior
     write_arrays(folder / _HEADS, mesh_lib.fetch(state.params | {"prior": prior}))
     summary[name] = last_metrics(folder)
   return summary
@@ -55,11 +55,11 @@ def train_heads(experiment: Experiment) -> dict:
 
 def head_names(experiment: Experiment) -> list[str]:
   """Everything that heads are trained on: nothing added, generators, references."""
-  made = generators.plan(experiment.dataset.train_counts, experiment.config.generators)
+  numbers = generators.plan(experiment.dataset.train_counts, experiment.config.generators)
   left_out = np.bincount(
     experiment.dataset.left_out_labels, minlength=experiment.dataset.num_classes
   )
-  references = list(REFERENCES) if (left_out[made > 0] > 0).any() else []
+  references = list(REFERENCES) if (left_out[numbers > 0] > 0).any() else []
   return [REAL, *experiment.config.generators.names, *references]
 
 
@@ -131,8 +131,8 @@ def trained_losses(experiment: Experiment) -> tuple[str, ...]:
 
 def of_one_size(experiment: Experiment, added: heads.Added) -> heads.Added:
   """Padded to what generators make."""
-  made = generators.plan(experiment.dataset.train_counts, experiment.config.generators)
-  return heads.padded(added, int(made.sum()))
+  numbers = generators.plan(experiment.dataset.train_counts, experiment.config.generators)
+  return heads.padded(added, int(numbers.sum()))
 
 
 def _reference_choice(name: str, of_real: Choice) -> Choice:
@@ -147,7 +147,7 @@ def _left_out_pool(experiment: Experiment, space: Space) -> heads.Added:
   wanted = generators.plan(experiment.dataset.train_counts, experiment.config.generators)
   labels = experiment.dataset.left_out_labels
   rows = [np.flatnonzero(labels == c)[:n] for c, n in enumerate(wanted)]
-  numbers = np.array([len(own) for own in rows], np.int32)
+  numbers = np.array([len(row) for row in rows], np.int32)
   features = space.left_out[:, np.concatenate(rows)][:, None]
   return heads.Added(features, jnp.ones(features.shape[:3]), numbers)
 
@@ -171,10 +171,10 @@ def final_heads(experiment: Experiment, choices: dict[str, Choice], name: str):
   num_seeds = len(experiment.seeds)
   for number, loss in enumerate(experiment.config.head.losses):
     rows = slice(number * num_seeds, (number + 1) * num_seeds)
-    own = mesh_lib.replicate(experiment.mesh, {key: value[rows] for key, value in arrays.items()})
-    prior = own.pop("prior")
+    head = mesh_lib.replicate(experiment.mesh, {key: value[rows] for key, value in arrays.items()})
+    prior = head.pop("prior")
     if loss == "logit_adjustment":
       choice = choices.get(Method.of(name, loss)) or choices[Method.of(REAL, loss)]
-      own = jax.vmap(heads.adjusted, in_axes=(0, 0, None))(own, prior, choice.tau)
-    found[loss] = own
+      head = jax.vmap(heads.adjusted, in_axes=(0, 0, None))(head, prior, choice.tau)
+    found[loss] = head
   return found

@@ -164,7 +164,7 @@ def plain_training(experiment: Experiment, space: Space) -> str:
 
 
 def best_of(methods: list[str], scores: Mapping[str, float]) -> str:
-  """The method with the best score by cross-validation; the first where there is none."""
+  """The method with the best score by cross-validation; the first if there is none."""
   return max(methods, key=lambda method: scores.get(method, -1.0))
 
 

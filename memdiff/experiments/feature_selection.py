@@ -43,14 +43,14 @@ class Folds:
   runs: FeatureRuns
   run: loop.Run
   counts: np.ndarray  # [R, C] training examples
-  held_out: np.ndarray  # [R, B] rows of the training set, -1 where there is none
+  held_out: np.ndarray  # [R, B] rows of the training set, -1 if there is none
   features: jax.Array  # [R, B, D] of them, standardised
   judged: cross_validation.Judged
   own_logits: np.ndarray | None  # [R, B, C] of the folds' own heads, where they were trained so
 
 
 def make_folds(experiment: Experiment) -> Folds:
-  """Deals the training set, trains encoders where asked, and builds the runs."""
+  """Deals the training set, trains encoders if asked, and builds the runs."""
   config, labels, num_classes = (
     experiment.config.selection,
     experiment.dataset.train_labels,
@@ -132,7 +132,7 @@ def _encode_folds(experiment: Experiment, run: loop.Run, train: np.ndarray):
   folder = experiment.workdir.folder("selection") / "encoder"
   state = loop.train(stage, run, folder)
   _, features = forward_images(
-    experiment, loss, state, experiment.dataset.train_images, stage.own["statistics"]
+    experiment, loss, state, experiment.dataset.train_images, stage.per_seed["statistics"]
   )
   head = mesh_lib.fetch(state.params["head"]) if has_own_head(experiment.config) else None
   return features, head
@@ -205,8 +205,8 @@ def _predict_with(experiment: Experiment, folds: Folds, name: str) -> dict[str, 
     of_part = [j for j, choice in enumerate(settings) if choice.strength in strengths]
     label = name if len(parts) == 1 else f"{name}/{number}"
     predictions = _predict_at(experiment, folds, name, label, [settings[j] for j in of_part])
-    for j, own in zip(of_part, np.moveaxis(predictions, 2, 0), strict=True):
-      found[j] = own
+    for j, of_head in zip(of_part, np.moveaxis(predictions, 2, 0), strict=True):
+      found[j] = of_head
     if len(parts) > 1:
       release_memory()
   predictions, trained = _judged_rows(np.stack(found, axis=2), folds), trained_losses(experiment)
@@ -225,10 +225,10 @@ def _strengths_at_a_time(
   experiment: Experiment, folds: Folds, name: str, strengths: list[float]
 ) -> list[list[float]]:
   """The strengths, in parts whose features together take little memory."""
-  made = 0
+  total = 0
   if name != REAL:
-    made = int(synthesis_settings(experiment).numbers(name, experiment.dataset.train_counts).sum())
-  size = len(folds.run.seeds) * made * folds.features.shape[-1] * 4
+    total = int(synthesis_settings(experiment).numbers(name, experiment.dataset.train_counts).sum())
+  size = len(folds.run.seeds) * total * folds.features.shape[-1] * 4
   step = max(_AT_ONCE // max(size, 1), 1)
   return [strengths[start : start + step] for start in range(0, len(strengths), step)]
 
@@ -255,11 +255,11 @@ def _predict_at(
     added = heads.nothing_added(num_runs, folds.features.shape[-1], experiment.dataset.num_classes)
   else:
     synthesis = synthesis_settings(experiment)
-    made = synthesis.numbers(name, experiment.dataset.train_counts)
+    numbers = synthesis.numbers(name, experiment.dataset.train_counts)
     features = generators.make(
-      name, synthesis, folds.runs, folds.run, folder / name, made, strengths
+      name, synthesis, folds.runs, folds.run, folder / name, numbers, strengths
     )
-    added = heads.Added(features.features, features.confidence, made)
+    added = heads.Added(features.features, features.confidence, numbers)
   share = folds.counts.sum(axis=1) / len(experiment.dataset.train_labels)
   trained = trained_losses(experiment)
   every = [
@@ -285,7 +285,9 @@ def _predict_at(
   state = loop.train(stage, run, folder / "heads" / label)
   taus = np.array([0.0, *experiment.config.head.taus], np.float32)
   predictions = mesh_lib.fetch(
-    heads.predict(state.params, stage.own["mixture"].prior, taus, stage.own["run"], folds.features)
+    heads.predict(
+      state.params, stage.per_seed["mixture"].prior, taus, stage.per_seed["run"], folds.features
+    )
   )
   return predictions.reshape(len(taus), len(trained), len(settings), *folds.held_out.shape)
 

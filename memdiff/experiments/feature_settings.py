@@ -130,7 +130,7 @@ def has_own_head(config: FeatureConfig) -> bool:
 
 
 def check(config: FeatureConfig, data: LongTailLabels) -> None:
-  """Raises ConfigError where the settings do not fit each other or the data."""
+  """Raises ConfigError if the settings do not fit each other or the data."""
   generators.plan(data.train_counts, config.generators)
   if not has_own_head(config):
     if config.head.training.start == "encoder":

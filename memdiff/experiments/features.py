@@ -132,13 +132,17 @@ def _hallucinate_with(
 ) -> dict:
   """Writes the features of one generator, which are then no longer in memory."""
   settings = synthesis_settings(experiment)
-  made = settings.numbers(name, experiment.dataset.train_counts)
+  numbers = settings.numbers(name, experiment.dataset.train_counts)
   folder = experiment.workdir.folder("diffusion") / name
   spent = clock.start()
-  features = generators.make(name, settings, runs, experiment.run, folder, made, strengths)
+  features = generators.make(name, settings, runs, experiment.run, folder, numbers, strengths)
   arrays = {name: vars(features)[name] for name in ("labels", "confidence", "number")}
   arrays |= _provenance(runs, features)
-  arrays |= {"numbers": made, "strengths": np.array(strengths), "seeds": np.array(experiment.seeds)}
+  arrays |= {
+    "numbers": numbers,
+    "strengths": np.array(strengths),
+    "seeds": np.array(experiment.seeds),
+  }
   write_arrays(experiment.workdir.folder("hallucination") / f"{name}.npz", arrays)
   return {"features": features.confidence.size, "seconds": spent()}
 

@@ -2,7 +2,7 @@
 
 The encoder is trained from scratch in rounds. The first sees real images only. Before each further
 round the class means of the bank, which follows the encoder, are held against those for which the
-synthetic features were made: where they have moved far, all is made anew (features, bank, denoiser,
+synthetic features were made: if they have moved far, all is made anew (features, bank, denoiser,
 samples); in between, synthetic features move along with their class mean. They enter at the head,
 at first with little weight; a gradient reaches the encoder from real images alone.
 
@@ -85,13 +85,13 @@ def make_stage(
     name=name,
     num_steps=last - first,
     init=stage.init if start is None else _resume,
-    own={"start": start, "pool": pool},
+    per_seed={"start": start, "pool": pool},
     result=(),  # the state goes from round to round
   )
 
 
-def _resume(_, own: Any) -> Any:
-  return jax.tree.map(jnp.copy, own["start"])  # the state is donated
+def _resume(_, per_seed: Any) -> Any:
+  return jax.tree.map(jnp.copy, per_seed["start"])  # the state is donated
 
 
 def recipe(experiment: Experiment) -> Recipe:
@@ -154,12 +154,12 @@ def make_pool(
   generators.train(generator, settings, runs, run, folder, f"{folder.parent.name}/{folder.name}")
   numbers = settings.numbers(generator, experiment.dataset.train_counts)
   strength = settings.generator(generator).strengths[0]
-  made = generators.make(generator, settings, runs, run, folder, numbers, [strength])
+  synthetic = generators.make(generator, settings, runs, run, folder, numbers, [strength])
   backward = jax.jit(jax.vmap(lambda s, x: s.backward(x)))
-  own_labels = np.broadcast_to(made.labels, made.confidence[:, 0].shape)
+  own_labels = np.broadcast_to(synthetic.labels, synthetic.confidence[:, 0].shape)
   return Pool(
-    features=backward(runs.standardizer, made.features[:, 0]),
-    confidence=made.confidence[:, 0],
+    features=backward(runs.standardizer, synthetic.features[:, 0]),
+    confidence=synthetic.confidence[:, 0],
     labels=mesh_lib.replicate(experiment.mesh, own_labels),
     prototype=jnp.copy(
       state.bank.prototype[:, : experiment.dataset.num_classes]
@@ -212,7 +212,7 @@ def train_all(experiment: Experiment, settings: SynthesisSettings) -> dict:
 
 
 def load_logits(experiment: Experiment) -> dict[str, np.ndarray]:
-  """generator -> [S, T, C] on the test images; empty where nothing was trained jointly."""
+  """generator -> [S, T, C] on the test images; empty if nothing was trained jointly."""
   config = getattr(experiment.config, "joint", None)
   if config is None or not config.generators:
     return {}

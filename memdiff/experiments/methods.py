@@ -79,12 +79,12 @@ def describe(experiment: Experiment, method: Method, choices: dict[str, Choice])
   """A method in words."""
   name, loss = method.generator, method.loss
   if name == REAL:
-    made = "real features only"
+    source = "real features only"
   elif name in REFERENCES:
-    made = REFERENCES[name]
+    source = REFERENCES[name]
   else:
-    made = GENERATORS[name].description
-  words = f"{made}; {heads.LOSSES[loss]}"
+    source = GENERATORS[name].description
+  words = f"{source}; {heads.LOSSES[loss]}"
   choice = choices.get(method)
   if choice is None:
     return words
@@ -100,9 +100,9 @@ def describe(experiment: Experiment, method: Method, choices: dict[str, Choice])
 
 def describe_joint(experiment: Experiment, name: str) -> str:
   """Joint training with a generator, in words."""
-  made = "real images only" if name == REAL else f"real images and {GENERATORS[name].description}"
+  source = "real images only" if name == REAL else f"real images and {GENERATORS[name].description}"
   return (
-    f"encoder and head trained together on {made}; {heads.LOSSES[experiment.config.joint.loss]}"
+    f"encoder and head trained together on {source}; {heads.LOSSES[experiment.config.joint.loss]}"
   )
 
 

@@ -50,8 +50,8 @@ def deviations(exemplars: Exemplars) -> jax.Array:
   """Each feature minus the mean of its class, zero in padding rows. [N, D]."""
   means = class_means(exemplars)
   inside = exemplars.labels < means.shape[0]
-  own = means[jnp.where(inside, exemplars.labels, 0)]
-  return jnp.where(inside[:, None], exemplars.features - own, 0.0)
+  centres = means[jnp.where(inside, exemplars.labels, 0)]
+  return jnp.where(inside[:, None], exemplars.features - centres, 0.0)
 
 
 def class_covariances(exemplars: Exemplars) -> jax.Array:
@@ -60,8 +60,8 @@ def class_covariances(exemplars: Exemplars) -> jax.Array:
   num_classes = counts.shape[0]
 
   def of_class(label):
-    own = jnp.where((exemplars.labels == label)[:, None], residuals, 0.0)
-    return own.T @ own / jnp.maximum(counts[label] - 1, 1)
+    of_class = jnp.where((exemplars.labels == label)[:, None], residuals, 0.0)
+    return of_class.T @ of_class / jnp.maximum(counts[label] - 1, 1)
 
   return jax.lax.map(of_class, jnp.arange(num_classes))
 

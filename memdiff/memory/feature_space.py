@@ -33,8 +33,8 @@ class Standardizer:
   """Maps features to mean 0 and deviation 1 per dimension, and back."""
 
   mean: jax.Array  # [D]
-  scale: jax.Array  # [D], 1 where a dimension is constant
-  lowest: jax.Array  # [D], 0 where no training feature is negative, else -infinity
+  scale: jax.Array  # [D], 1 if a dimension is constant
+  lowest: jax.Array  # [D], 0 if no training feature is negative, else -infinity
 
   def forward(self, features: jax.Array) -> jax.Array:
     """[N, D] -> [N, D]."""
@@ -127,7 +127,7 @@ def make_runs(
     features: [R, N, D] in the encoder's units, or [1, N, D] that all runs share.
     labels: [R, N] int; C in rows that do not belong to a run. [R, n] if there are `rows`.
     bank: of the same features and units, leading with R.
-    head: {"kernel" [R, D, C], "bias" [R, C]} on such features; None where there is none.
+    head: {"kernel" [R, D, C], "bias" [R, C]} on such features; None if there is none.
     num_classes: C.
     mesh: the device mesh.
     rows: [R, n] of the features that each run takes, as in `take`; None: all of them.
@@ -164,10 +164,10 @@ def make_runs(
 
 def take(features: np.ndarray, rows: np.ndarray | None, run: int) -> np.ndarray:
   """What one run takes of `features` [R or 1, N, D]: all, or its `rows` [R, n]; zeros if -1."""
-  own = features[run % len(features)]
+  of_run = features[run % len(features)]
   if rows is None:
-    return own
-  return np.where((rows[run] >= 0)[:, None], own[rows[run]], np.zeros((), own.dtype))
+    return of_run
+  return np.where((rows[run] >= 0)[:, None], of_run[rows[run]], np.zeros((), of_run.dtype))
 
 
 def standardize(
@@ -240,8 +240,8 @@ def encode(encode_chunk, images, mesh: Mesh):
   chunks = []
   for start in range(0, max(len(images), 1), _CHUNK):  # one even of no images, for the shapes
     size = min(len(images) - start, _CHUNK)
-    made = mesh_lib.fetch(encode_chunk(mesh_lib.place_rows(mesh, images, start, _CHUNK)))
-    chunks.append(jax.tree.map(lambda x, n=size: x[:, :n], made))
+    encoded = mesh_lib.fetch(encode_chunk(mesh_lib.place_rows(mesh, images, start, _CHUNK)))
+    chunks.append(jax.tree.map(lambda x, n=size: x[:, :n], encoded))
   return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *chunks)
 
 

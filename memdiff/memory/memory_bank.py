@@ -186,7 +186,7 @@ def _uniform_below(key: jax.Array, bound: jax.Array) -> jax.Array:
 def read(bank: MemoryBank, labels: jax.Array, *, mesh: Mesh) -> Memory:
   """The bank's rows of `labels` [B], which must be rows of it; one collective on a split bank.
 
-  From a split bank each device gets the rows of its part of the batch, where B divides by the
+  From a split bank each device gets the rows of its part of the batch, if B divides by the
   devices, and so computes on that part alone; otherwise every device gets all of them.
   """
   rows, num_slots, _ = bank.slots.shape

@@ -88,7 +88,7 @@ class Checkpointer:
       raise WorkdirError(_cannot_write(self._directory, OSError(reason)))
 
   def records(self) -> dict[int, int]:
-    """Step of every checkpoint -> the `records` it was saved with; 0 where that is not known."""
+    """Step of every checkpoint -> the `records` it was saved with; 0 if that is not known."""
     found = {}
     for step in self._manager.all_steps():
       try:
@@ -98,7 +98,7 @@ class Checkpointer:
     return found
 
   def restore(self, abstract_state: Any, newest: int | None = None) -> tuple[int, Any] | None:
-    """The newest intact checkpoint as (step, state), or None where there is none.
+    """The newest intact checkpoint as (step, state), or None if there is none.
 
     Args:
       abstract_state: the state's shapes, dtypes and shardings on the present devices, which need
@@ -106,7 +106,7 @@ class Checkpointer:
       newest: later steps are passed over, since the metrics up to them are not all there.
 
     Raises:
-      WorkdirError: where checkpoints exist and none can be read.
+      WorkdirError: if checkpoints exist and none can be read.
     """
     import orbax.checkpoint as ocp
 
@@ -138,7 +138,7 @@ class Checkpointer:
     return None
 
   def _check_sums(self, step: int, state: Any) -> None:
-    """Raises where `state` is not what was saved: TensorStore notices torn files, not changed bits.
+    """Raises if `state` is not what was saved: TensorStore notices torn files, not changed bits.
 
     Older checkpoints have no checksums and are taken as they are.
     """

@@ -1,6 +1,6 @@
 """Several processes as one run: joining them, who writes, and noticing when one is gone.
 
-Joining happens on request only, and never falls back to separate runs: where processes do not find
+Joining happens on request only, and never falls back to separate runs: if processes do not find
 each other, each of them ends with a sentence.
 """
 
@@ -45,11 +45,11 @@ class Cluster:
   timeout: int = 300
 
   def __post_init__(self):
-    number, own = self.num_processes, self.process_id
+    number, process_id = self.num_processes, self.process_id
     if number is not None and number < 1:
       raise ConfigError(f"--num_processes is {number}, but must be at least 1.")
-    if own is not None and not 0 <= own < (number or own + 1):
-      raise ConfigError(f"--process_id is {own}, but must be from 0 to {number} - 1.")
+    if process_id is not None and not 0 <= process_id < (number or process_id + 1):
+      raise ConfigError(f"--process_id is {process_id}, but must be from 0 to {number} - 1.")
     if self.timeout < 10:
       raise ConfigError(f"--cluster_timeout is {self.timeout}, but must be at least 10 seconds.")
 
@@ -80,7 +80,7 @@ def join(cluster: Cluster) -> None:
   """Joins the run; must be the first use of JAX in the process.
 
   Raises:
-    ConfigError: where no cluster is known, not all processes joined in time, or JAX cannot use the
+    ConfigError: if no cluster is known, not all processes joined in time, or JAX cannot use the
       devices that it was told to use.
   """
   # SIGTERM is ours to note (memdiff.runtime.preemption): JAX's service numbers steps once for all,

@@ -74,7 +74,7 @@ def first_bad(finite: np.ndarray) -> tuple[int, int] | None:
 
 
 def mean_where(finite: np.ndarray, values: np.ndarray) -> np.ndarray:
-  """Mean of [S, steps] over the finite steps, NaN where a seed has none. [S]."""
+  """Mean of [S, steps] over the finite steps, NaN if a seed has none. [S]."""
   number = finite.sum(axis=1)
   total = np.where(finite, values, 0).sum(axis=1)
   return np.where(number > 0, total / np.maximum(number, 1), np.nan)

@@ -37,7 +37,7 @@ class _Feed:
     self._iterators = stage.batches and [stage.batches(seed, first_step) for seed in run.seeds]
 
   def take(self, num_steps: int) -> Any:
-    """Arrays [S, at_most, B, ...], B split over the devices; None where the stage has none.
+    """Arrays [S, at_most, B, ...], B split over the devices; None if the stage has none.
 
     The first `num_steps` batches are new; a copy of the last one fills the room behind them.
     """
@@ -136,7 +136,7 @@ class _Training:
     self.run.tensorboard.scalars(step, values, self.stage.name)
 
   def collect(self, pending: _Pending, state: Any) -> None:
-    """Fetches the metrics of finished steps; stops the run where they are not finite."""
+    """Fetches the metrics of finished steps; stops the run if they are not finite."""
     stage, run = self.stage, self.run
     number = pending.last - pending.first
     fetched = {name: x[:, :number] for name, x in jax.device_get(pending.metrics).items()}
@@ -167,11 +167,13 @@ class _Training:
       words = f"{self._skipped} bad steps are more than {run.config.max_skipped}; {words}"
     else:  # the seed stands where the dispatch began
 
-      def draw(state, shared, own, batches):
-        state, own, batches = jax.tree.map(lambda x: x[seed], (state, own, batches))
+      def draw(state, shared, per_seed, batches):
+        state, per_seed, batches = jax.tree.map(lambda x: x[seed], (state, per_seed, batches))
 
         def of_step(number):
-          return own if batches is None else (own, jax.tree.map(lambda x: x[number], batches))
+          return (
+            per_seed if batches is None else (per_seed, jax.tree.map(lambda x: x[number], batches))
+          )
 
         def advance(number, state):
           return stage.step(state, shared, of_step(number))[0]
@@ -179,7 +181,7 @@ class _Training:
         state = jax.lax.fori_loop(0, offset, advance, state)
         return stage.batch(state, shared, of_step(offset))
 
-      batch = mesh_lib.fetch(jax.jit(draw)(state, stage.shared, stage.own, pending.batches))
+      batch = mesh_lib.fetch(jax.jit(draw)(state, stage.shared, stage.per_seed, pending.batches))
       kept = guard.dump(batch, self.directory, stage.name, step, run.seeds[seed])
     guard.stop(stage.name, words, step, run.seeds[seed], kept)
 
@@ -198,7 +200,7 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
 
   Raises:
     NonFiniteError: naming the stage, the metric, the step and the seed.
-    Preempted: after saving, where the run was asked to stop.
+    Preempted: after saving, if the run was asked to stop.
   """
   config, progress = run.config, run.progress
   with writing(directory):
@@ -227,7 +229,7 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
         pending = None
       if evaluates:
         with meter.apart("evaluate"):
-          scores = jax.device_get(evaluate(state, stage.shared, stage.own))
+          scores = jax.device_get(evaluate(state, stage.shared, stage.per_seed))
         training.write(step, "eval", scores)
       if saves and (done or step > 0):
         with meter.apart("checkpoint"):
@@ -245,7 +247,7 @@ def train(stage: Stage, run: Run, directory: pathlib.Path) -> Any:
       if pending and pending.is_ready():
         meter.waited(time.perf_counter() - start)
       number = mesh_lib.replicate(run.mesh, np.int32(count))
-      arguments = (state, alive, stage.shared, stage.own, batches, number)
+      arguments = (state, alive, stage.shared, stage.per_seed, batches, number)
       if executable is None:
         executable = training.compile(dispatch, arguments, at_most)
         progress.start_stage(step)

@@ -40,12 +40,12 @@ def one_by_one(mesh: Mesh) -> bool:
 
 
 def split_over_data(size: int, mesh: Mesh) -> str | None:
-  """The mesh axis for a dimension of `size`: `data`, or None where it does not divide evenly."""
+  """The mesh axis for a dimension of `size`: `data`, or None if it does not divide evenly."""
   return DATA_AXIS if size % mesh.shape[DATA_AXIS] == 0 else None
 
 
 def class_spec(rows: int, mesh: Mesh) -> PartitionSpec:
-  """How the class axis of a bank is split: over all devices, or replicated where it cannot be."""
+  """How the class axis of a bank is split: over all devices, or replicated if it cannot be."""
   return PartitionSpec(split_over_data(rows, mesh))
 
 
@@ -82,7 +82,7 @@ def state_specs(state: Any, mesh: Mesh, parameters: str) -> Any:
 
 
 def gather(tree: Any, mesh: Mesh) -> Any:
-  """Inside jit: the whole of every array on every device; nothing where it is there already."""
+  """Inside jit: the whole of every array on every device; nothing if it is there already."""
   sharding = replicated(mesh)
   return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
 
@@ -139,7 +139,7 @@ def place_batches(mesh: Mesh, array: np.ndarray) -> jax.Array:
   """This process's part of batches [S, k, B, ...] as one global array, B split over the devices.
 
   Raises:
-    ConfigError: where there are several processes and the whole B does not divide by the devices.
+    ConfigError: if there are several processes and the whole B does not divide by the devices.
   """
   whole = array.shape[2] * jax.process_count()
   axis = split_over_data(whole, mesh)
@@ -165,9 +165,9 @@ def place_rows(mesh: Mesh, rows: Any, start: int, size: int) -> jax.Array:
 
   def part(index):
     first, last, _ = index[0].indices(size)
-    own = np.asarray(rows[start + first : start + last])
-    missing = last - first - len(own)
-    return np.pad(own, [(0, missing)] + [(0, 0)] * (own.ndim - 1)) if missing else own
+    local = np.asarray(rows[start + first : start + last])
+    missing = last - first - len(local)
+    return np.pad(local, [(0, missing)] + [(0, 0)] * (local.ndim - 1)) if missing else local
 
   return jax.make_array_from_callback(shape, sharding, part)
 

@@ -29,7 +29,7 @@ _TIMES = ("train", "data_wait", "checkpoint", "compile", "evaluate")
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """FLOP/s of one device in bfloat16; None where it is not known."""
+  """FLOP/s of one device in bfloat16; None if it is not known."""
   kinds = sorted((k for k in _PEAKS if device_kind.startswith(k)), key=len)
   return _PEAKS[kinds[-1]] if kinds else None
 
@@ -113,7 +113,7 @@ class Meter:
     return found
 
   def save(self) -> None:
-    """Writes speed.json, where this call trained at all."""
+    """Writes speed.json if this call trained at all."""
     if self.summary():
       write_json(self._path, self.summary() | {"steps": self._steps})
 

@@ -44,7 +44,7 @@ class Preemption:
     return before is not None and bool(jax.device_get(before))
 
   def check(self, where: str) -> None:
-    """Raises Preempted where the run was asked to stop; `where` says what is safe."""
+    """Raises Preempted if the run was asked to stop; `where` says what is safe."""
     if self.asked():
       self.stop(where)
 

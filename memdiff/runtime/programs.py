@@ -28,8 +28,8 @@ _KEPT = 16  # programs; each keeps what its functions refer to alive
 
 def state_specs(stage: Stage, run: Run) -> Any:
   """Specs of one seed's state."""
-  own = jax.eval_shape(lambda own: jax.tree.map(lambda x: x[0], own), stage.own)
-  one_seed = jax.eval_shape(stage.init, jax.random.key(0), own)
+  per_seed = jax.eval_shape(lambda per_seed: jax.tree.map(lambda x: x[0], per_seed), stage.per_seed)
+  one_seed = jax.eval_shape(stage.init, jax.random.key(0), per_seed)
   return mesh_lib.state_specs(one_seed, run.mesh, run.execution.parameters)
 
 
@@ -43,7 +43,7 @@ def state_shardings(stage: Stage, run: Run) -> Any:
 def abstract_state(stage: Stage, run: Run) -> Any:
   """Shapes, dtypes and shardings of the stage's state over all seeds."""
   keys = jax.eval_shape(lambda: run.keys(stage.name))
-  shapes = jax.eval_shape(jax.vmap(stage.init), keys, stage.own)
+  shapes = jax.eval_shape(jax.vmap(stage.init), keys, stage.per_seed)
   return checkpoint_lib.abstract(shapes, state_shardings(stage, run))
 
 
@@ -52,7 +52,7 @@ def _jit_init(init: Callable, shardings: "_Shardings") -> Callable:
   # One after the other and hardly optimised: it runs once, and drawing compiles slowly in a batch.
   on_cpu = jax.default_backend() == "cpu"
   return jax.jit(
-    lambda keys, own: jax.lax.map(lambda of_seed: init(*of_seed), (keys, own)),
+    lambda keys, per_seed: jax.lax.map(lambda of_seed: init(*of_seed), (keys, per_seed)),
     out_shardings=shardings.tree,
     compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
   )
@@ -61,31 +61,33 @@ def _jit_init(init: Callable, shardings: "_Shardings") -> Callable:
 def make_init(stage: Stage, run: Run) -> Callable:
   """The jitted () -> state of all seeds, born where it belongs."""
   init = _jit_init(stage.init, _Shardings(state_shardings(stage, run)))
-  return functools.partial(init, run.keys(stage.name), stage.own)
+  return functools.partial(init, run.keys(stage.name), stage.per_seed)
 
 
 def over_seeds(function: Callable, one_by_one: bool) -> Callable:
   """(of each seed, shared by all) -> what `function` makes of every seed."""
 
-  def of_all(own: Any, shared: Any) -> Any:
+  def of_all(per_seed: Any, shared: Any) -> Any:
     if one_by_one:
-      return jax.lax.map(lambda own: function(own, shared), own)
-    return jax.vmap(function, in_axes=(0, None))(own, shared)
+      return jax.lax.map(lambda per_seed: function(per_seed, shared), per_seed)
+    return jax.vmap(function, in_axes=(0, None))(per_seed, shared)
 
   return of_all
 
 
 @functools.lru_cache(maxsize=_KEPT)
 def _jit_evaluate(evaluate: Callable, one_by_one: bool, mesh: Mesh) -> Callable:
-  of_all = over_seeds(lambda own, shared: evaluate(own[0], shared, own[1]), one_by_one)
+  of_all = over_seeds(
+    lambda per_seed, shared: evaluate(per_seed[0], shared, per_seed[1]), one_by_one
+  )
   return jax.jit(
-    lambda state, shared, own: of_all((state, own), shared),
+    lambda state, shared, per_seed: of_all((state, per_seed), shared),
     out_shardings=mesh_lib.replicated(mesh),
   )
 
 
 def make_evaluate(stage: Stage, run: Run) -> Callable:
-  """The jitted (state, shared, own) -> {name: [S]}."""
+  """The jitted (state, shared, per_seed) -> {name: [S]}."""
   return _jit_evaluate(stage.evaluate, stage.one_by_one, run.mesh)
 
 
@@ -107,7 +109,7 @@ class _Shardings:
 class Dispatch:
   """The program that trains several steps of every seed, with its executables.
 
-  (state, alive [S], shared, own, batches, count []; at_most) -> (state, alive, metrics
+  (state, alive [S], shared, per_seed, batches, count []; at_most) -> (state, alive, metrics
   [S, at_most]), of which the first `count` are filled. State and `alive` are donated; `batches` is
   None or has arrays that lead with [S, at_most].
   """
@@ -158,8 +160,8 @@ class SeedBySeed(Dispatch):
       out_shardings=self._sharding,
     )
 
-  def lower(self, state, alive, shared, own, batches, count, *, at_most: int):
-    shapes = jax.eval_shape(_of_seed, (state, alive, own, batches), 0)
+  def lower(self, state, alive, shared, per_seed, batches, count, *, at_most: int):
+    shapes = jax.eval_shape(_of_seed, (state, alive, per_seed, batches), 0)
     of_seed = checkpoint_lib.abstract(shapes, jax.tree.map(lambda _: self._sharding, shapes))
     return self._program.lower(*of_seed, shared, count, at_most=at_most)
 
@@ -181,10 +183,10 @@ class _Threads:
   of_seed: Callable
   join: Callable
 
-  def __call__(self, state, alive, shared, own, batches, count):
+  def __call__(self, state, alive, shared, per_seed, batches, count):
     def train(number):
       # A copy, which may be large, of what only this thread reads.
-      own_part = self.of_seed((state, alive, own, batches), np.int32(number))
+      own_part = self.of_seed((state, alive, per_seed, batches), np.int32(number))
       return jax.block_until_ready(self.executable(*own_part, shared, count))
 
     num_seeds = alive.shape[0]
@@ -207,7 +209,7 @@ def compile_ahead(stage: Stage, run: Run) -> None:
   state = make_init(stage, run)()
   alive = mesh_lib.replicate(run.mesh, np.ones(len(run.seeds), bool))
   count = mesh_lib.replicate(run.mesh, np.int32(at_most))
-  arguments = (state, alive, stage.shared, stage.own, None, count)
+  arguments = (state, alive, stage.shared, stage.per_seed, None, count)
   make_dispatch(stage, run).compile(arguments, at_most, contextlib.nullcontext())
 
 
@@ -236,10 +238,10 @@ def _dispatch(
   if parameters == "fsdp":
     step = _with_split_parameters(step, specs.tree, mesh)
 
-  def train_one_seed(state, alive, own, batches, shared, count, *, at_most):
+  def train_one_seed(state, alive, per_seed, batches, shared, count, *, at_most):
     def take_step(number, state, alive):
       batch = jax.tree.map(lambda x: x[number], batches)
-      return step(state, alive, shared, own if batches is None else (own, batch))
+      return step(state, alive, shared, per_seed if batches is None else (per_seed, batch))
 
     # Room for the metrics of every step; a loop whose length is data serves the last steps as well.
     shapes = jax.eval_shape(take_step, 0, state, alive)[2]
@@ -259,10 +261,10 @@ def _dispatch(
   if one_by_one:
     return SeedBySeed(jax.jit(train_one_seed, static_argnames="at_most", donate_argnums=0), mesh)
 
-  def dispatch(state, alive, shared, own, batches, count, *, at_most):
+  def dispatch(state, alive, shared, per_seed, batches, count, *, at_most):
     train = functools.partial(train_one_seed, at_most=at_most)
     in_axes = (0, 0, 0, 0, None, None)
-    return jax.vmap(train, in_axes)(state, alive, own, batches, shared, count)
+    return jax.vmap(train, in_axes)(state, alive, per_seed, batches, shared, count)
 
   everywhere = mesh_lib.replicated(mesh)
   shardings = jax.tree.map(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 
 def stream(key: jax.Array, name: str, step: jax.Array | int | None = None) -> jax.Array:
-  """The key of the stream `name`, at `step` where one is given."""
+  """The key of the stream `name`, at `step` if one is given."""
   key = jax.random.fold_in(key, zlib.crc32(name.encode()))
   return key if step is None else jax.random.fold_in(key, step)
 

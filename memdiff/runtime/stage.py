@@ -82,15 +82,15 @@ class Stage:
   Attributes:
     name: unique in a run; names its folder, its random streams and its curves.
     num_steps: optimiser steps.
-    init: (base key, own) -> TrainState.
-    batch: (state, shared, own) -> the batch that the next step sees; must be pure.
-    step: (state, shared, own) -> (state, {name: scalar}); must be pure.
-    evaluate: (state, shared, own) -> {name: scalar}, or None.
+    init: (base key, per_seed) -> TrainState.
+    batch: (state, shared, per_seed) -> the batch that the next step sees; must be pure.
+    step: (state, shared, per_seed) -> (state, {name: scalar}); must be pure.
+    evaluate: (state, shared, per_seed) -> {name: scalar}, or None.
     shared: arrays on the devices that all seeds use.
-    own: arrays with a leading axis of seeds, each seed's own.
+    per_seed: arrays with a leading axis of seeds.
     batch_size: examples per step.
     batches: (seed, first step) -> an iterator over the host's part of each step's batch, for data
-      too large for the devices; `batch` and `step` then get (own, host batch) in place of `own`.
+      too large for the devices; `batch` and `step` then get (per_seed, host batch) as `per_seed`.
     result: the fields of the final state that later phases read, for `results.save`.
     one_by_one: whether every seed runs by itself, in a thread, rather than all as one batch; on one
       device. Convolutions on CPUs gain nothing from the batch, and the program is a third the size.
@@ -103,7 +103,7 @@ class Stage:
   step: Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]
   evaluate: Callable[[Any, Any, Any], dict[str, jax.Array]] | None
   shared: Any
-  own: Any
+  per_seed: Any
   batch_size: int
   batches: Callable[[int, int], Iterator[Any]] | None = None
   result: tuple[str, ...] = ("params",)

@@ -20,7 +20,7 @@ class TrainState:
   params: Any
   opt_state: Any
   model_state: Any = None  # batch-norm statistics
-  ema_params: Any = None  # exponential average of params, where a stage asks for one
+  ema_params: Any = None  # exponential average of params, if a stage asks for one
   bank: Any = None  # the memory bank, class axis split over the mesh
   loss_state: Any = None  # what a loss carries from step to step
 

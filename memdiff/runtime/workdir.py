@@ -104,7 +104,7 @@ class Workdir:
     return self.path / phase
 
   def manifest(self, phase: str) -> dict[str, Any] | None:
-    """What a phase left of itself, or None where it never began."""
+    """What a phase left of itself, or None if it never began."""
     path = self.folder(phase) / "manifest.json"
     if not path.exists():
       return None
@@ -121,10 +121,10 @@ class Workdir:
     """Announces that `phase` is to run with `config` (flat: field name -> value).
 
     Returns:
-      True where the phase has already finished with this very config.
+      True if the phase has already finished with this very config.
 
     Raises:
-      WorkdirError: where it ran, or began, with another config.
+      WorkdirError: if it ran, or began, with another config.
     """
     manifest = self.manifest(phase)
     distributed.barrier(f"manifest of {phase}")  # before the main process writes it

@@ -72,7 +72,7 @@ def read_history(path: pathlib.Path) -> list[dict]:
 
 
 class TensorBoard:
-  """Curves, pictures and hyper-parameters of one run, or nothing where it is switched off.
+  """Curves, pictures and hyper-parameters of one run, or nothing if it is switched off.
 
   Every stage has a folder of its own, a run in TensorBoard's list, so that the curves of stages lie
   over each other and a resumed stage can take back its own. A thread writes, one call after the
@@ -80,7 +80,7 @@ class TensorBoard:
   disk. What fails there is raised by the next call.
 
   Raises:
-    ConfigError: where it is switched on and TensorFlow or clu is missing.
+    ConfigError: if it is switched on and TensorFlow or clu is missing.
   """
 
   def __init__(self, directory: pathlib.Path, enabled: bool):

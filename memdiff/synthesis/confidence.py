@@ -51,7 +51,7 @@ def _entropy(logits):
 
 
 def certainty_confidence(features, prototypes, centre, logits, labels):
-  """1 - H(softmax(logits)) / log C: 1 where the classifier is sure (of any class). [M]."""
+  """1 - H(softmax(logits)) / log C: 1 if the classifier is sure (of any class). [M]."""
   del features, prototypes, centre, labels
   return jnp.maximum(1.0 - _entropy(logits) / np.log(logits.shape[-1]), 0.0)
 
@@ -195,14 +195,16 @@ def nearest_of_class(
   index = np.zeros(len(features), np.int32)
   for label in np.unique(labels):
     members = np.flatnonzero(reference_labels == label)
-    own = references[members]
-    centre = own.mean(axis=0)  # around which squares cancel least
-    own = own - centre
-    squares = np.square(own).sum(axis=1)
+    of_class = references[members]
+    centre = of_class.mean(axis=0)  # around which squares cancel least
+    of_class = of_class - centre
+    squares = np.square(of_class).sum(axis=1)
     rows = np.flatnonzero(labels == label)
     at_once = max(_PAIRS // len(members), 1)
     for start in range(0, len(rows), at_once):
       part = rows[start : start + at_once]
-      squared = squares - 2 * (features[part] - centre) @ own.T  # up to the feature's own square
+      squared = (
+        squares - 2 * (features[part] - centre) @ of_class.T
+      )  # up to the feature's own square
       index[part] = members[squared.argmin(axis=1)]
   return index, np.linalg.norm(references[index] - features, axis=1)

@@ -66,7 +66,7 @@ def attend(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
     query: [B, H, E].
     keys: [G, K, E], each row for B / G queries in a row.
     values: [G, K, V].
-    mask: [G, K] bool, True where there is something.
+    mask: [G, K] bool, True if there is something.
 
   Returns:
     [B, H, V].
@@ -82,7 +82,7 @@ class Affine(nn.Module):
   """`nn.DenseGeneral` of the concatenation of several inputs [B, ...], some with fewer rows.
 
   A part of fewer rows is multiplied before it is spread over the batch. Parameters, and the result
-  where all parts have B rows, are those of the dense layer on the concatenated inputs.
+  if all parts have B rows, are those of the dense layer on the concatenated inputs.
   """
 
   features: tuple[int, ...]
@@ -98,7 +98,8 @@ class Affine(nn.Module):
     else:
       blocks = jnp.split(kernel, np.cumsum(sizes)[:-1])
       products = [
-        spread(jnp.tensordot(part, own, 1), batch) for part, own in zip(parts, blocks, strict=True)
+        spread(jnp.tensordot(part, block, 1), batch)
+        for part, block in zip(parts, blocks, strict=True)
       ]
     return sum(products) + bias[None]
 

@@ -3,8 +3,8 @@
 "FASA: Feature augmentation and sampling adaptation for long-tailed instance segmentation",
 arXiv 2102.12867, on the features of a frozen encoder. While a linear head trains, running means and
 variances of each class follow the minibatches, and every step adds a virtual feature of class c
-with probability p_c. After each epoch p_c falls where the loss of the class's group on held-out
-data has risen, and rises where it has fallen.
+with probability p_c. After each epoch p_c falls if the loss of the class's group on held-out
+data has risen, and rises if it has fallen.
 
 Different from the published code, which segments images: a class that a minibatch holds once
 says nothing about its variance, which stays as it is (there every object comes with many proposals,
@@ -103,7 +103,7 @@ def initial_probability(counts: jax.Array) -> jax.Array:
 
 
 def adapt_probability(probability, groups, before, now) -> jax.Array:
-  """x 0.9 for groups whose loss has risen, x 1.1 where it has fallen, at most 1. [C].
+  """x 0.9 for groups whose loss has risen, x 1.1 if it has fallen, at most 1. [C].
 
   Args:
     probability: [C].
@@ -127,8 +127,8 @@ def update_statistics(old: Statistics, features, labels) -> Statistics:
 
   number = sums(jnp.ones(labels.shape))
   mean = sums(features) / jnp.maximum(number, 1)[:, None]
-  own = mean[jnp.minimum(labels, num_classes - 1)]
-  variance = sums(jnp.square(features - own)) / jnp.maximum(number - 1, 1)[:, None]
+  centre = mean[jnp.minimum(labels, num_classes - 1)]
+  variance = sums(jnp.square(features - centre)) / jnp.maximum(number - 1, 1)[:, None]
 
   def blend(old, new, started, arrived):
     moved = jnp.where(started[:, None], (1 - MOMENTUM) * old + MOMENTUM * new, new)
@@ -158,7 +158,7 @@ def class_weights(adapted: Adapted) -> jax.Array:
 
 
 def _epoch_rows(key, labels, num_classes: int, batch_size: int) -> jax.Array:
-  """All examples in a random order, then padding. Row numbers [steps, B], N where there is none."""
+  """All examples in a random order, then padding. Row numbers [steps, B], N if there is none."""
   rows = jnp.arange(labels.shape[0])
   # A number per row, so that padding does not change the order of the others.
   place = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row)))(rows)
@@ -285,11 +285,11 @@ def _split(runs: FeatureRuns) -> tuple[Exemplars, Exemplars, np.ndarray]:
   num_classes = runs.exemplars.by_class.counts.shape[-1]
   parts, groups = ([], []), []
   features, labels = mesh_lib.fetch((runs.exemplars.features, runs.exemplars.labels))
-  for own, own_labels in zip(features, labels, strict=True):
+  for run_features, own_labels in zip(features, labels, strict=True):
     fold = cross_validation.deal(own_labels, 5, seed=0)
     for part, inside in zip(parts, (fold != 0, fold == 0), strict=True):
       masked = np.where(inside, own_labels, num_classes)
-      part.append(exemplars_lib.make(own, masked, num_classes))
+      part.append(exemplars_lib.make(run_features, masked, num_classes))
     train = parts[0][-1]
     means = np.asarray(exemplars_lib.class_means(jax.tree.map(jnp.asarray, train)))
     groups.append(group_classes(means, train.by_class.counts))

@@ -108,21 +108,21 @@ def draw_labels(key: jax.Array, cumulative: jax.Array, number: int) -> jax.Array
   return jnp.searchsorted(cumulative, u, side="right")
 
 
-def draw_rows(key: jax.Array, own: FeatureData, number: int) -> tuple[jax.Array, jax.Array]:
+def draw_rows(key: jax.Array, per_seed: FeatureData, number: int) -> tuple[jax.Array, jax.Array]:
   """Training examples drawn with replacement, a class first: (index, label), [number] int32."""
   class_key, member_key = jax.random.split(key)
-  label = draw_labels(class_key, own.cumulative, number)
-  return draw_members(member_key, own.exemplars.by_class, label), label
+  label = draw_labels(class_key, per_seed.cumulative, number)
+  return draw_members(member_key, per_seed.exemplars.by_class, label), label
 
 
 def draw_batch(
-  key: jax.Array, own: FeatureData, config: DiffusionConfig, num_classes: int, mesh: Mesh
+  key: jax.Array, per_seed: FeatureData, config: DiffusionConfig, num_classes: int, mesh: Mesh
 ) -> Batch:
   """A batch of features of all classes, each with its class's memory, itself left out.
 
   Args:
     key: of the step.
-    own: the run's data.
+    per_seed: the run's data.
     config: batch size and condition; `label_dropout` is the share of rows without label and memory
       (the unconditional model of guidance), `anonymous` the share of the others that are classes
       never seen: without label and, with `displacement`, moved. What the denoiser knows of those
@@ -131,9 +131,9 @@ def draw_batch(
     num_classes: C, also the label that means "no class".
     mesh: of the bank.
   """
-  index, label = draw_rows(stream(key, "pick"), own, config.batch_size)
-  x0 = own.exemplars.features[index]
-  memory = memory_bank.read(own.bank, label, mesh=mesh)
+  index, label = draw_rows(stream(key, "pick"), per_seed, config.batch_size)
+  x0 = per_seed.exemplars.features[index]
+  memory = memory_bank.read(per_seed.bank, label, mesh=mesh)
   memory = memory_bank.thin_out(memory_bank.leave_one_out(memory, x0), stream(key, "thin"))
   dropped = jax.random.bernoulli(stream(key, "drop"), config.label_dropout, label.shape)
   anonymous = 0.0 if config.condition == "class" else config.anonymous
@@ -157,29 +157,29 @@ def draw_batch(
     batch = batch.replace(true_label=jnp.where(alone, itself, label))
   if "other_label" in needed:
     labels = config.objective.cbdm.labels
-    other, other_memory = shown(*draw_other(key, own, label, memory, labels, mesh))
+    other, other_memory = shown(*draw_other(key, per_seed, label, memory, labels, mesh))
     batch = batch.replace(other_label=other, other_memory=other_memory)
   return batch
 
 
 def draw_other(
-  key: jax.Array, own: FeatureData, label: jax.Array, memory: Memory, labels: str, mesh: Mesh
+  key: jax.Array, per_seed: FeatureData, label: jax.Array, memory: Memory, labels: str, mesh: Mesh
 ) -> tuple[jax.Array, Memory]:
-  """For each row another class y', with its memory; the same memory where y' is the class itself.
+  """For each row another class y', with its memory; the same memory if y' is the class itself.
 
   Args:
     key: of the step.
-    own: the run's data.
+    per_seed: the run's data.
     label: [B] the rows' classes.
     memory: of the rows, themselves left out.
     labels: y' is drawn by the classes' counts (`empirical`) or is any class (`uniform`).
     mesh: of the bank.
   """
-  counts = own.exemplars.by_class.counts
+  counts = per_seed.exemplars.by_class.counts
   weights = counts if labels == "empirical" else counts > 0
   cumulative = jnp.cumsum(weights.astype(jnp.float32))
   other = draw_labels(stream(key, "other"), cumulative, label.shape[0])
-  drawn = memory_bank.read(own.bank, other, mesh=mesh)
+  drawn = memory_bank.read(per_seed.bank, other, mesh=mesh)
   drawn = memory_bank.thin_out(drawn, stream(key, "thin_other"))
   same = other == label
   return other, jax.tree.map(
@@ -203,7 +203,7 @@ def displacements(key: jax.Array, memory: Memory, chosen: jax.Array, strength: f
     strength: 0 moves nothing.
 
   Returns:
-    [B, D], zero where not chosen.
+    [B, D], zero if not chosen.
   """
   first, second, size = jax.random.split(key, 3)
   a = jax.random.permutation(first, memory.prototype)
@@ -222,15 +222,17 @@ def make_denoiser(config: DiffusionConfig, num_classes: int, feature_dim: int) -
   return DENOISERS[config.denoiser.name](num_classes, feature_dim, config.denoiser)
 
 
-def make_stage(config: DiffusionConfig, own: FeatureData, num_classes: int, mesh: Mesh) -> Stage:
-  """The stage that trains the memory-conditioned denoiser; `own` leads with runs."""
-  denoiser = make_denoiser(config, num_classes, own.exemplars.features.shape[-1])
+def make_stage(
+  config: DiffusionConfig, per_seed: FeatureData, num_classes: int, mesh: Mesh
+) -> Stage:
+  """The stage that trains the memory-conditioned denoiser; `per_seed` leads with runs."""
+  denoiser = make_denoiser(config, num_classes, per_seed.exemplars.features.shape[-1])
   return denoiser_training.make_stage(
-    config, denoiser, _draw(config, num_classes, mesh), (), own, mesh
+    config, denoiser, _draw(config, num_classes, mesh), (), per_seed, mesh
   )
 
 
 @functools.lru_cache(maxsize=8)
 def _draw(config: DiffusionConfig, num_classes: int, mesh: Mesh):
-  """(key, shared, own) -> Batch; the same function for seeds and folds."""
-  return lambda key, _, own: draw_batch(key, own, config, num_classes, mesh)
+  """(key, shared, per_seed) -> Batch; the same function for seeds and folds."""
+  return lambda key, _, per_seed: draw_batch(key, per_seed, config, num_classes, mesh)

@@ -58,18 +58,18 @@ def within_noise(key: jax.Array, factor: jax.Array, num_samples: int) -> jax.Arr
 
 
 def _class_variances(exemplars: Exemplars) -> jax.Array:
-  """Unbiased variance per class and dimension; pooled within classes where n < 2. [C, D]."""
+  """Unbiased variance per class and dimension; pooled within classes if n < 2. [C, D]."""
   counts = exemplars.by_class.counts
   squares = jnp.square(exemplars_lib.deviations(exemplars))
   num_classes = counts.shape[0]
-  own = jax.ops.segment_sum(squares, exemplars.labels, num_classes + 1)[:num_classes]
+  variances = jax.ops.segment_sum(squares, exemplars.labels, num_classes + 1)[:num_classes]
   pooled = squares.sum(axis=0) / jnp.maximum(counts.sum() - (counts > 0).sum(), 1)
-  own = own / jnp.maximum(counts - 1, 1)[:, None]
-  return jnp.where((counts > 1)[:, None], own, pooled[None])
+  variances = variances / jnp.maximum(counts - 1, 1)[:, None]
+  return jnp.where((counts > 1)[:, None], variances, pooled[None])
 
 
 def gaussian_diagonal(key, exemplars: Exemplars, _, labels: jax.Array, strength) -> jax.Array:
-  """N(mu_c, diag sigma_c^2) with the class's own variances, pooled ones where it has one exemplar.
+  """N(mu_c, diag sigma_c^2) with the class's own variances, pooled ones if it has one exemplar.
 
   Args:
     key: randomness.
@@ -104,10 +104,10 @@ def gaussian_shrunk(key, exemplars: Exemplars, factor, labels: jax.Array, streng
   `strength` is worth so many exemplars.
   """
   own_key, shared_key = jax.random.split(key)
-  own = _scatter_noise(own_key, exemplars, labels)
+  of_class = _scatter_noise(own_key, exemplars, labels)
   shared = within_noise(shared_key, factor, labels.shape[0])
   freedom = (exemplars.by_class.counts[labels] - 1)[:, None]
-  noise = (own + jnp.sqrt(strength) * shared) / jnp.sqrt(freedom + strength)
+  noise = (of_class + jnp.sqrt(strength) * shared) / jnp.sqrt(freedom + strength)
   return exemplars_lib.class_means(exemplars)[labels] + noise
 
 

@@ -115,7 +115,7 @@ def plan(counts: np.ndarray, config: GeneratorsConfig) -> np.ndarray:
   """Features to make per class: tail classes are filled up to the largest of `fill_to`. [C].
 
   Raises:
-    ConfigError: where no class needs any.
+    ConfigError: if no class needs any.
   """
   target, smallest = max(config.fill_to), int(counts.min())
   numbers = np.where(counts < config.tail_below, np.maximum(target - counts, 0), 0)
@@ -158,10 +158,10 @@ def train(
     loop.train(stage, run, folder)
 
 
-def _put(array: jax.Array, own: jax.Array, run: jax.Array, number: jax.Array) -> jax.Array:
+def _put(array: jax.Array, value: jax.Array, run: jax.Array, number: jax.Array) -> jax.Array:
   """`array` [R, K, ...] with `own` [...] at (run, number)."""
-  start = (run, number, *(0,) * own.ndim)
-  return jax.lax.dynamic_update_slice(array, own[None, None], start)
+  start = (run, number, *(0,) * value.ndim)
+  return jax.lax.dynamic_update_slice(array, value[None, None], start)
 
 
 @functools.lru_cache(maxsize=16)
@@ -194,15 +194,15 @@ def sampling_program(
     num_runs, num_strengths = keys.shape[0], strengths.shape[0]
     shape = (num_runs, num_strengths, labels.shape[0])
     everything = jnp.zeros((*shape, runs.exemplars.features.shape[-1])), jnp.zeros(shape)
-    known = jax.lax.map(lambda own: confidence_lib.known(*own, config), (runs.exemplars, runs.head))
+    known = jax.lax.map(lambda run: confidence_lib.known(*run, config), (runs.exemplars, runs.head))
 
     def add_strength(number, everything):
       of_run = sampler(keys, strengths[number], runs, learned)
 
       def add_run(run, everything):
         parts = known, runs.standardizer, runs.head
-        made = judge(*of_run(run), *jax.tree.map(lambda x: x[run], parts))
-        return jax.tree.map(lambda x, own: _put(x, own, run, number), everything, made)
+        judged = judge(*of_run(run), *jax.tree.map(lambda x: x[run], parts))
+        return jax.tree.map(lambda x, value: _put(x, value, run, number), everything, judged)
 
       return jax.lax.fori_loop(0, num_runs, add_run, everything)
 
@@ -218,7 +218,7 @@ def make(
   runs: FeatureRuns,
   run: Run,
   folder: pathlib.Path,
-  made: np.ndarray,
+  numbers: np.ndarray,
   chosen: Sequence[float],
 ) -> SyntheticFeatures:
   """Synthetic features of R runs, on the devices.
@@ -229,11 +229,11 @@ def make(
     runs: what it learns from.
     run: seeds, of which there are R, mesh and progress.
     folder: in which `train` has trained it.
-    made: [C] features per class, M in all.
+    numbers: [C] features per class, M in all.
     chosen: K strengths.
   """
-  labels = np.repeat(np.arange(len(made)), made).astype(np.int32)
-  number = np.concatenate([np.arange(n) for n in made]).astype(np.int32)
+  labels = np.repeat(np.arange(len(numbers)), numbers).astype(np.int32)
+  number = np.concatenate([np.arange(n) for n in numbers]).astype(np.int32)
   generator = settings.generator(name)
   params = results.load(folder, run.mesh).ema_params if generator.trains else None
   prepared = generator.prepare(runs, params)
@@ -241,7 +241,7 @@ def make(
     generator,
     settings.generators.confidence,
     runs.exemplars.features.shape[-1],
-    tuple(made.tolist()),
+    tuple(numbers.tolist()),
     run.mesh,
   )
   run.progress.say(f"sampling {len(labels):,} features per run with {name} ...")

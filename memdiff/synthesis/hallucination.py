@@ -54,7 +54,7 @@ class SamplerConfig:
 
   @property
   def strengths(self) -> tuple[float, ...]:
-    """The candidates: of guidance where it has several, otherwise of `start`."""
+    """The candidates: of guidance if it has several, otherwise of `start`."""
     return self.guidance if len(self.guidance) > 1 else self.start
 
   def at(self, strength: float | jax.Array, origins: jax.Array | None = None) -> "Steering":
@@ -94,7 +94,7 @@ _UNSTEERED = Steering()
 
 
 def check_conditions(trained: DiffusionConfig, sampled: SamplerConfig) -> None:
-  """Raises ValueError where sampling shows the denoiser what its training never did."""
+  """Raises ValueError if sampling shows the denoiser what its training never did."""
   learned = trained.learned()
   if sampled.condition not in learned:
     raise ValueError(

@@ -45,8 +45,10 @@ class Untrained(Generator):
 
     def of_runs(keys, strength, runs, fitted):
       def of_run(run):
-        key, exemplars, own = jax.tree.map(lambda x: x[run], (keys, runs.exemplars, fitted))
-        return self.sample(key, exemplars, own, labels, strength), jnp.ones(labels.shape)
+        key, exemplars, fitted_to_run = jax.tree.map(
+          lambda x: x[run], (keys, runs.exemplars, fitted)
+        )
+        return self.sample(key, exemplars, fitted_to_run, labels, strength), jnp.ones(labels.shape)
 
       return of_run
 

@@ -131,13 +131,13 @@ def indices(images):
 
 
 def steps(stage, number):
-  own, everywhere = first(stage.own), stage.shared["pixel_mean"].sharding
-  init = jax.jit(lambda key: stage.init(key, own), out_shardings=everywhere)
+  per_seed, everywhere = first(stage.per_seed), stage.shared["pixel_mean"].sharding
+  init = jax.jit(lambda key: stage.init(key, per_seed), out_shardings=everywhere)
   states, step = [init(jax.random.key(2))], jax.jit(stage.step, out_shardings=everywhere)
   feed = stage.batches and stage.batches(0, 0)
   losses = []
   for _ in range(number):
-    given = (own, next(feed)) if feed else own
+    given = (per_seed, next(feed)) if feed else per_seed
     state, metrics = step(states[-1], stage.shared, given)
     states.append(state)
     losses.append(float(metrics["loss"]))
@@ -156,22 +156,22 @@ def test_the_head_is_trained_on_features_of_the_frozen_encoder(method, mesh, dra
   stage, frozen = make(method, mesh)
   states, losses = steps(stage, 3)
   config, _ = setting(data_of())
-  model, variables = encoder.make_model(config, "cross_entropy", 3), first(stage.own)
+  model, variables = encoder.make_model(config, "cross_entropy", 3), first(stage.per_seed)
   forward = jax.jit(lambda x: model.apply(variables, x, train=False)[1])
-  own = jax.tree.map(lambda x: np.asarray(x, np.float64), first(frozen.params)["head"])
+  per_seed = jax.tree.map(lambda x: np.asarray(x, np.float64), first(frozen.params)["head"])
   head = {name: np.asarray(value, np.float64) for name, value in states[0].params.items()}
   if method == "lws":
     assert set(head) == {"scale"}
     np.testing.assert_array_equal(head["scale"], np.ones(3))
   else:
     assert set(head) == {"kernel", "bias"} and head["kernel"].shape == (4, 3)
-    assert not np.allclose(head["kernel"], own["kernel"], atol=0.1)
+    assert not np.allclose(head["kernel"], per_seed["kernel"], atol=0.1)
     np.testing.assert_array_equal(head["bias"], np.zeros(3))
   for number in range(3):
     images = (drawn[number] / 255.0 - 0.5) / 0.25
     features = np.asarray(forward(images.astype(np.float32)), np.float64)
     targets = np.eye(3)[LABELS[indices(drawn[number])]]
-    used = own if method == "lws" else head
+    used = per_seed if method == "lws" else head
     linear = features @ used["kernel"] + used["bias"]
     logits = head["scale"] * linear if method == "lws" else linear
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -200,7 +200,7 @@ def test_the_encoder_stays_as_it_is_bit_for_bit(method, mesh, tmp_path):
   assert stage.name == f"heads/{method}" and stage.num_steps == 6
   assert state.model_state is None and state.bank is None
   for a, b in zip(jax.tree.leaves(before),
-                  jax.tree.leaves((stage.own["params"], stage.own["batch_stats"])),
+                  jax.tree.leaves((stage.per_seed["params"], stage.per_seed["batch_stats"])),
                   strict=True):  # fmt: skip
     np.testing.assert_array_equal(a, b)
   for leaf in jax.tree.leaves(state.params):
@@ -241,8 +241,8 @@ def test_images_are_augmented_anew_at_each_step_but_not_mixed(mesh, monkeypatch)
   monkeypatch.setattr(image_batches, "augmented", watched)
 
   def losses_with(**changes):
-    own = dataclasses.replace(CLASSIFIER.augment, **changes)
-    stage, _ = make("lws", mesh, classifier=dataclasses.replace(CLASSIFIER, augment=own))
+    per_seed = dataclasses.replace(CLASSIFIER.augment, **changes)
+    stage, _ = make("lws", mesh, classifier=dataclasses.replace(CLASSIFIER, augment=per_seed))
     return steps(stage, 2)[1]
 
   assert losses_with() == losses_with(mixup=0.5)
@@ -257,7 +257,7 @@ def test_a_new_head_goes_on_cosine_and_contrastive_encoders_too(mesh):
   for loss in ("ldam", "bcl"):
     stage, frozen = make("crt", mesh, loss=loss)
     assert "bias" not in frozen.params["head"]
-    state = jax.eval_shape(stage.init, jax.random.key(0), first(stage.own))
-    after, metrics = jax.eval_shape(stage.step, state, stage.shared, first(stage.own))
+    state = jax.eval_shape(stage.init, jax.random.key(0), first(stage.per_seed))
+    after, metrics = jax.eval_shape(stage.step, state, stage.shared, first(stage.per_seed))
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert set(metrics) == {"loss"}

@@ -60,8 +60,10 @@ def _tiny_backbone(monkeypatch):
 
 def changed(config, **changes):
   """The config with fields replaced; those of its augmentation by their own names."""
-  own = {n: changes.pop(n) for n in list(changes) if hasattr(config.augment, n)}
-  return dataclasses.replace(config, augment=dataclasses.replace(config.augment, **own), **changes)
+  per_seed = {n: changes.pop(n) for n in list(changes) if hasattr(config.augment, n)}
+  return dataclasses.replace(
+    config, augment=dataclasses.replace(config.augment, **per_seed), **changes
+  )
 
 
 def pictures(labels, seed):
@@ -97,7 +99,9 @@ def steps(stage, number=1, fold=()):
   """States 0 to `number` of one seed, and the metrics of the steps between."""
   everywhere = stage.shared["pixel_mean"].sharding  # as in the loop: one compilation for all steps
   states = [jax.jit(lambda key: stage.init(key, ()), out_shardings=everywhere)(KEY)]
-  step = jax.jit(lambda state, own: stage.step(state, stage.shared, own), out_shardings=everywhere)
+  step = jax.jit(
+    lambda state, per_seed: stage.step(state, stage.shared, per_seed), out_shardings=everywhere
+  )
   metrics = []
   feed = stage.batches and stage.batches(0, 0)
   for _ in range(number):
@@ -245,8 +249,8 @@ def test_mixup_trains_on_mixed_images_with_both_labels(mesh, monkeypatch):
   for number, (images, partner, share) in enumerate(seen):
     labels = batch_labels(number)
     (logits, _), _ = outputs("cross_entropy", states[number], images)
-    own, others = (cross_entropies(logits, y).mean() for y in (labels, labels[partner]))
-    expected = float(share * own + (1 - share) * others)
+    per_seed, others = (cross_entropies(logits, y).mean() for y in (labels, labels[partner]))
+    expected = float(share * per_seed + (1 - share) * others)
     assert metrics[number]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -374,10 +378,10 @@ def test_the_bank_holds_the_features_of_the_batches_and_feeds_semantic_scale(mes
   data = data_of()
   (_, features), _ = outputs("semantic_scale", states[0], normalized(data.train_images))
   for label in range(3):
-    own = features[data.train_labels == label]
-    np.testing.assert_allclose(states[1].bank.prototype[label], own.mean(axis=0), atol=1e-4)
+    per_seed = features[data.train_labels == label]
+    np.testing.assert_allclose(states[1].bank.prototype[label], per_seed.mean(axis=0), atol=1e-4)
     for slot in np.asarray(states[1].bank.slots[label][: min(3, COUNTS[label])]):
-      assert np.abs(own - slot).max(axis=1).min() < 1e-4
+      assert np.abs(per_seed - slot).max(axis=1).min() < 1e-4
 
 
 def test_the_bank_is_split_by_class_and_nothing_else_is(mesh):
@@ -428,7 +432,7 @@ def test_a_fold_trains_as_if_there_was_nothing_but_its_part(mesh, loss):
   data, config = uneven(), changed(CONFIG, batch_size=5, num_epochs=1.0)
   stage = make(mesh, loss, config, data, rows=ROWS)
   for run, rows in enumerate(ROWS):
-    ours, ours_metrics = steps(stage, 2, jax.tree.map(lambda x, run=run: x[run], stage.own))
+    ours, ours_metrics = steps(stage, 2, jax.tree.map(lambda x, run=run: x[run], stage.per_seed))
     alone = make(mesh, loss, config, part_of(data, rows))
     theirs, theirs_metrics = steps(alone, 2)
     assert stage.num_steps == alone.num_steps == 2
@@ -448,8 +452,8 @@ def test_what_is_known_of_a_fold_is_of_its_own_images_alone():
   np.testing.assert_array_equal(known["rows"][1], rows[1])
   np.testing.assert_array_equal(known["rows"][0], [3, 0, 8, 12, 3, 3])  # padding is drawn too
   np.testing.assert_array_equal(known["counts"], [[2, 1, 1], [3, 2, 1]])  # but is not counted
-  for run, own in enumerate((rows[0, :4], rows[1])):
-    images = data.train_images[own]
+  for run, per_seed in enumerate((rows[0, :4], rows[1])):
+    images = data.train_images[per_seed]
     for name, function in (("pixel_mean", np.mean), ("pixel_std", np.std)):
       np.testing.assert_allclose(
         known["statistics"][name][run], function(images, axis=(0, 1, 2)), rtol=1e-4
@@ -465,9 +469,9 @@ def test_every_loss_of_the_table_trains_in_folds(loss, mesh):
   stage = make(
     mesh, loss, changed(CONFIG, batch_size=5), bank=BANK if row.needs_bank else None, rows=ROWS
   )
-  own = jax.tree.map(lambda x: x[0], stage.own)
-  state = jax.eval_shape(stage.init, KEY, own)
-  after, _ = jax.eval_shape(stage.step, state, stage.shared, own)
+  per_seed = jax.tree.map(lambda x: x[0], stage.per_seed)
+  state = jax.eval_shape(stage.init, KEY, per_seed)
+  after, _ = jax.eval_shape(stage.step, state, stage.shared, per_seed)
   assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, after)
   assert stage.evaluate is None
 
@@ -475,10 +479,10 @@ def test_every_loss_of_the_table_trains_in_folds(loss, mesh):
 def test_images_pass_each_encoder_by_the_statistics_of_its_fold(mesh):
   data = uneven()
   stage = make(mesh, data=data, config=changed(CONFIG, batch_size=5), rows=ROWS)
-  states = jax.vmap(stage.init)(jax.random.split(KEY, 2), stage.own)
+  states = jax.vmap(stage.init)(jax.random.split(KEY, 2), stage.per_seed)
   e = SimpleNamespace(config=SimpleNamespace(encoder=ENCODER), dataset=data, mesh=mesh)
   images = data.test_images
-  statistics = stage.own["statistics"]
+  statistics = stage.per_seed["statistics"]
   logits, features = forward_images(e, "cross_entropy", states, images, statistics)
   whole, _ = forward_images(e, "cross_entropy", states, images)
   model = encoder.make_model(ENCODER, "cross_entropy", 3)

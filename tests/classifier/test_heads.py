@@ -66,21 +66,23 @@ def make_setting(run=0, strength=0, fill=ALL, exponent=1.0, loss="csl", **more):
 
 
 def one_head(stage, number=0):
-  return jax.tree.map(lambda x: x[number], stage.own)
+  return jax.tree.map(lambda x: x[number], stage.per_seed)
 
 
 def train_heads(mesh, config, data, settings, steps):
   """(states, metrics [H, steps]) of all heads at once."""
   stage = heads.make_stage("test", config, data, settings, mesh)
-  return training_program(stage.init, stage.step, steps)(data, stage.own)
+  return training_program(stage.init, stage.step, steps)(data, stage.per_seed)
 
 
 @functools.cache
 def training_program(init, step, steps):
   """(data, own) -> (states, metrics [H, steps]), compiled once for all stages that share a step."""
 
-  def of_head(data, own):
-    return jax.lax.scan(lambda state, _: step(state, data, own), init(None, own), length=steps)
+  def of_head(data, per_seed):
+    return jax.lax.scan(
+      lambda state, _: step(state, data, per_seed), init(None, per_seed), length=steps
+    )
 
   return jax.jit(jax.vmap(of_head, in_axes=(None, 0)))
 
@@ -117,8 +119,10 @@ mixture = jax.jit(heads.mixture)
 
 
 def mixture_for(counts, added, setting):
-  own = {name: jnp.asarray(value[0]) for name, value in heads.setting_arrays([setting]).items()}
-  return mixture(jnp.asarray(counts), added, own)
+  per_seed = {
+    name: jnp.asarray(value[0]) for name, value in heads.setting_arrays([setting]).items()
+  }
+  return mixture(jnp.asarray(counts), added, per_seed)
 
 
 @given(
@@ -198,10 +202,10 @@ def test_the_mixture_of_a_fold_is_that_of_the_whole_set(counts, folds, fill, eve
     folds=folds, repeats=1, encoder="frozen", criterion="top1"
   )
   for rows in cross_validation.fold_rows(labels, config)[0]:
-    own = np.bincount(labels[rows[rows >= 0]], minlength=len(counts))
-    part = own.sum() / counts.sum()
-    mixed = mixture_for(own, added, make_setting(fill=fill, share=part))
-    np.testing.assert_allclose(own + mixed.used, part * (counts + whole.used), atol=2)
+    per_seed = np.bincount(labels[rows[rows >= 0]], minlength=len(counts))
+    part = per_seed.sum() / counts.sum()
+    mixed = mixture_for(per_seed, added, make_setting(fill=fill, share=part))
+    np.testing.assert_allclose(per_seed + mixed.used, part * (counts + whole.used), atol=2)
     assert np.argmax(mixed.draw) == np.argmax(whole.draw) == 0
 
 
@@ -214,7 +218,7 @@ def test_mixtures_are_those_of_every_setting(mesh):
   result = heads.mixtures(data, settings)
   assert result.prior.shape == (4, CLASSES)
   stage = heads.make_stage("test", CONFIG, data, settings, mesh)
-  jax.tree.map(np.testing.assert_array_equal, stage.own["mixture"], result)
+  jax.tree.map(np.testing.assert_array_equal, stage.per_seed["mixture"], result)
   for i, setting in enumerate(settings):
     draw, share, used, prior, _ = mixture_of(setting)
     np.testing.assert_array_equal(result.used[i], used)
@@ -232,14 +236,14 @@ def gradients_of(config, mesh):
 
   stage = heads.make_stage("test", config, make_data(), [make_setting()], mesh)
 
-  def of(data, own, step):
-    state = stage.init(None, own).replace(step=step)
+  def of(data, per_seed, step):
+    state = stage.init(None, per_seed).replace(step=step)
 
     def loss(real, added):
       moved = data.replace(
         exemplars=data.exemplars.replace(features=real), added=data.added.replace(features=added)
       )
-      return stage.step(state, moved, own)[1]["loss"]
+      return stage.step(state, moved, per_seed)[1]["loss"]
 
     return jax.grad(loss, argnums=(0, 1))(data.exemplars.features, data.added.features)
 
@@ -248,8 +252,8 @@ def gradients_of(config, mesh):
 
 def gradients(mesh, config, data, setting, step=0):
   """Gradients of a step's loss wrt real [R, N, D] and synthetic features [R, K, M, D]."""
-  own = one_head(heads.make_stage("test", config, data, [setting], mesh))
-  found = gradients_of(config, mesh)(data, own, jnp.asarray(step, jnp.int32))
+  per_seed = one_head(heads.make_stage("test", config, data, [setting], mesh))
+  found = gradients_of(config, mesh)(data, per_seed, jnp.asarray(step, jnp.int32))
   return jax.tree.map(np.asarray, found)
 
 
@@ -452,8 +456,8 @@ def test_the_step_descends_along_the_gradient_of_its_loss(mesh):
   p = softmax(features @ kernel + bias)
   gradient = weight[:, None] * (p - np.eye(CLASSES)[labels])
   stage = heads.make_stage("test", CONFIG, data, [setting], mesh)
-  own = one_head(stage)
-  state, metrics = jax.jit(stage.step)(stage.init(jax.random.key(3), own), data, own)
+  per_seed = one_head(stage)
+  state, metrics = jax.jit(stage.step)(stage.init(jax.random.key(3), per_seed), data, per_seed)
   loss = (weight * -np.log(p[np.arange(len(labels)), labels])).sum()
   assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-4)
   assert int(state.step) == 1
@@ -470,8 +474,8 @@ def test_l2_adds_half_the_squared_kernel_to_the_loss_and_leaves_the_bias(mesh, l
   for strength in (0.0, l2):
     setting = make_setting(1, 1, 6, 0.5, loss, l2=strength)
     stage = heads.make_stage("test", CONFIG, data, [setting], mesh)
-    own = one_head(stage)
-    after.append(jax.jit(stage.step)(stage.init(None, own), data, own))
+    per_seed = one_head(stage)
+    after.append(jax.jit(stage.step)(stage.init(None, per_seed), data, per_seed))
   (plain, plain_metrics), (decayed, metrics) = after
   kernel = np.asarray(data.start["kernel"][1], float)
   expected = plain.params["kernel"] - 0.1 * l2 * kernel
@@ -505,7 +509,7 @@ def test_training_starts_where_the_config_says(mesh, start):
     [make_setting(1, 0, 0, 1.0, "csl"), make_setting(0, 0, 0, 1.0, "csl")],
   )
   stage = heads.make_stage("t", change(start=start), data, settings, mesh)
-  state = jax.vmap(stage.init)(jax.random.split(jax.random.key(0), 2), stage.own)
+  state = jax.vmap(stage.init)(jax.random.split(jax.random.key(0), 2), stage.per_seed)
   for name in ("kernel", "bias"):
     expected = data.start[name][::-1] if start == "encoder" else jnp.zeros_like(data.start[name])
     np.testing.assert_array_equal(state.params[name], expected)
@@ -567,10 +571,10 @@ def test_training_lowers_the_loss(mesh):
   data = make_data()
   config = change(num_steps=60, start="zeros")
   stage = heads.make_stage("t", config, data, [make_setting(0, 0, ALL, 1.0, "cross_entropy")], mesh)
-  own = one_head(stage)
+  per_seed = one_head(stage)
   _, metrics = jax.jit(
-    lambda state: jax.lax.scan(lambda s, _: stage.step(s, data, own), state, None, length=60)
-  )(stage.init(jax.random.key(0), own))
+    lambda state: jax.lax.scan(lambda s, _: stage.step(s, data, per_seed), state, None, length=60)
+  )(stage.init(jax.random.key(0), per_seed))
   loss = np.asarray(metrics["loss"])
   assert loss[-10:].mean() < 0.9 * loss[:10].mean()
 
@@ -584,8 +588,8 @@ def test_accuracy_is_that_on_the_test_features_of_the_run(mesh):
     predicted[run, :wrong] = (predicted[run, :wrong] + 1) % CLASSES
   data = data.replace(test_labels=jnp.asarray(predicted, jnp.int32))
   stage = heads.make_stage("t", CONFIG, data, settings, mesh)
-  state = jax.vmap(stage.init)(jax.random.split(jax.random.key(0), 2), stage.own)
-  metrics = jax.vmap(stage.evaluate, in_axes=(0, None, 0))(state, stage.shared, stage.own)
+  state = jax.vmap(stage.init)(jax.random.split(jax.random.key(0), 2), stage.per_seed)
+  metrics = jax.vmap(stage.evaluate, in_axes=(0, None, 0))(state, stage.shared, stage.per_seed)
   np.testing.assert_allclose(metrics["accuracy"], [2 / 7, 5 / 7], rtol=1e-6)
 
 
@@ -637,7 +641,7 @@ def test_heads_predict_on_the_features_of_their_run_adjusted_by_their_prior():
   made = np.asarray(heads.predict(params, prior, taus, run, features))
   assert made.shape == (4, 5, 60)
   for t, tau in enumerate(taus):
-    for h, own in enumerate(run):
-      logits = features[own] @ params["kernel"][h] + params["bias"][h] - tau * np.log(prior[h])
+    for h, per_seed in enumerate(run):
+      logits = features[per_seed] @ params["kernel"][h] + params["bias"][h] - tau * np.log(prior[h])
       np.testing.assert_array_equal(made[t, h], logits.argmax(axis=-1))
   assert (made[0] != made[1]).any() and (made[1] != made[3]).any()

@@ -162,8 +162,8 @@ def test_one_of_the_methods_is_recommended_on_what_was_held_out(finished):
   made = arrays_of(workdir / "selection" / "predictions.npz")
   assert set(found["scores"]) == set(METHODS) == set(made) - {"label", "example", "run"}
   for method, entry in found["scores"].items():
-    own = [(made[method] == c)[made["label"] == c].mean() for c in range(CLASSES)]
-    assert entry["score"] == pytest.approx(np.mean(own))
+    per_seed = [(made[method] == c)[made["label"] == c].mean() for c in range(CLASSES)]
+    assert entry["score"] == pytest.approx(np.mean(per_seed))
     number = len(EXPONENTS) * len(L2)
     number *= 1 if method.startswith("real+") else 2  # fills
     number *= len(TAUS) if method.endswith("+logit_adjustment") else 1
@@ -296,10 +296,10 @@ def test_unseen_exemplars_stand_in_the_place_of_training_ones_of_their_class(exp
   for seed in (0, 1):
     for c, count in enumerate(COUNTS):
       unseen = left_out[unseen_labels == c][:count]
-      own = np.asarray(made.features[seed])[labels == c]
-      np.testing.assert_allclose(own[: len(unseen)], unseen, rtol=1e-4, atol=1e-4)
+      per_seed = np.asarray(made.features[seed])[labels == c]
+      np.testing.assert_allclose(per_seed[: len(unseen)], unseen, rtol=1e-4, atol=1e-4)
       np.testing.assert_allclose(
-        own[len(unseen) :], train[labels == c][len(unseen) :], rtol=1e-4, atol=1e-4
+        per_seed[len(unseen) :], train[labels == c][len(unseen) :], rtol=1e-4, atol=1e-4
       )
   # The largest class keeps its own, since nothing of it was left out.
   assert not (unseen_labels == 0).any()
@@ -366,10 +366,10 @@ def test_own_heads_of_folds_are_adjusted_by_what_their_fold_has_seen():
   plain, adjusted = [], [[] for _ in TAUS]
   for run, row in enumerate(held_out):
     for position in np.flatnonzero(row >= 0):
-      own = logits[run, position]
-      plain.append(own.argmax())
+      per_seed = logits[run, position]
+      plain.append(per_seed.argmax())
       for made, tau in zip(adjusted, TAUS, strict=True):
-        made.append((own - tau * np.log(counts[run] / 100)).argmax())
+        made.append((per_seed - tau * np.log(counts[run] / 100)).argmax())
   assert len({str(made) for made in (plain, *adjusted)}) == 1 + len(TAUS)
   settings, predictions = found["own_head"]
   assert settings == [Choice()]
@@ -400,12 +400,12 @@ def test_a_recommended_head_is_in_the_units_of_the_encoder(method, tmp_path):
   rng = np.random.default_rng(1)
   made = rng.gamma(2.0, size=(1, 30, DIM)).astype(np.float32)
   head = {"kernel": rng.normal(size=(1, DIM, 3)), "bias": rng.normal(size=(1, 3))}
-  own = jax.tree.map(lambda x: x.astype(np.float32), head)
+  per_seed = jax.tree.map(lambda x: x.astype(np.float32), head)
   mean, scale = made.mean(axis=1), made.std(axis=1)
   standardizer = feature_space.fit_standardizer(made[0], jnp.ones(30, bool))
   inside = {
-    "kernel": own["kernel"] * scale[:, :, None],
-    "bias": own["bias"] + np.einsum("sd,sdc->sc", mean, own["kernel"]),
+    "kernel": per_seed["kernel"] * scale[:, :, None],
+    "bias": per_seed["bias"] + np.einsum("sd,sdc->sc", mean, per_seed["kernel"]),
   }
   counts = np.array([20, 8, 2])
   e = SimpleNamespace(
@@ -420,9 +420,9 @@ def test_a_recommended_head_is_in_the_units_of_the_encoder(method, tmp_path):
   evaluation.save_recommended_head(e, SimpleNamespace(runs=runs), scored, method, choices)
   saved = arrays_of(tmp_path / "recommended_head.npz")
   assert saved["class_names"].tolist() == ["x", "y", "z"]
-  expected = own["bias"] - (0.5 * np.log(counts / 30) if method.endswith("adjustment") else 0)
+  expected = per_seed["bias"] - (0.5 * np.log(counts / 30) if method.endswith("adjustment") else 0)
   factor = 2 if method == "memdiff+csl" else 1
-  np.testing.assert_allclose(saved["kernel"], factor * own["kernel"], rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(saved["kernel"], factor * per_seed["kernel"], rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(saved["bias"], factor * expected, rtol=1e-3, atol=1e-3)
 
 
@@ -599,7 +599,7 @@ def selected(experiment, monkeypatch):
 
   def draw(stage, run, folder):
     rng = np.random.default_rng(1)
-    shapes = jax.tree.map(np.shape, stage.own["start"], is_leaf=lambda x: hasattr(x, "shape"))
+    shapes = jax.tree.map(np.shape, stage.per_seed["start"], is_leaf=lambda x: hasattr(x, "shape"))
     made["params"] = {
       name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()
     }
@@ -623,7 +623,7 @@ def test_every_candidate_is_judged_by_its_own_heads_and_the_prior_of_its_fold(
 ):
   folds, settings, stage, params, predictions = selected(name)
   assert list(predictions) == list(LOSSES)
-  features, prior = np.asarray(folds.features), np.asarray(stage.own["mixture"].prior)
+  features, prior = np.asarray(folds.features), np.asarray(stage.per_seed["mixture"].prior)
   for loss in LOSSES:
     choices = methods.candidates(experiment, name, loss)
     assert len(predictions[loss]) == len(choices)
@@ -660,7 +660,7 @@ def test_folds_know_what_they_train_on_and_their_prior_is_that(selected, experim
     held = labels[folds.held_out[run][folds.held_out[run] >= 0]]
     np.testing.assert_array_equal(folds.counts[run], COUNTS - np.bincount(held, minlength=CLASSES))
   assert (folds.counts[0] != folds.counts[1]).any()
-  for setting, prior in zip(settings, np.asarray(stage.own["mixture"].prior), strict=True):
+  for setting, prior in zip(settings, np.asarray(stage.per_seed["mixture"].prior), strict=True):
     drawn = folds.counts[setting.run] ** setting.exponent
     np.testing.assert_allclose(prior, drawn / drawn.sum(), rtol=1e-5)
 
@@ -670,7 +670,7 @@ def test_folds_are_filled_as_far_as_their_share_of_the_training_set_goes(selecte
   folds, settings, stage, *_ = selected("duplicate")
   made = np.where(COUNTS < 10, np.maximum(FILL - COUNTS, 0), 0)
   assert {s.fill for s in settings} == {7, FILL}
-  for setting, used in zip(settings, np.asarray(stage.own["mixture"].used), strict=True):
+  for setting, used in zip(settings, np.asarray(stage.per_seed["mixture"].used), strict=True):
     counts = folds.counts[setting.run]
     share = counts.sum() / COUNTS.sum()
     assert setting.share == pytest.approx(share)
@@ -688,8 +688,10 @@ def test_folds_have_random_streams_of_their_own(selected, experiment):
     assert len(np.unique(np.concatenate(keys), axis=0)) == 4
   space = feature_store.load_space(experiment)
   choices, _ = feature_store.load_selection(experiment)
-  own = feature_heads.head_training(experiment, space, choices, "real").stage.own
-  assert not set(np.asarray(own["stream"]).tolist()) & set(np.asarray(stage.own["stream"]).tolist())
+  per_seed = feature_heads.head_training(experiment, space, choices, "real").stage.per_seed
+  assert not set(np.asarray(per_seed["stream"]).tolist()) & set(
+    np.asarray(stage.per_seed["stream"]).tolist()
+  )
 
 
 def test_heads_do_not_depend_on_the_number_or_order_of_seeds_and_losses(experiment):
@@ -711,19 +713,19 @@ def test_heads_do_not_depend_on_the_number_or_order_of_seeds_and_losses(experime
     )
     e = dataclasses.replace(experiment, config=config)
     trained = feature_heads.head_training(e, part, choices, "real")
-    own = {name: v for name, v in trained.stage.own.items() if name != "run"}
+    per_seed = {name: v for name, v in trained.stage.per_seed.items() if name != "run"}
     return {
-      (loss, config.seeds[s.run]): jax.tree.map(lambda x, i=i: np.asarray(x[i]), own)
+      (loss, config.seeds[s.run]): jax.tree.map(lambda x, i=i: np.asarray(x[i]), per_seed)
       for i, (loss, s) in enumerate(zip(trained.losses, trained.settings, strict=True))
     }
 
   everything = of((0, 1), LOSSES)
   assert len(everything) == 4
   for part in (of((1,), LOSSES), of((1, 0), LOSSES[::-1]), of((0,), LOSSES[1:])):
-    for key, own in part.items():
-      jax.tree.map(np.testing.assert_array_equal, own, everything[key])
-  own = everything["cross_entropy", 0], everything["cross_entropy", 1]
-  assert own[0]["seed"] != own[1]["seed"]
+    for key, per_seed in part.items():
+      jax.tree.map(np.testing.assert_array_equal, per_seed, everything[key])
+  per_seed = everything["cross_entropy", 0], everything["cross_entropy", 1]
+  assert per_seed[0]["seed"] != per_seed[1]["seed"]
 
 
 @pytest.mark.parametrize("name", ["real", "memdiff", "oracle"])
@@ -733,7 +735,7 @@ def test_heads_are_read_as_they_were_trained_each_loss_by_itself(experiment, nam
   trained = feature_heads.head_training(experiment, space, choices, name)
   folder = experiment.workdir.folder("heads") / name
   params = loop.train(trained.stage, trained.run, folder).params  # it is finished
-  prior = np.asarray(trained.stage.own["mixture"].prior)
+  prior = np.asarray(trained.stage.per_seed["mixture"].prior)
   found = feature_heads.final_heads(experiment, choices, name)
   assert list(found) == list(LOSSES)
   for i, (loss, setting) in enumerate(zip(trained.losses, trained.settings, strict=True)):

@@ -27,21 +27,21 @@ def make_stage(bad=(), *, gradient=False):
 
   With `gradient` the loss stays a number and its gradient alone is none.
   """
-  own = {"seed": jnp.asarray(SEEDS, jnp.int32)}
+  per_seed = {"seed": jnp.asarray(SEEDS, jnp.int32)}
 
   def init(key, _):
     return train_state.create(key, {"w": jnp.ones((3,))}, OPTIMIZER)
 
-  def batch(state, shared, own):
+  def batch(state, shared, per_seed):
     del shared
     x = jax.random.normal(stream(state.key, "x", state.step), (4, 3))
     hit = jnp.array(False)
     for step, seed in bad:
-      hit |= (state.step == step) & (own["seed"] == seed)
+      hit |= (state.step == step) & (per_seed["seed"] == seed)
     return {"x": x, "hit": hit, "parts": (jnp.where(hit, jnp.nan, 1.0), state.step)}
 
-  def step(state, shared, own):
-    drawn = batch(state, shared, own)
+  def step(state, shared, per_seed):
+    drawn = batch(state, shared, per_seed)
     scale = drawn["parts"][0]
 
     def loss_of(params):
@@ -53,17 +53,17 @@ def make_stage(bad=(), *, gradient=False):
     loss, gradients = jax.value_and_grad(loss_of)(state.params)
     return train_state.apply_gradients(state, gradients, OPTIMIZER), {"loss": loss}
 
-  return Stage("noise", STEPS, init, batch, step, None, (), own, batch_size=4)
+  return Stage("noise", STEPS, init, batch, step, None, (), per_seed, batch_size=4)
 
 
 def by_hand(stage, seed, skipped=()):
   """Plain steps of one seed, without those that are skipped."""
   number = SEEDS.index(seed)
-  own = jax.tree.map(lambda x: x[number], stage.own)
-  state = stage.init(base_keys(SEEDS, stage.name)[number], own)
+  per_seed = jax.tree.map(lambda x: x[number], stage.per_seed)
+  state = stage.init(base_keys(SEEDS, stage.name)[number], per_seed)
   step = jax.jit(stage.step)
   for i in range(STEPS):
-    state = state.replace(step=state.step + 1) if i in skipped else step(state, (), own)[0]
+    state = state.replace(step=state.step + 1) if i in skipped else step(state, (), per_seed)[0]
   return state
 
 

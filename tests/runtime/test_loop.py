@@ -50,35 +50,35 @@ def make_stage(poison=None, num_steps=STEPS):
   """Noisy linear regression with shared and own data; `poison` is (step, seed) of a NaN loss."""
   rng = np.random.default_rng(0)
   shared = {"x": jnp.asarray(rng.normal(size=(32, 3)), jnp.float32)}
-  own = {
+  per_seed = {
     "y": jnp.asarray(rng.normal(size=(2, 32)), jnp.float32),
     "seed": jnp.asarray(SEEDS, jnp.int32),
   }
 
-  def init(key, own):
-    del own
+  def init(key, per_seed):
+    del per_seed
     return train_state.create(key, {"w": jax.random.normal(stream(key, "w"), (3,))}, OPTIMIZER)
 
-  def batch(state, shared, own):
+  def batch(state, shared, per_seed):
     noise = jax.random.normal(stream(state.key, "noise", state.step), (32,))
-    return {"x": shared["x"], "y": own["y"], "noise": noise}
+    return {"x": shared["x"], "y": per_seed["y"], "noise": noise}
 
-  def step(state, shared, own):
-    noise = batch(state, shared, own)["noise"]
+  def step(state, shared, per_seed):
+    noise = batch(state, shared, per_seed)["noise"]
 
     def loss_of(params):
-      return jnp.mean((shared["x"] @ params["w"] - own["y"] - 0.1 * noise) ** 2)
+      return jnp.mean((shared["x"] @ params["w"] - per_seed["y"] - 0.1 * noise) ** 2)
 
     loss, gradients = jax.value_and_grad(loss_of)(state.params)
     if poison is not None:
-      bad = (state.step == poison[0]) & (own["seed"] == poison[1])
+      bad = (state.step == poison[0]) & (per_seed["seed"] == poison[1])
       loss = jnp.where(bad, jnp.nan, loss)
     return train_state.apply_gradients(state, gradients, OPTIMIZER), {"loss": loss}
 
-  def evaluate(state, shared, own):
-    return {"error": jnp.mean(jnp.abs(shared["x"] @ state.params["w"] - own["y"]))}
+  def evaluate(state, shared, per_seed):
+    return {"error": jnp.mean(jnp.abs(shared["x"] @ state.params["w"] - per_seed["y"]))}
 
-  return Stage("toy", num_steps, init, batch, step, evaluate, shared, own, batch_size=32)
+  return Stage("toy", num_steps, init, batch, step, evaluate, shared, per_seed, batch_size=32)
 
 
 def make_run(mesh, progress=None, per_dispatch=5, keep=2, **changes):
@@ -119,15 +119,15 @@ def test_the_loop_equals_plain_steps(mesh, uninterrupted):
   step, evaluate = jax.jit(stage.step), jax.jit(stage.evaluate)
   trained, losses, errors = [], [], []
   for number, key in enumerate(base_keys(SEEDS, "toy")):
-    own = jax.tree.map(lambda x, number=number: x[number], stage.own)
-    one = stage.init(key, own)
+    per_seed = jax.tree.map(lambda x, number=number: x[number], stage.per_seed)
+    one = stage.init(key, per_seed)
     history, errors_of_seed = [], []
     for i in range(STEPS):
       if i % 5 == 0:
-        errors_of_seed.append(float(evaluate(one, stage.shared, own)["error"]))
-      one, metrics = step(one, stage.shared, own)
+        errors_of_seed.append(float(evaluate(one, stage.shared, per_seed)["error"]))
+      one, metrics = step(one, stage.shared, per_seed)
       history.append(float(metrics["loss"]))
-    errors_of_seed.append(float(evaluate(one, stage.shared, own)["error"]))
+    errors_of_seed.append(float(evaluate(one, stage.shared, per_seed)["error"]))
     trained.append(one.params["w"])
     losses.append(history)
     errors.append(errors_of_seed)
@@ -390,9 +390,9 @@ def test_the_checkpoint_before_a_bad_loss_is_intact(mesh, tmp_path, uninterrupte
 def test_the_first_bad_step_is_named(mesh, tmp_path):
   healthy = make_stage().step
 
-  def step(state, shared, own):
-    state, metrics = healthy(state, shared, own)
-    first = jnp.where(own["seed"] == 3, 14, 12)  # the later seed turns bad first
+  def step(state, shared, per_seed):
+    state, metrics = healthy(state, shared, per_seed)
+    first = jnp.where(per_seed["seed"] == 3, 14, 12)  # the later seed turns bad first
     return state, {"loss": jnp.where(state.step > first, jnp.inf, metrics["loss"])}
 
   stage = dataclasses.replace(make_stage(), step=step)

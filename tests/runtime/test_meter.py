@@ -69,7 +69,13 @@ def test_one_step_is_counted_whatever_a_dispatch_holds(mesh):
     run = support.make_run(mesh, SEEDS, number)
     alive, count = np.ones(2, bool), np.int32(number)
     lowered = programs.make_dispatch(stage, run).lower(
-      programs.make_init(stage, run)(), alive, stage.shared, stage.own, None, count, at_most=number
+      programs.make_init(stage, run)(),
+      alive,
+      stage.shared,
+      stage.per_seed,
+      None,
+      count,
+      at_most=number,
     )
     flops.append(lowered.compile().cost_analysis()["flops"])
   assert flops[0] == pytest.approx(flops[1], rel=0.01) and flops[0] > 0

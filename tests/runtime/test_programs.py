@@ -55,8 +55,8 @@ def counted_compiles():
 
 def other(stage):
   """A stage of the same functions with other data and another name."""
-  shared, own = jax.tree.map(lambda x: x + 1, (stage.shared, stage.own))
-  return dataclasses.replace(stage, name="other", shared=shared, own=own)
+  shared, per_seed = jax.tree.map(lambda x: x + 1, (stage.shared, stage.per_seed))
+  return dataclasses.replace(stage, name="other", shared=shared, per_seed=per_seed)
 
 
 def check_close(one, another):
@@ -105,7 +105,9 @@ def test_data_of_another_shape_are_another_program(mesh, tmp_path):
 def test_a_shared_program_still_names_the_stage_that_went_wrong(mesh, tmp_path):
   stage = make_stage()
   train(mesh, tmp_path / "first", stage, 5)
-  bad = dataclasses.replace(other(stage), own=stage.own | {"y": stage.own["y"].at[1].set(jnp.nan)})
+  bad = dataclasses.replace(
+    other(stage), per_seed=stage.per_seed | {"y": stage.per_seed["y"].at[1].set(jnp.nan)}
+  )
   with pytest.raises(NonFiniteError, match=r"Stage other: loss became nan at step 0 \(seed 7\)"):
     train(mesh, tmp_path / "bad", bad, 5)
 
@@ -189,7 +191,12 @@ def test_a_program_of_seeds_one_by_one_is_that_of_one_seed(mesh):
     stage = dataclasses.replace(stage, one_by_one=one_by_one)
     run = support.make_run(mesh, SEEDS, 2)
     arguments = (
-      programs.make_init(stage, run)(), np.ones(2, bool), stage.shared, stage.own, None, np.int32(2)
+      programs.make_init(stage, run)(),
+      np.ones(2, bool),
+      stage.shared,
+      stage.per_seed,
+      None,
+      np.int32(2),
     )  # fmt: skip
     lowered = programs.make_dispatch(stage, run).lower(*arguments, at_most=2)
     flops.append(lowered.compile().cost_analysis()["flops"])

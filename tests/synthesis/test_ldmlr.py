@@ -165,15 +165,15 @@ def test_mended_minibatches_are_drawn_at_random():
 
 @pytest.mark.parametrize("name", BOTH)
 def test_rows_keep_features_with_their_labels_and_padding_last(name, mesh):
-  own = make_stage(name, mesh).own
+  per_seed = make_stage(name, mesh).per_seed
   for run in (0, 1):
     exemplars, count = make_exemplars(run), sum(COUNTS)
     units = np.asarray(ldmlr.to_denoiser(ROWS[name], STANDARDIZER, jnp.asarray(exemplars.features)))
     expected = np.concatenate([units, exemplars.labels[:, None]], axis=1)
-    labels = np.asarray(own.labels[run])
-    mine = np.concatenate([own.features[run], labels[:, None]], axis=1)
+    labels = np.asarray(per_seed.labels[run])
+    mine = np.concatenate([per_seed.features[run], labels[:, None]], axis=1)
     assert sorted(mine.tolist()) == sorted(expected.tolist())
-    assert own.count[run] == count and (labels[:count] < CLASSES).all()
+    assert per_seed.count[run] == count and (labels[:count] < CLASSES).all()
     assert 0 < (labels[:20] == 1).sum() < 12  # classes are mixed
 
 
@@ -182,13 +182,13 @@ def test_rows_keep_features_with_their_labels_and_padding_last(name, mesh):
 
 def train(stage, num_steps):
   """The first run: its state and losses."""
-  own = jax.tree.map(lambda leaf: leaf[0], stage.own)
+  per_seed = jax.tree.map(lambda leaf: leaf[0], stage.per_seed)
 
   @jax.jit
   def steps(state):
-    return jax.lax.scan(lambda s, _: stage.step(s, stage.shared, own), state, None, num_steps)
+    return jax.lax.scan(lambda s, _: stage.step(s, stage.shared, per_seed), state, None, num_steps)
 
-  state, metrics = steps(jax.jit(stage.init)(jax.random.key(0), own))
+  state, metrics = steps(jax.jit(stage.init)(jax.random.key(0), per_seed))
   return state, np.asarray(metrics["loss"])
 
 
@@ -255,11 +255,11 @@ def test_the_published_row_weighs_small_noise_and_the_mended_all_noise_alike(mes
   abar, t = NoiseSchedule(schedule).alphas_bar, np.arange(8)
   for name in BOTH:
     stage = make_stage(name, mesh, schedule=schedule, batch_size=4000)
-    own = jax.tree.map(lambda leaf: leaf[0], stage.own)
-    state = jax.jit(stage.init)(jax.random.key(0), own)
+    per_seed = jax.tree.map(lambda leaf: leaf[0], stage.per_seed)
+    state = jax.jit(stage.init)(jax.random.key(0), per_seed)
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    loss = float(jax.jit(stage.step)(state.replace(params=zeros), (), own)[1]["loss"])
-    x0 = np.asarray(own.features, float)[: int(own.count)]
+    loss = float(jax.jit(stage.step)(state.replace(params=zeros), (), per_seed)[1]["loss"])
+    x0 = np.asarray(per_seed.features, float)[: int(per_seed.count)]
     error = ((t[:, None, None] / 8 - x0[None]) ** 2).mean(axis=(1, 2))
     weight = abar / (1 - abar) if name == "ldmlr_published" else 1.0
     assert loss == pytest.approx(np.mean(weight * error), rel=0.1), name

@@ -58,7 +58,7 @@ def long_tail_profile(
 
   Returns:
     One axes with two bar containers (real, synthetic), from the largest class to the smallest. The
-    axis is logarithmic only where the largest class is over 100 times the smallest non-empty one.
+    axis is logarithmic only if the largest class is over 100 times the smallest non-empty one.
   """
   real, synthetic = np.asarray(train_counts, float), np.asarray(synthetic_counts, float)
   order = by_count(real)
@@ -160,7 +160,7 @@ def gap_closed(rows: Sequence[tuple[str, float, Sequence[float]]]) -> Figure:
 
 
 def _name_classes(axes: Axes, names: Sequence[str], counts: np.ndarray | None) -> None:
-  """Labels the class axis with names, or with class ranks where there are too many."""
+  """Labels the class axis with names, or with class ranks if there are too many."""
   axes.set_xlim(-0.6, max(len(names) - 0.4, 0.6))
   if len(names) > MAX_NAMED_CLASSES:
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -217,7 +217,7 @@ def _label_bars(axes: Axes, position: np.ndarray, real: np.ndarray, synthetic: n
 
 
 def _method_styles(methods: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
-  """A look per method: its generator's own where it has one that no other of them claims."""
+  """A look per method: its generator's own if it has one that no other of them claims."""
   names = [method if method in _METHOD_STYLES else Method(method).generator for method in methods]
   fixed = {
     method: _METHOD_STYLES[name]

@@ -30,7 +30,7 @@ def confidence_histogram(
   quantile bands over the classes.
 
   Args:
-    confidence: [S], usually in [0, 1]; the axis widens where values lie outside.
+    confidence: [S], usually in [0, 1]; the axis widens if values lie outside.
     labels: [S], the class of each synthetic feature.
     class_names: [C].
   """
@@ -58,7 +58,7 @@ def reliability(confidence: ArrayLike, distance: ArrayLike, num_bins: int = 10) 
   Args:
     confidence: [M].
     distance: [M] to the nearest unseen real feature, 1 as near as those are to each other; NaN
-      where there is none.
+      if there is none.
     num_bins: groups of equal size by confidence.
   """
   confidence, distance = np.asarray(confidence, float), np.asarray(distance, float)
