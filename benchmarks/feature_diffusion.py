@@ -53,7 +53,7 @@ from memdiff import config as config_lib
 from memdiff.classifier import encoder, encoder_training
 from memdiff.diffusion import objectives
 from memdiff.diffusion.schedules import NoiseSchedule
-from memdiff.evaluation.feature_metrics import mmd
+from memdiff.evaluation import feature_metrics
 from memdiff.experiments.feature_settings import MemdiffConfig
 from memdiff.memory import feature_space, memory_bank
 from memdiff.runtime import mesh as mesh_lib
@@ -299,11 +299,22 @@ def fastest_torch(times: Mapping[str, Timing]) -> str | None:
 
 def quality(work: Workload, samples: np.ndarray) -> float:
   """MMD to the held-out real features, class by class, averaged over the tail classes."""
-  labels = work.data.left_out_labels
-  return float(
-    np.mean(
-      [mmd(work.left_out[labels == c], samples[work.labels == c]) for c in np.unique(work.labels)]
-    )
+  unseen = work.data.left_out_labels
+  values = [
+    mmd(work.left_out[unseen == c], samples[work.labels == c]) for c in np.unique(work.labels)
+  ]
+  return float(np.mean(values))
+
+
+def mmd(real: np.ndarray, samples: np.ndarray) -> float:
+  """Squared MMD to real features of a class, by the median bandwidth of those."""
+  within = feature_metrics.squared_distances(real, real)
+  between = feature_metrics.squared_distances(real, samples)
+  return feature_metrics.mmd(
+    within,
+    feature_metrics.squared_distances(samples, samples),
+    between,
+    feature_metrics.median_bandwidth(within),
   )
 
 
@@ -559,7 +570,7 @@ def run(rounds: int, quick: bool) -> tuple[list[Row], dict[str, Any]]:
     print(f"[{time.perf_counter() - began:4.0f} s] {text}", flush=True)
 
   say("training an encoder on digits")
-  work, encoder_training = prepare(encoder_steps=200 if quick else 1000)
+  work, encoder_run = prepare(encoder_steps=200 if quick else 1000)
   if with_torch:
     differences = result["torch_disagreement"] = disagreement(work)
     say("largest differences: " + ", ".join(f"{n} {x:.1e}" for n, x in differences.items()))
@@ -593,7 +604,7 @@ def run(rounds: int, quick: bool) -> tuple[list[Row], dict[str, Any]]:
 
   say("timing the encoder with and without the bank's update")
   seeds = (_SEEDS[:1],) if quick else (_SEEDS[:1], _SEEDS)
-  times = time_encoder(work, encoder_training, 4 * rounds, seeds)  # short calls, small difference
+  times = time_encoder(work, encoder_run, 4 * rounds, seeds)  # short calls, small difference
   rows += bank_rows(times)
   result["encoder"] = {name: clock.as_dict() for name, clock in times.items()}
   result["seconds"] = time.perf_counter() - began

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import aot, confidence, isolating, streaming
+from benchmarks import aot, confidence, isolating, speed_tables, streaming
 from benchmarks.faults import page as faults
 from memdiff.runtime.workdir import write_atomically, write_json
 
@@ -54,6 +54,22 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "recommendations": lambda: isolating.recommendations_table(_settings()),
     "ldmlr": lambda: isolating.judged_table(load("isolating_ldmlr")),
     "joint": lambda: isolating.joint_table(load("isolating_digits_joint")),
+  },
+  "docs/results/classification.md": {
+    "machine": lambda: speed_tables.machine(load("classifier_speed")),
+    "speed": lambda: speed_tables.measured(load("classifier_speed")["table"]),
+  },
+  "docs/results/feature_diffusion.md": {
+    "machine": lambda: speed_tables.machine(load("feature_diffusion")),
+    "speed": lambda: speed_tables.measured(load("feature_diffusion")["table"]),
+  },
+  "docs/results/peers.md": {
+    "machine": lambda: speed_tables.machine(load("peers")),
+    "LDMLR": lambda: speed_tables.measured(load("peers")["LDMLR"]["table"]),
+    "LDMLR profile": lambda: speed_tables.profile(load("peers"), "LDMLR"),
+    "CSL-P3": lambda: speed_tables.measured(load("peers")["CSL-P3"]["table"]),
+    "CSL-P3 profile": lambda: speed_tables.profile(load("peers"), "CSL-P3"),
+    "banks": lambda: speed_tables.banks(load("bank_scaling")),
   },
   "docs/results/streaming.md": {
     "costs": lambda: streaming.cost_table(load("streaming")["costs"]),

@@ -28,7 +28,7 @@ import torch
 from flax import linen as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import timing, torch_peers
+from benchmarks import speed_tables, timing, torch_peers
 from benchmarks.timing import Row, interleave, speedup
 from benchmarks.training import Training
 from configs.digits_lt import get_config
@@ -294,36 +294,20 @@ def _rows(peer: Peer, what: str, unit: str, times, target: float) -> list[Row]:
   return rows
 
 
-def profile_table(result: Mapping[str, Any], peer: str) -> str:
-  """Operations per example and their rate, in Markdown."""
-  lines = [
-    "| | | operations per example | operations/s | of a matrix product's |",
-    "|---|---|---|---|---|",
-  ]
-  for row in result[peer]["profile"]:
-    share = row["operations_per_second"] / result["matmul_rate"]
-    lines.append(
-      f"| {row['what']} | {row['who']} | {row['operations'] / 1e6:,.3g} M"
-      f" | {row['operations_per_second'] / 1e9:,.0f} G | {share:.0%} |"
-    )
-  return "\n".join(lines)
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--json", type=pathlib.Path, help="write versions, hardware and all rounds")
   parser.add_argument("--rounds", type=int, default=5, help="repeats of every measurement")
   arguments = parser.parse_args()
   config = config_lib.build(MemdiffConfig, get_config("full").to_dict())
-  rows, result = [], {**timing.environment(), "matmul_rate": matmul_rate(arguments.rounds)}
+  result = {**timing.environment(), "matmul_rate": matmul_rate(arguments.rounds)}
   for peer in PEERS:
     print(f"timing against {peer.name}", flush=True)
     found, result[peer.name] = measure(peer, config, arguments.rounds)
     print(timing.table(found) + "\n", flush=True)
-    print(profile_table(result, peer.name) + "\n", flush=True)
-    rows += found
+    print(speed_tables.profile(result, peer.name), flush=True)
+    result[peer.name]["table"] = [dataclasses.asdict(row) for row in found]
   if arguments.json:
-    result["table"] = [dataclasses.asdict(row) for row in rows]
     arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
