@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import speed_tables, timing, torch_peers
 from benchmarks.timing import Row, interleave, speedup
-from benchmarks.training import Training
+from benchmarks.training import Training, step_flops
 from configs.digits_lt import get_config
 from memdiff import config as config_lib
 from memdiff.diffusion.schedules import NoiseSchedule
@@ -38,7 +38,6 @@ from memdiff.experiments.feature_settings import MemdiffConfig
 from memdiff.memory import feature_space, memory_bank
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import base_keys
-from memdiff.runtime.stage import Stage
 from memdiff.synthesis import feature_diffusion, hallucination
 from memdiff.synthesis.hallucination import TrainedDenoiser
 from memdiff.synthesis.unet1d import UNet1D
@@ -215,13 +214,6 @@ def measure_whole(setting: Setting, params: Any) -> tuple[list[Row], list[dict[s
     operations = steps * denoising_flops(setting, params, labels)
     profile.append(_profiled(what, "ours", operations, len(labels) / clock.median))
   return rows, profile
-
-
-def step_flops(stage: Stage) -> float:
-  """Operations of a training step of one seed, as XLA counts them."""
-  per_seed = jax.tree.map(lambda x: x[0], stage.per_seed)
-  state = jax.eval_shape(stage.init, jax.random.key(0), per_seed)
-  return float(jax.jit(stage.step).lower(state, stage.shared, per_seed).cost_analysis()["flops"])
 
 
 def denoising_flops(setting: Setting, params: Any, labels: np.ndarray) -> float:

@@ -107,13 +107,13 @@ def record(path: pathlib.Path) -> None:
   print(f"{len(found):,} numbers in {path}")
 
 
-def compare(first: pathlib.Path, second: pathlib.Path) -> int:
+def compare(first: pathlib.Path, second: pathlib.Path, tolerance: float) -> int:
   """Prints what differs; the number of differences."""
   ours, theirs = (json.loads(path.read_text(encoding="utf-8")) for path in (first, second))
   different = [f"only in one: {name}" for name in sorted(ours.keys() ^ theirs.keys())]
   for name in sorted(ours.keys() & theirs.keys()):
     a, b = ours[name], theirs[name]
-    if not math.isclose(a, b, rel_tol=_TOLERANCE.value) and not (math.isnan(a) and math.isnan(b)):
+    if not math.isclose(a, b, rel_tol=tolerance) and not (math.isnan(a) and math.isnan(b)):
       different.append(f"{name}: {a} and {b}")
   print("\n".join(different[:50]))
   print(f"{len(different):,} of {len(ours.keys() | theirs.keys()):,} numbers differ")
@@ -126,7 +126,8 @@ def main(arguments: list[str]) -> None:
     case ["record", path]:
       record(pathlib.Path(path))
     case ["compare", first, second]:
-      raise SystemExit(compare(pathlib.Path(first), pathlib.Path(second)) > 0)
+      different = compare(pathlib.Path(first), pathlib.Path(second), _TOLERANCE.value)
+      raise SystemExit(different > 0)
     case _:
       raise app.UsageError("record FILE, or compare FILE FILE")
 

@@ -55,3 +55,10 @@ class Training:
   def train_until(self, step: int) -> None:
     while self.done < step:
       jax.block_until_ready(self())
+
+
+def step_flops(stage: Stage) -> float:
+  """Operations of one optimiser step of one seed, as XLA counts them in a program without loop."""
+  per_seed = jax.tree.map(lambda x: x[0], stage.per_seed)
+  state = jax.eval_shape(stage.init, jax.random.key(0), per_seed)
+  return float(jax.jit(stage.step).lower(state, stage.shared, per_seed).cost_analysis()["flops"])

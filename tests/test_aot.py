@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import aot
+from benchmarks import aot, aot_programs, compiled_program
 from input_pipeline.streaming import Order, StreamConfig, train_batches
 from tests import support
 
@@ -26,9 +26,9 @@ def child() -> None:
   config.classifier.loss = "semantic_scale"  # it keeps a bank while it trains
   config.classifier.batch_size = config.diffusion.batch_size = BATCH  # fewer rows than the bank has
   config.hallucination.chunk_size = config.head.training.batch_size = BATCH
-  settings, data = aot.load(config.to_dict())
+  settings, data = aot_programs.load(config.to_dict())
   mesh, found = aot.make_mesh(""), {}
-  for program in aot.programs(settings, data, mesh, "replicated"):
+  for program in aot_programs.programs(settings, data, mesh, "replicated"):
     compiled = program.lower().compile()
     found[program.name] = {"bank": aot.bank_bytes(program.bank), "text": compiled.as_text()}
   print(json.dumps(found))
@@ -54,9 +54,9 @@ def test_every_device_holds_its_part_of_the_bank(phases):
 def test_no_phase_gathers_the_bank(phases):
   slots = jax.ShapeDtypeStruct((1, ROWS, SLOTS, DIM), jnp.float32)
   for name, phase in phases.items():
-    sent = aot.collectives(phase["text"])
+    sent = compiled_program.collectives(phase["text"])
     assert sent, name
-    assert not aot.gathers_bank(phase["text"], slots), name
+    assert not compiled_program.gathers_bank(phase["text"], slots), name
     for kind, arrays in sent:
       for _, shape in arrays:
         assert shape[-3:] not in {(ROWS, SLOTS, DIM), (ROWS, SLOTS + 2, DIM)}, (name, kind)
@@ -72,19 +72,19 @@ def test_no_phase_gathers_the_bank(phases):
 )  # fmt: skip
 def test_a_gathered_bank_is_noticed(shape, whole):
   slots = jax.ShapeDtypeStruct((1, ROWS, SLOTS, DIM), jnp.float32)
-  assert aot.gathers_bank(f"%a = f32[{shape}]{{0}} all-gather(%b)", slots) == whole
+  assert compiled_program.gathers_bank(f"%a = f32[{shape}]{{0}} all-gather(%b)", slots) == whole
 
 
 @pytest.mark.parametrize("name", ["diffusion", "hallucination"])
 def test_only_the_rows_of_a_batch_are_read(phases, name):
-  read = [a for _, arrays in aot.collectives(phases[name]["text"]) for a in arrays]
+  read = [a for _, arrays in compiled_program.collectives(phases[name]["text"]) for a in arrays]
   memories = [shape[-3:] for _, shape in read if shape[-2:] == (SLOTS + 2, DIM)]
   assert memories == [(BATCH // DEVICES, SLOTS + 2, DIM)]  # of each device's part of the batch
 
 
 def test_no_phase_waits_for_the_host(phases):
   for name, phase in phases.items():
-    assert aot.host_transfers(phase["text"]) == [], name
+    assert compiled_program.host_transfers(phase["text"]) == [], name
 
 
 def test_what_waits_for_the_host_is_found():
@@ -94,7 +94,7 @@ def test_what_waits_for_the_host_is_found():
 
   for ordinary, function in ((True, lambda x: x + 1), (False, noisy)):
     text = jax.jit(function).lower(jnp.zeros(3)).compile().as_text()
-    assert (aot.host_transfers(text) == []) == ordinary
+    assert (compiled_program.host_transfers(text) == []) == ordinary
 
 
 def test_collectives_are_read_off_a_program():
@@ -105,24 +105,27 @@ def test_collectives_are_read_off_a_program():
   ROOT %cp = (s32[5]{0}, s32[5]{0}, u32[], u32[]) collective-permute-start(%y)
   %f = f32[3]{0} fusion(%all-reduce.1), kind=kLoop
   """
-  found = [(kind, aot.num_bytes(arrays)) for kind, arrays in aot.collectives(text)]
+  found = [
+    (kind, compiled_program.num_bytes(arrays))
+    for kind, arrays in compiled_program.collectives(text)
+  ]
   assert found == [("all-reduce", 32), ("all-gather", 256), ("collective-permute", 20)]
 
 
-@pytest.mark.parametrize("numbers", aot.LARGE.values())
+@pytest.mark.parametrize("numbers", aot_programs.LARGE.values())
 def test_made_counts_add_up(numbers):
-  counts = aot.class_counts(numbers)
+  counts = aot_programs.class_counts(numbers)
   assert len(counts) == numbers.classes
   assert counts.sum() == numbers.images
   assert (counts.max(), counts.min()) == (numbers.largest, numbers.smallest)
   assert (np.diff(counts) <= 0).all()
 
 
-@pytest.mark.parametrize(("name", "profile"), aot.LARGE)
+@pytest.mark.parametrize(("name", "profile"), aot_programs.LARGE)
 def test_large_sets_stand_in_with_batches_of_their_size(name, profile):
-  numbers = aot.LARGE[name, profile]
+  numbers = aot_programs.LARGE[name, profile]
   config = SimpleNamespace(name=name, profile=profile, image_size=8)
-  data = aot._large_dataset(config, numbers)
+  data = aot_programs._large_dataset(config, numbers)
   assert data.streamed and data.num_classes == numbers.classes
   assert len(data.train_labels) == numbers.images and len(data.test_labels) == numbers.test
   batches = train_batches(data.train_images, data.train_labels, 4, Order(0), StreamConfig(1, 0, 1))
