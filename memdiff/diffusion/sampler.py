@@ -164,6 +164,41 @@ def sample(
   return x
 
 
+def sample_in_chunks(
+  make_predict: Callable[[Any], Callable[[jax.Array, jax.Array], jax.Array]],
+  conditions: Any,
+  schedule: NoiseSchedule,
+  shape: tuple[int, ...],
+  key: jax.Array,
+  solver: Solver,
+  *,
+  origin: jax.Array | None = None,
+  start: float | jax.Array = 1.0,
+) -> jax.Array:
+  """`sample`, one chunk after the other in one compiled program, which bounds the memory.
+
+  Args:
+    make_predict: conditions of a chunk -> `predict` of `sample`.
+    conditions: arrays that lead with N chunks.
+    schedule, solver, start: see `sample`.
+    shape: (B, ...) of a chunk.
+    key: each chunk's is folded in by its number.
+    origin: [N, B, ...] or None, see `sample`.
+
+  Returns:
+    [N B, ...] float32.
+  """
+  num_chunks = jax.tree.leaves(conditions)[0].shape[0]
+
+  def sample_chunk(arguments):
+    number, conditions, origin = arguments
+    predict, own_key = make_predict(conditions), jax.random.fold_in(key, number)
+    return sample(predict, schedule, shape, own_key, solver, origin=origin, start=start)
+
+  samples = jax.lax.map(sample_chunk, (jnp.arange(num_chunks), conditions, origin))
+  return samples.reshape(num_chunks * shape[0], *shape[1:])
+
+
 def model_time(t: jax.Array, schedule: NoiseSchedule) -> jax.Array:
   """Step index -> the time a denoiser sees, in [0, 1000) whatever T is."""
   return t.astype(jnp.float32) * (1000.0 / schedule.num_steps)

@@ -180,7 +180,6 @@ def sample_features(
   Returns:
     [M, D] float32.
   """
-  solver = Solver(config.sampler, config.num_steps, denoiser.prediction, config.x0_limit)
   of_groups, place, size = group(np.asarray(labels), config.chunk_size)
   room = 1 << (size - 1).bit_length()  # a power of two, so that devices share the groups evenly
   groups_per_chunk = min(max(config.chunk_size // room, 1), len(of_groups))
@@ -193,26 +192,23 @@ def sample_features(
     empty = jnp.zeros((num_chunks * chunk, rows.shape[1]), rows.dtype)
     return empty.at[place].set(rows).reshape(num_chunks, chunk, -1)
 
-  def sample_chunk(arguments):
-    number, labels, origin = arguments
+  def make_predict(labels):
     labels = mesh_lib.shard_batch(labels, mesh)
     memory = memory_bank.read(bank, labels, mesh=mesh)
     if config.condition == "class":
       memory = memory_bank.forget(memory, jnp.ones(labels.shape, bool))
     if config.condition == "memory":
       labels = jnp.full_like(labels, denoiser.module.num_classes)
-    predict = guided_denoiser(denoiser.module, denoiser.params, labels, memory, steering.guidance)
-    return sampler.sample(
-      predict,
-      denoiser.schedule,
-      (chunk, denoiser.module.feature_dim),
-      jax.random.fold_in(key, number),
-      solver,
-      origin=origin,
-      start=steering.start,
-    )
+    return guided_denoiser(denoiser.module, denoiser.params, labels, memory, steering.guidance)
 
-  labels_by_chunk = jnp.asarray(of_groups.reshape(num_chunks, -1), jnp.int32)
-  inputs = (jnp.arange(num_chunks), labels_by_chunk, jax.tree.map(chunks, steering.origins))
-  samples = jax.lax.map(sample_chunk, inputs)
-  return samples.reshape(num_chunks * chunk, -1)[place]
+  samples = sampler.sample_in_chunks(
+    make_predict,
+    jnp.asarray(of_groups.reshape(num_chunks, -1), jnp.int32),
+    denoiser.schedule,
+    (chunk, denoiser.module.feature_dim),
+    key,
+    Solver(config.sampler, config.num_steps, denoiser.prediction, config.x0_limit),
+    origin=jax.tree.map(chunks, steering.origins),
+    start=steering.start,
+  )
+  return samples[place]

@@ -260,19 +260,13 @@ def sample(
   chunk = -(-labels.shape[0] // num_chunks)  # of one size, so that little is padding
   padded = jnp.pad(labels, (0, num_chunks * chunk - labels.shape[0])).reshape(num_chunks, chunk)
 
-  def sample_chunk(arguments):
-    number, labels = arguments
+  def make_predict(labels):
     context = denoiser.apply(variables, labels, (), method="condition")
-    return sampler.sample(
-      lambda x, t: denoiser.apply(variables, x, t, context, method="denoise")[0],
-      schedule,
-      (chunk, denoiser.feature_dim),
-      jax.random.fold_in(key, number),
-      solver,
-    )
+    return lambda x, t: denoiser.apply(variables, x, t, context, method="denoise")[0]
 
-  samples = jax.lax.map(sample_chunk, (jnp.arange(num_chunks), padded))
-  samples = samples.reshape(num_chunks * chunk, -1)[: labels.shape[0]]
+  samples = sampler.sample_in_chunks(
+    make_predict, padded, schedule, (chunk, denoiser.feature_dim), key, solver
+  )[: labels.shape[0]]
   return from_denoiser(config, standardizer, samples)
 
 
