@@ -29,7 +29,7 @@ from flax import linen as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import speed_tables, timing, torch_peers
-from benchmarks.timing import Row, interleave, speedup
+from benchmarks.timing import Row, interleave, rounded, speedup
 from benchmarks.training import Training, step_flops
 from configs.digits_lt import get_config
 from memdiff import config as config_lib
@@ -273,13 +273,13 @@ def _fastest(peer: Peer, times: Mapping[str, timing.Timing]) -> timing.Timing:
 
 def _rows(peer: Peer, what: str, unit: str, times, target: float) -> list[Row]:
   theirs = min((n for n in times if n.startswith(peer.name)), key=lambda n: times[n].median)
-  rows = [Row(f"{what}, {theirs}", f"{1 / times[theirs].median:.3g} {unit}")]
+  rows = [Row(f"{what}, {theirs}", f"{rounded(1 / times[theirs].median)} {unit}")]
   for name, clock in times.items():
     if name.startswith("ours"):
       ratio = speedup(times[theirs], clock)
       rows.append(
         Row(
-          f"{what}, {name}, {peer.dim} numbers", f"{1 / clock.median:.3g} {unit}", str(ratio),
+          f"{what}, {name}, {peer.dim} numbers", f"{rounded(1 / clock.median)} {unit}", str(ratio),
           f">= {target:g}x", ratio.of_medians >= target,
         )
       )  # fmt: skip

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from benchmarks.timing import rounded
+
 _MET = {None: "", True: "yes", False: "**no**"}
 
 
@@ -34,7 +36,7 @@ def profile(result: Mapping[str, Any], peer: str) -> str:
   ]
   for row in result[peer]["profile"]:
     rate, millions = row["operations_per_second"], row["operations"] / 1e6
-    shown = f"{millions:,.0f}" if millions >= 100 else f"{millions:.3g}"
+    shown = rounded(millions)
     share = rate / result["matmul_rate"]
     lines.append(f"| {row['what']} | {row['who']} | {shown} M | {rate / 1e9:.0f} G | {share:.0%} |")
   return "\n".join(lines)

@@ -108,6 +108,12 @@ class Row:
   met: bool | None = None  # None: there is no target
 
 
+def rounded(number: float) -> str:
+  """Three digits, with thousands apart and no exponent: 11,300, 0.532."""
+  digits = float(f"{number:.3g}")
+  return f"{digits:,.0f}" if digits >= 100 else f"{digits:g}"
+
+
 def table(rows: list[Row]) -> str:
   """The rows as text, columns aligned."""
   words = {None: "", True: "yes", False: "no"}
