@@ -12,7 +12,6 @@ shared, so that seeds are paired.
 
 import dataclasses
 import itertools
-import pathlib
 from typing import Any
 
 import jax
@@ -132,10 +131,12 @@ def make_pool(
   settings: SynthesisSettings,
   generator: str,
   state: Any,
-  folder: pathlib.Path,
+  round_number: int,
 ) -> Pool:
   """Synthetic features of the encoders as they are now, seeds leading; trains what it takes."""
-  run = dataclasses.replace(experiment.run, streams=f"{folder.name}/")  # every refresh draws anew
+  name = f"generator_{round_number}"
+  run = dataclasses.replace(experiment.run, streams=f"{name}/")  # every refresh draws anew
+  folder = experiment.workdir.folder("joint") / generator / name
   loss, labels = experiment.config.joint.loss, experiment.dataset.train_labels
   _, features = forward_images(experiment, loss, state, experiment.dataset.train_images)
   labels = np.broadcast_to(labels, features.shape[:2])
@@ -151,19 +152,18 @@ def make_pool(
   runs = feature_space.make_runs(
     features, labels, bank, head, experiment.dataset.num_classes, experiment.mesh
   )
-  generators.train(generator, settings, runs, run, folder, f"{folder.parent.name}/{folder.name}")
+  generators.train(generator, settings, runs, run, folder, f"{generator}/{name}")
   numbers = settings.numbers(generator, experiment.dataset.train_counts)
   strength = settings.generator(generator).strengths[0]
   synthetic = generators.make(generator, settings, runs, run, folder, numbers, [strength])
   backward = jax.jit(jax.vmap(lambda s, x: s.backward(x)))
-  own_labels = np.broadcast_to(synthetic.labels, synthetic.confidence[:, 0].shape)
+  labels_of_seeds = np.broadcast_to(synthetic.labels, synthetic.confidence[:, 0].shape)
+  prototype = state.bank.prototype[:, : experiment.dataset.num_classes]
   return Pool(
     features=backward(runs.standardizer, synthetic.features[:, 0]),
     confidence=synthetic.confidence[:, 0],
-    labels=mesh_lib.replicate(experiment.mesh, own_labels),
-    prototype=jnp.copy(
-      state.bank.prototype[:, : experiment.dataset.num_classes]
-    ),  # the state is donated
+    labels=mesh_lib.replicate(experiment.mesh, labels_of_seeds),
+    prototype=jnp.copy(prototype),  # the state is donated
   )
 
 
@@ -184,9 +184,7 @@ def train(
       if pool is not None:
         drifts.append(float(jax.jit(jax.vmap(added.drift))(state.bank, pool).mean()))
       if pool is None or drifts[-1] > config.refresh_drift:
-        pool = make_pool(
-          experiment, settings, generator, state, folder / name / f"generator_{number}"
-        )
+        pool = make_pool(experiment, settings, generator, state, number)
     stage = make_stage(experiment, f"joint/{name}/round_{number}", first, last, state, pool)
     state = loop.train(stage, experiment.run, folder / name / f"round_{number}")
   return state, drifts

@@ -140,14 +140,12 @@ def test_synthetic_features_move_with_their_class(experiment):
 def test_every_refresh_draws_anew(experiment, mesh, tmp_path):
   """Of encoders that have not moved, the features of two rounds still differ."""
   run = support.make_run(mesh, experiment.seeds, 5)
-  e = SimpleNamespace(**vars(experiment), run=run)
+  workdir = SimpleNamespace(folder=lambda name: tmp_path / name)
+  e = SimpleNamespace(**vars(experiment), run=run, workdir=workdir)
   stage = joint.make_stage(e, "j", 0, 7, None, None)
   state = jax.vmap(lambda key: stage.init(key, {"start": None, "pool": None}))(run.keys("test"))
   settings = synthesis_settings(e)
-  pools = [
-    joint.make_pool(e, settings, "kernel_jitter", state, tmp_path / name)
-    for name in ("round_1", "round_2", "round_1")
-  ]
+  pools = [joint.make_pool(e, settings, "kernel_jitter", state, number) for number in (1, 2, 1)]
   np.testing.assert_array_equal(pools[0].features, pools[2].features)
   differ = (np.asarray(pools[0].features) != np.asarray(pools[1].features)).any(axis=-1)
   assert differ.mean() > 0.3
