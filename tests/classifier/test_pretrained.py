@@ -280,7 +280,7 @@ def test_another_number_of_classes_points_to_init_head(tmp_path):
   message = refusal(path, classes=5)
   assert "fc.weight gives (16, 3) where (16, 5) is needed" in message
   assert "fc.bias gives (3,) where (5,) is needed" in message
-  assert "config.encoder.init_head=False where only the head differs" in message
+  assert "config.encoder.init_head=False if only the head differs" in message
 
 
 def test_a_misfit_beside_the_head_does_not_point_there(tmp_path):
