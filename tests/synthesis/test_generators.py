@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +29,7 @@ from memdiff.synthesis.generators import GENERATORS, GeneratorsConfig, Synthesis
 from memdiff.synthesis.hallucination import SamplerConfig
 from memdiff.synthesis.untrained import UNTRAINED
 from tests import support
+from tests.synthesis.tiny_denoiser import TinyDenoiser
 
 COUNTS = np.array([12, 9, 5, 2])
 CLASSES, DIM, BANK = len(COUNTS), 6, BankConfig(num_slots=4, horizon=1000)
@@ -60,31 +60,11 @@ ALL = sorted(GENERATORS)
 TRAINED = ["class_only", "ldmlr", "ldmlr_published", "memdiff"]
 
 
-class Tiny(nn.Module):
-  """A denoiser that compiles fast, in place of LDMLR's U-Net."""
-
-  num_classes: int
-  feature_dim: int
-
-  def setup(self):
-    self.embedding = nn.Embed(self.num_classes, self.feature_dim)
-    self.layer = nn.Dense(self.feature_dim)
-
-  def condition(self, label, memory):
-    return self.embedding(label)
-
-  def denoise(self, x_t, t, context):
-    return self.layer(x_t + context) + t[:, None] / 1000, context
-
-  def __call__(self, x_t, t, label, memory):
-    return self.denoise(x_t, t, self.condition(label, memory))
-
-
 @pytest.fixture(autouse=True, scope="module")
 def small_rows():
   """LDMLR's rows as published but in size."""
   before, make_denoiser = dict(ldmlr.ROWS), ldmlr.make_denoiser
-  ldmlr.make_denoiser = lambda config, num_classes, dim: Tiny(num_classes, dim)
+  ldmlr.make_denoiser = lambda config, num_classes, dim: TinyDenoiser(num_classes, dim)
   for name, row in before.items():
     ldmlr.ROWS[name] = dataclasses.replace(
       row, batch_size=16, num_steps=4, sample_steps=4,

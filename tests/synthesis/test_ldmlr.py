@@ -17,6 +17,7 @@ from memdiff.memory.feature_space import Standardizer
 from memdiff.runtime.train_state import OptimizerConfig
 from memdiff.synthesis import ldmlr
 from memdiff.synthesis.ldmlr import ROWS, NoiseFromSample, TrainingRows
+from tests.synthesis.tiny_denoiser import TinyDenoiser
 
 CLASSES, DIM = 2, 4
 COUNTS = (40, 12)
@@ -32,29 +33,9 @@ def small(name, **fields):
   return dataclasses.replace(ROWS[name], **settings)
 
 
-class Tiny(nn.Module):
-  """A denoiser that compiles fast, for whatever is not about the U-Net."""
-
-  num_classes: int
-  feature_dim: int
-
-  def setup(self):
-    self.embedding = nn.Embed(self.num_classes, self.feature_dim)
-    self.layer = nn.Dense(self.feature_dim)
-
-  def condition(self, label, memory):
-    return self.embedding(label)
-
-  def denoise(self, x_t, t, context):
-    return self.layer(x_t + context) + t[:, None] / 1000, context
-
-  def __call__(self, x_t, t, label, memory):
-    return self.denoise(x_t, t, self.condition(label, memory))
-
-
 @pytest.fixture
 def tiny(monkeypatch):
-  monkeypatch.setattr(ldmlr, "make_denoiser", lambda config, c, dim: Tiny(c, dim))
+  monkeypatch.setattr(ldmlr, "make_denoiser", lambda config, c, dim: TinyDenoiser(c, dim))
 
 
 def make_exemplars(seed=0, padding=3):
@@ -224,7 +205,7 @@ def test_a_row_trains_the_network_it_describes():
 def test_sampling_in_chunks_under_vmap_equals_sampling_alone(name, tiny, monkeypatch):
   monkeypatch.setattr(ldmlr, "_CHUNK", 6)  # the last of three chunks is short
   config, labels = small(name, sample_steps=3), np.array([0, 1] * 8)
-  net, zero = Tiny(CLASSES, DIM), jnp.zeros((1, DIM))
+  net, zero = TinyDenoiser(CLASSES, DIM), jnp.zeros((1, DIM))
   params = net.init(jax.random.key(0), zero, zero[:, 0], labels[:1], ())["params"]
   params = {"denoiser": params} if config.snr_weighted else params
   runs = [jax.tree.map(lambda leaf, s=s: s * leaf, params) for s in (0.1, 0.2)]
