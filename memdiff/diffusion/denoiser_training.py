@@ -1,8 +1,12 @@
-"""The training stage of the diffusion engine, for any shape of x and any source of batches."""
+"""The training stage of the diffusion engine, for any shape of x and any source of batches.
+
+A denoiser may have dropout, `nn.Dropout(rate, deterministic=not self.has_rng("dropout"))`: training
+gives it a key, sampling does not.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -60,6 +64,7 @@ def loss_terms(
   batch: Batch,
   t: jax.Array,
   eps: jax.Array,
+  rngs: Mapping[str, jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
   """The terms whose sum is the loss, each a mean over the batch with its weight applied.
 
@@ -70,13 +75,15 @@ def loss_terms(
     batch: B clean samples and their conditions.
     t: [B] step indices.
     eps: [B, ...] standard normal.
+    rngs: {"dropout": key}; every call of the denoiser drops the same units. None: no dropout.
   """
   schedule = NoiseSchedule(config.schedule)
   signal, noise = schedule.scales(t, batch.x0)
   x_t = schedule.noise(batch.x0, t, eps)
 
   def denoise(label, memory):
-    return denoiser.apply({"params": params}, x_t, model_time(t, schedule), label, memory)
+    time = model_time(t, schedule)
+    return denoiser.apply({"params": params}, x_t, time, label, memory, rngs=rngs)
 
   output, bottleneck = denoise(batch.label, batch.memory)
   prediction = objectives.Prediction(
@@ -191,9 +198,10 @@ def _program(
 
   def step(state, shared, per_seed):
     batch, t, eps = noised_batch(state, shared, per_seed)
+    rngs = {"dropout": stream(state.key, "dropout", state.step)}
 
     def loss_of(params):
-      terms = loss_terms(config, denoiser, params, batch, t, eps)
+      terms = loss_terms(config, denoiser, params, batch, t, eps, rngs)
       return sum(terms.values()), terms
 
     (loss, terms), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)

@@ -306,3 +306,48 @@ def test_denoisers_do_not_read_the_projection_that_training_adds(name):
   jax.tree.map(np.testing.assert_array_equal, {n: with_it[n] for n in without}, without)
   apply = jax.jit(lambda p: denoiser.apply({"params": p}, batch.x0, jnp.zeros(4), label, memory))
   jax.tree.map(np.testing.assert_array_equal, apply(with_it), apply(without))
+
+
+# --- dropout ---------------------------------------------------------------------------------
+
+
+class Dropping(nn.Module):
+  """Toy with half of its output dropped, if it is given a key for that."""
+
+  @nn.compact
+  def __call__(self, x_t, t, label, memory):
+    output, bottleneck = Toy(name="toy")(x_t, t, label, memory)
+    drop = nn.Dropout(0.5, deterministic=not self.has_rng("dropout"))
+    return drop(output), bottleneck
+
+
+def test_a_denoiser_drops_units_in_training_and_not_without_a_key(mesh):
+  params = params_of(CONFIG, Dropping())
+
+  def mse(rngs):
+    terms = denoiser_training.loss_terms(CONFIG, Dropping(), params, make_batch(), T, EPS, rngs)
+    return float(terms["mse"])
+
+  plain = {"toy": params["toy"]}
+  assert mse(None) == mse(None)
+  kept = denoiser_training.loss_terms(CONFIG, Toy(), plain["toy"], make_batch(), T, EPS)["mse"]
+  assert mse(None) == pytest.approx(float(kept), rel=1e-6)
+  assert len({mse({"dropout": jax.random.key(n)}) for n in range(3)}) == 3
+
+
+def test_every_training_step_drops_other_units(mesh):
+  """At a learning rate of next to nothing, one batch and one noise cost differently by step."""
+  stage = denoiser_training.make_stage(
+    CONFIG, Dropping(), lambda key, shared, per_seed: make_batch(), (), (), mesh
+  )
+  state = stage.init(jax.random.key(0), ())
+  drawn = stage.batch(state, (), ())
+
+  def loss_at(step):
+    key = stream(state.key, "dropout", step)
+    terms = denoiser_training.loss_terms(CONFIG, Dropping(), state.params, *drawn, {"dropout": key})
+    return float(sum(terms.values()))
+
+  _, metrics = jax.jit(stage.step)(state, (), ())
+  assert float(metrics["loss"]) == pytest.approx(loss_at(0), rel=1e-5)
+  assert abs(loss_at(0) - loss_at(1)) > 1e-4
