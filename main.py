@@ -128,7 +128,7 @@ def main(_) -> None:
   except MemdiffError as error:
     _exit(error)
   except KeyboardInterrupt:
-    print("memdiff: interrupted; the same command goes on from here.", file=sys.stderr)
+    print("memdiff: interrupted; the same command resumes the run.", file=sys.stderr)
     sys.exit(130)
 
 

@@ -3,7 +3,7 @@
   python -m benchmarks.classification --table=cifar_lt --data_dir=DIR [--workdir=runs/tables]
 
 Every run is one `main.py` command in a workdir of its own, all seeds at once; the same command
-again goes on where it stopped and repeats nothing that is finished. After each run
+again resumes where it stopped and skips what is finished. After each run
 WORKDIR/<table>.md and .json are written anew with what there is. `--epochs` and `--backbone` cut a
 run down to what a machine can do; the table then says so, and is no reproduction.
 """

@@ -32,6 +32,6 @@ class Preempted(MemdiffError):
 
 
 class LostProcessError(MemdiffError):
-  """Another process of the run is gone; the same command on all hosts goes on."""
+  """Another process of the run is gone; the same command on all hosts resumes it."""
 
   exit_code = 75  # EX_TEMPFAIL: try again

@@ -197,7 +197,7 @@ def kill(processes, victim):
   assert codes[victim] == -signal.SIGKILL and codes[1 - victim] != 0
   other = texts[1 - victim]
   # If the coordinator is gone, JAX itself may be faster to say so.
-  assert said(other)[-1].endswith("goes on from the last checkpoint.") or (
+  assert said(other)[-1].endswith("to resume from the last checkpoint.") or (
     victim == 0 and "another task died" in other
   )
 

@@ -91,7 +91,7 @@ def test_a_saved_step_that_is_trained_again_is_lost(tmp_path):
 
 
 def test_only_one_sentence_is_a_refusal():
-  sentence = "memdiff: x is damaged; remove the folder /a/b to run the phase anew."
+  sentence = "memdiff: x is damaged; remove the folder /a/b to run the phase again."
   assert evidence.sentence_of(SAID + sentence + "\n") == sentence
   for said in (
     SAID,
@@ -107,7 +107,7 @@ def test_only_one_sentence_is_a_refusal():
   ("sentence", "paths"),
   [
     ("No checkpoint in /a/b can be read (x); remove that folder to train.", ["/a/b"]),
-    ("/a/m.json is damaged; remove the folder /a to run the phase anew.", ["/a"]),
+    ("/a/m.json is damaged; remove the folder /a to run the phase again.", ["/a"]),
     ("Cannot read /a/f.npz (x); remove the folder /a and run.", ["/a"]),
     (
       "/a/b holds no checkpoint of step 3, the end; remove the folder /a/b and the manifest.json"

@@ -133,7 +133,7 @@ class Checkpointer:
     if failures:
       raise WorkdirError(
         f"No checkpoint in {self._directory} can be read ({'; '.join(failures)}); remove that"
-        " folder to train this stage anew."
+        " folder to train this stage again."
       )
     return None
 

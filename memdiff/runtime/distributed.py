@@ -24,7 +24,7 @@ from memdiff.runtime import devices
 
 _BEAT = 2.0  # seconds between signs of life
 _SILENCE = 60.0  # seconds without one, after which a process counts as gone
-_AGAIN = "start the same command on all hosts again, which goes on from the last checkpoint."
+_AGAIN = "start the same command on all hosts again to resume from the last checkpoint."
 _SHUTDOWN = 30  # seconds that processes wait for each other when all is done
 
 

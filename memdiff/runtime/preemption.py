@@ -49,4 +49,4 @@ class Preemption:
       self.stop(where)
 
   def stop(self, where: str) -> None:
-    raise Preempted(f"Stopped by SIGTERM {where}; the same command goes on from here.")
+    raise Preempted(f"Stopped by SIGTERM {where}; the same command resumes the run.")

@@ -79,7 +79,7 @@ def read_arrays(path: pathlib.Path, names: Collection[str] | None = None) -> dic
   except Exception as error:  # zipfile and zlib raise many types for torn files
     raise WorkdirError(
       f"Cannot read {path} ({error}); remove the folder {path.parent} and run the same command"
-      " again to make it anew."
+      " again."
     ) from error
 
 
@@ -114,7 +114,7 @@ class Workdir:
       return manifest
     except (ValueError, KeyError, TypeError):
       raise WorkdirError(
-        f"{path} is damaged; remove the folder {path.parent} to run the phase anew."
+        f"{path} is damaged; remove the folder {path.parent} to run the phase again."
       ) from None
 
   def begin(self, phase: str, config: Mapping[str, Any]) -> bool:
