@@ -1,0 +1,111 @@
+"""Sets of images, or of their features, to be compared: folders and .npz files."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from input_pipeline import image_files
+from memdiff.errors import DataError
+
+BLOCK = 256  # images at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+  """Images that are read block by block.
+
+  Attributes:
+    path: where they are, for messages.
+    source: paths of files, or an array [N, H, W, 1 or 3], uint8 or of one of two ranges.
+    scale: (factor, offset) from the array's numbers to 0..255.
+  """
+
+  path: str
+  source: list[pathlib.Path] | np.ndarray
+  scale: tuple[float, float] = (1.0, 0.0)
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def blocks(self, side: int) -> Iterator[np.ndarray]:
+    """uint8 RGB [n, side, side, 3]; other sizes are resized by Pillow's bicubic filter."""
+    for start in range(0, len(self), BLOCK):
+      part = self.source[start : start + BLOCK]
+      images = map(self._decoded, part) if isinstance(part, list) else map(self._image, part)
+      yield np.stack([np.asarray(_resized(image, side)) for image in images])
+
+  def _decoded(self, path: pathlib.Path) -> Image.Image:
+    try:
+      return image_files.decode(path)
+    except image_files.UnreadableError as error:
+      raise DataError(f"The image {path} cannot be used: {error}.") from error
+
+  def _image(self, pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype != np.uint8:
+      factor, offset = self.scale
+      pixels = np.clip(np.round(pixels * factor + offset), 0, 255).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
+def _resized(image: Image.Image, side: int) -> Image.Image:
+  return image if image.size == (side, side) else image.resize((side, side), Image.BICUBIC)
+
+
+def read(path: str) -> ImageSet | np.ndarray:
+  """A folder of images at any depth, or a .npz file with `images`, or features [N, D] of one.
+
+  Raises:
+    DataError: if there is nothing of that kind, or numbers are of no known range.
+  """
+  place = pathlib.Path(path)
+  if place.is_dir():
+    files = sorted(p for p in place.rglob("*") if p.suffix.lower() in image_files.suffixes())
+    if not files:
+      raise DataError(f"There is no image in {path} that Pillow can read.")
+    return ImageSet(path, files)
+  if not place.exists():
+    raise DataError(f"There is no folder or file {path}.")
+  try:
+    with place.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+      found = {name: file[name] for name in ("images", "features") if name in file.files}
+  except Exception as error:  # zipfile and zlib raise many types for torn files
+    raise DataError(f"Cannot read {path} as a .npz file ({error}).") from error
+  if "features" in found:
+    return _features(path, found["features"])
+  if "images" not in found:
+    raise DataError(f"{path} holds neither `images` [N, H, W, 1 or 3] nor `features` [N, D].")
+  return _images(path, found["images"])
+
+
+def _features(path: str, features: np.ndarray) -> np.ndarray:
+  if features.ndim != 2 or features.dtype.kind not in "fiu" or not len(features):
+    raise DataError(
+      f"`features` in {path} have the shape {features.shape} and the type {features.dtype}; they"
+      " must be numbers [N, D]."
+    )
+  return features
+
+
+def _images(path: str, images: np.ndarray) -> ImageSet:
+  if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+    raise DataError(
+      f"`images` in {path} have the shape {images.shape}; they must be [N, H, W, 1 or 3]."
+    )
+  if images.dtype == np.uint8:
+    return ImageSet(path, images)
+  if images.dtype.kind == "f":
+    low, high = float(images.min()), float(images.max())
+    if low >= 0 and high <= 1:
+      return ImageSet(path, images, (255.0, 0.0))
+    if low >= -1 and high <= 1:
+      return ImageSet(path, images, (127.5, 127.5))
+    seen = f"{images.dtype} from {low:g} to {high:g}"
+  else:
+    seen = str(images.dtype)
+  raise DataError(
+    f"`images` in {path} are {seen}; they must be uint8, or floating-point numbers from 0 to 1 or"
+    " from -1 to 1."
+  )
