@@ -3,8 +3,8 @@
   python -m benchmarks.image_metrics [--json FILE] [--weights FILE]
 
 Half of scikit-learn's digits, 8 x 8 pixels resized to 64, is the reference. The other half is held
-against it as it is, and after damage of known kinds: classes left out, images blurred, noisy, or a few
-repeated. A metric is of use if it tells the damage that it is meant for.
+against it as it is, and after damage of known kinds: classes left out, images blurred, noisy, or a
+few repeated. A metric is of use if it tells the damage that it is meant for.
 """
 
 import argparse

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import aot, confidence, isolating, speed_tables, streaming
+from benchmarks import aot, confidence, image_metrics, isolating, speed_tables, streaming
 from benchmarks.faults import page as faults
 from memdiff.runtime.workdir import write_atomically, write_json
 
@@ -49,6 +49,10 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "bank": lambda: aot.bank_table(load("aot")),
   },
   "docs/results/faults.md": {"campaign": lambda: faults.markdown(load("faults"))},
+  "docs/results/image_metrics.md": {
+    "machine": lambda: speed_tables.machine(load("image_metrics")),
+    "sets": lambda: image_metrics.table(load("image_metrics")),
+  },
   "docs/results/isolating.md": {
     "settings": lambda: isolating.settings_table(_settings()),
     "recommendations": lambda: isolating.recommendations_table(_settings()),
