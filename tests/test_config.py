@@ -326,6 +326,8 @@ OUT_OF_RANGE = {
     "diffusion.objective.supcon.projection_dim": [0],
     "diffusion.objective.cbdm.weight": [-1.0], "diffusion.objective.cbdm.commitment": [-0.25],
     "diffusion.objective.cbdm.labels": ["real"],
+    "diffusion.objective.transfer.rule": ["tail"],
+    "diffusion.objective.transfer.before": [-0.1, 1.5],
     "diffusion.ema_decay": [1.0], "diffusion.batch_size": [0], "diffusion.num_steps": [0],
     "hallucination.sampler": ["euler"], "hallucination.num_steps": [1],
     "hallucination.condition": ["nothing"], "hallucination.guidance": [(), (-0.5,), (1.0, -1.0)],

@@ -47,7 +47,7 @@ class TrainingConfig:
 
 @flax.struct.dataclass
 class Batch:
-  """What a denoiser is trained on; the last three fields are there if a term needs them."""
+  """What a denoiser is trained on; the last four fields are there if a config asks for them."""
 
   x0: Any  # [B, ...]
   label: Any  # [B] int32, as the denoiser sees it: num_classes if the class is not told
@@ -55,6 +55,7 @@ class Batch:
   true_label: Any = None  # [B] int32, equal if rows are of one class, told or not
   other_label: Any = None  # [B] int32, another class, dropped if the label is
   other_memory: Any = None  # of that class
+  class_count: Any = None  # [B] training examples of the true class, 0 if it was made up
 
 
 def loss_terms(
@@ -75,22 +76,34 @@ def loss_terms(
     batch: B clean samples and their conditions.
     t: [B] step indices.
     eps: [B, ...] standard normal.
-    rngs: {"dropout": key}; every call of the denoiser drops the same units. None: no dropout.
+    rngs: {"dropout": key, "transfer": key}; every call of the denoiser drops the same units. None:
+      no dropout, and no transfer of targets.
   """
   schedule = NoiseSchedule(config.schedule)
   signal, noise = schedule.scales(t, batch.x0)
   x_t = schedule.noise(batch.x0, t, eps)
 
+  dropout = {"dropout": rngs["dropout"]} if rngs else None
+
   def denoise(label, memory):
     time = model_time(t, schedule)
-    return denoiser.apply({"params": params}, x_t, time, label, memory, rngs=rngs)
+    return denoiser.apply({"params": params}, x_t, time, label, memory, rngs=dropout)
 
+  x0, transfer = batch.x0, config.objective.transfer
+  if rngs and transfer.rule != "none":
+    source = objectives.transferred(
+      rngs["transfer"], x_t, x0, signal, noise, batch.class_count, transfer.rule
+    )
+    early = t < transfer.before * schedule.num_steps
+    x0 = x0[jnp.where(early, source, jnp.arange(len(source)))]
+    eps = (x_t - signal * x0) / noise
   output, bottleneck = denoise(batch.label, batch.memory)
   prediction = objectives.Prediction(
     kind=config.prediction,
     batch=batch,
     params=params,
     x_t=x_t,
+    x0=x0,
     eps=eps,
     signal=signal,
     noise=noise,
@@ -198,7 +211,7 @@ def _program(
 
   def step(state, shared, per_seed):
     batch, t, eps = noised_batch(state, shared, per_seed)
-    rngs = {"dropout": stream(state.key, "dropout", state.step)}
+    rngs = {name: stream(state.key, name, state.step) for name in ("dropout", "transfer")}
 
     def loss_of(params):
       terms = loss_terms(config, denoiser, params, batch, t, eps, rngs)

@@ -20,13 +20,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memdiff.config import above, at_least, one_of, setting
+from memdiff.config import above, at_least, between, one_of, setting
 from memdiff.contrastive import supervised_contrastive, unit_length
 from memdiff.runtime.random import stream
 
 PREDICTIONS = ("eps", "v", "x0")
 LOSSES = ("mse", "infonce")
 OTHER_LABELS = ("empirical", "uniform")
+TRANSFERS = ("none", "t2h", "h2t", "full")
 _MIN_SQUARE = 1e-6  # of a predicted noise, per dimension; keeps the gradient at zero finite
 
 
@@ -64,6 +65,16 @@ class CBDMConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TransferConfig:
+  """See `transferred`."""
+
+  rule: str = setting(
+    "none", "t2h: from classes of fewer examples to classes of more; h2t: back", one_of(TRANSFERS)
+  )
+  before: float = setting(1.0, "only at times below this share of all steps", between(0, 1))
+
+
+@dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
   """Terms of one loss, DDPM's alone by default; a weight of 0 leaves a term out of the program."""
 
@@ -79,6 +90,9 @@ class ObjectiveConfig:
   supcon: SupConConfig = setting(SupConConfig(), "CORAL: classes apart at the bottleneck")
   cbdm: CBDMConfig = setting(
     CBDMConfig(), "CBDM: pulls the predictions for different classes together"
+  )
+  transfer: TransferConfig = setting(
+    TransferConfig(), "T2H: a noised sample may stand for another sample of the batch"
   )
 
 
@@ -191,6 +205,46 @@ def class_balance(
   return time * (pull + commitment * mean_squared_error(other, stop(eps_hat)))
 
 
+def transferred(
+  key: jax.Array,
+  x_t: jax.Array,
+  x0: jax.Array,
+  signal: jax.Array,
+  noise: jax.Array,
+  counts: jax.Array,
+  rule: str,
+) -> jax.Array:
+  """Which sample of the batch each noised one is taken to come from. [B] int.
+
+  Zhang et al., "Long-tailed diffusion models with oriented calibration", 2024 (T2H), as its code
+  has it: for row i, j is drawn with weights exp(-|x_t,i / s_i - x_0,j|^2 / (2 sigma_i^2)), sigma =
+  n / s, which is the posterior of the clean sample among the batch's. It is taken if its class has
+  as many training examples as that of i or more (`t2h`), as many or fewer (`h2t`), or in any case
+  (`full`); otherwise row i stays itself.
+
+  Args:
+    key: of the draws.
+    x_t, x0: [B, ...] noised and clean samples.
+    signal, noise: s and n, broadcasting against x_t.
+    counts: [B] training examples of the rows' classes; 0 in rows of classes that were made up,
+      which stay themselves and are taken by no other.
+    rule: one of TRANSFERS but none.
+  """
+  scaled, clean = _flat(x_t / signal), _flat(x0)
+  squared = (
+    jnp.square(scaled).sum(axis=1)[:, None]
+    + jnp.square(clean).sum(axis=1)[None]
+    - 2 * scaled @ clean.T
+  )
+  variance = jnp.square(noise / signal).reshape(-1, 1)
+  drawn = jax.random.categorical(key, -squared / (2 * variance), axis=1)
+  accepted = {
+    "t2h": counts[drawn] >= counts, "h2t": counts[drawn] <= counts, "full": jnp.bool_(True),
+  }[rule]  # fmt: skip
+  real = (counts[drawn] > 0) & (counts > 0)
+  return jnp.where(accepted & real, drawn, jnp.arange(len(counts)))
+
+
 # --- terms of the loss -----------------------------------------------------------------------
 
 
@@ -202,7 +256,8 @@ class Prediction:
     kind: what the denoiser predicts, one of PREDICTIONS.
     batch: its clean samples and conditions, a `denoiser_training.Batch`.
     params: of the denoiser, and beside them those of terms.
-    x_t, eps: [B, ...] the noised samples and their noise.
+    x_t: [B, ...] the noised samples.
+    x0, eps: [B, ...] the clean samples and the noise that x_t is taken to be made of.
     signal, noise: s and n, broadcasting against x_t.
     time: [B] t / T.
     output: [B, ...] the prediction.
@@ -214,6 +269,7 @@ class Prediction:
   batch: Any
   params: Any
   x_t: jax.Array
+  x0: jax.Array
   eps: jax.Array
   signal: jax.Array
   noise: jax.Array
@@ -248,7 +304,7 @@ class Term:
 
 
 def _mse(config: ObjectiveConfig, p: Prediction) -> jax.Array:
-  wanted = target(p.kind, p.batch.x0, p.eps, p.signal, p.noise)
+  wanted = target(p.kind, p.x0, p.eps, p.signal, p.noise)
   squared = mean_squared_error(p.output, wanted)
   if config.min_snr > 0:
     weights = min_snr_weights(p.kind, p.signal, p.noise, config.min_snr)
@@ -302,5 +358,6 @@ def terms_of(config: ObjectiveConfig) -> dict[str, Term]:
 
 
 def needed(config: ObjectiveConfig) -> set[str]:
-  """The fields of a batch, beside x0, label and memory, that these terms need."""
-  return {field for term in terms_of(config).values() for field in term.needs}
+  """The fields of a batch, beside x0, label and memory, that a config asks for."""
+  fields = {field for term in terms_of(config).values() for field in term.needs}
+  return fields if config.transfer.rule == "none" else fields | {"class_count"}

@@ -155,6 +155,10 @@ def draw_batch(
     itself = num_classes + jnp.arange(config.batch_size)
     alone = moved & (config.displacement > 0)
     batch = batch.replace(true_label=jnp.where(alone, itself, label))
+  if "class_count" in needed:
+    count = per_seed.exemplars.by_class.counts[label]
+    made_up = moved & (config.displacement > 0)
+    batch = batch.replace(class_count=jnp.where(made_up, 0, count))
   if "other_label" in needed:
     labels = config.objective.cbdm.labels
     other, other_memory = shown(*draw_other(key, per_seed, label, memory, labels, mesh))

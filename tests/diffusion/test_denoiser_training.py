@@ -135,6 +135,18 @@ def draw_batch(mesh, label_dropout, seed=3, batch_size=512, **settings):
   return own, jax.tree.map(np.asarray, batch)
 
 
+def test_a_batch_tells_the_counts_of_its_classes_if_targets_are_transferred(mesh):
+  transfer = objectives.TransferConfig(rule="t2h")
+  objective = ObjectiveConfig(transfer=transfer)
+  _, plain = draw_batch(mesh, 0.3, objective=objective)
+  assert set(plain.class_count) == set(COUNTS)
+  told = plain.label < CLASSES
+  np.testing.assert_array_equal(plain.class_count[told], np.array(COUNTS)[plain.label[told]])
+  _, moved = draw_batch(mesh, 0.0, objective=objective, anonymous=0.5, displacement=1.0)
+  assert 0.3 < (moved.class_count == 0).mean() < 0.6  # classes that were made up
+  assert draw_batch(mesh, 0.3)[1].class_count is None
+
+
 def test_a_batch_carries_its_classes_memory_without_itself(mesh):
   own, batch = draw_batch(mesh, 0.0)
   features = np.asarray(own.exemplars.features)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memdiff.diffusion import denoiser_training, objectives
+from memdiff.diffusion import denoiser_training, objectives, sampler
 from memdiff.diffusion.denoiser_training import Batch, TrainingConfig
 from memdiff.diffusion.objectives import PROJECTION, ObjectiveConfig
 from memdiff.diffusion.sampler import model_time
@@ -351,3 +351,77 @@ def test_every_training_step_drops_other_units(mesh):
   _, metrics = jax.jit(stage.step)(state, (), ())
   assert float(metrics["loss"]) == pytest.approx(loss_at(0), rel=1e-5)
   assert abs(loss_at(0) - loss_at(1)) > 1e-4
+
+
+# --- transfer of targets (T2H) ---------------------------------------------------------------
+
+COUNTS = jnp.array([50, 9, 2, 50, 9, 50, 9, 0])  # of the rows' classes; the last is made up
+
+
+def noised(t=T):
+  schedule = NoiseSchedule(CONFIG.schedule)
+  batch = make_batch()
+  return schedule.noise(batch.x0, t, EPS), batch.x0, *schedule.scales(t, batch.x0)
+
+
+def draws(rule, t=T, number=4000):
+  keys = jax.random.split(jax.random.key(0), number)
+  draw = jax.vmap(lambda key: objectives.transferred(key, *noised(t), COUNTS, rule))
+  return np.asarray(jax.jit(draw)(keys))
+
+
+def posterior(t=T):
+  """[B, B] weight of every clean sample behind each noised one, in NumPy."""
+  x_t, x0, signal, noise = (np.asarray(x, float) for x in noised(t))
+  squared = np.square((x_t / signal)[:, None] - x0[None]).sum(axis=2)
+  weights = np.exp(-squared / (2 * np.square(noise / signal)))
+  return weights / weights.sum(axis=1, keepdims=True)
+
+
+def test_targets_are_drawn_by_their_posterior_in_the_batch():
+  drawn, weights = draws("full", jnp.full(BATCH, 30)), posterior(jnp.full(BATCH, 30))
+  assert 0.02 < weights.max() < 0.9  # noisy enough that others are likely
+  for row in range(BATCH - 1):
+    expected = weights[row].copy()
+    expected[row] += expected[-1]  # made up: taken by no other row
+    expected[-1] = 0
+    frequency = np.bincount(drawn[:, row], minlength=BATCH) / len(drawn)
+    np.testing.assert_allclose(frequency, expected, atol=0.04)
+  assert (drawn[:, -1] == BATCH - 1).all()
+
+
+@pytest.mark.parametrize(("rule", "sign"), [("t2h", 1), ("h2t", -1)])
+def test_targets_go_one_way_only(rule, sign):
+  drawn, counts = draws(rule, jnp.full(BATCH, 38)), np.asarray(COUNTS)
+  assert (sign * (counts[drawn] - counts[None]) >= 0).all()
+  assert (drawn != np.arange(BATCH)[None]).mean() > 0.1
+
+
+def with_counts(rngs, t=T, **transfer):
+  """The terms of the plain objective with these settings of the transfer."""
+  config = change(transfer=transfer)
+  batch = make_batch().replace(class_count=COUNTS)
+  return denoiser_training.loss_terms(config, Toy(), params_of(CONFIG), batch, t, EPS, rngs)["mse"]
+
+
+def test_the_loss_holds_a_prediction_against_the_transferred_sample():
+  key, t = jax.random.key(5), jnp.full(BATCH, 36)
+  x_t, x0, signal, noise = noised(t)
+  source = objectives.transferred(key, x_t, x0, signal, noise, COUNTS, "t2h")
+  assert (np.asarray(source) != np.arange(BATCH)).any()
+  eps = (x_t - signal * x0[source]) / noise
+  batch, time = make_batch(), sampler.model_time(t, NoiseSchedule(CONFIG.schedule))
+  output, _ = Toy().apply({"params": params_of(CONFIG)}, x_t, time, batch.label, batch.memory)
+  expected = np.square(output - objectives.target("v", x0[source], eps, signal, noise)).mean()
+  rngs = {"dropout": key, "transfer": key}
+  assert float(with_counts(rngs, t, rule="t2h")) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_targets_stay_before_their_time_and_without_a_key():
+  rngs = {"dropout": jax.random.key(5), "transfer": jax.random.key(5)}
+  late = jnp.full(BATCH, 36)  # of 40
+  plain = float(with_counts(None, late))
+  for keys, before in ((rngs, 0.0), (rngs, 0.5), (None, 1.0)):
+    value = float(with_counts(keys, late, rule="t2h", before=before))
+    assert value == pytest.approx(plain, rel=1e-6)
+  assert float(with_counts(rngs, late, rule="t2h")) != pytest.approx(plain, rel=1e-3)

@@ -53,16 +53,20 @@ def test_files_of_pytorch_itself_are_read(zipped, tmp_path):
 
 
 class Evil:
+  def __init__(self, mark):
+    self.mark = mark
+
   def __reduce__(self):
-    return os.system, ("touch /tmp/memdiff_was_here",)
+    return os.system, (f"touch {self.mark}",)
 
 
 def test_nothing_is_executed(tmp_path):
-  path = tmp_path / "evil.pth"
-  path.write_bytes(pickle.dumps(torch_writer.MAGIC) + 2 * pickle.dumps(1) + pickle.dumps(Evil()))
+  path, mark = tmp_path / "evil.pth", tmp_path / "mark"
+  headers = pickle.dumps(torch_writer.MAGIC) + 2 * pickle.dumps(1)
+  path.write_bytes(headers + pickle.dumps(Evil(mark)))
   with pytest.raises(DataError, match=r"asks for \w+\.system, which is no array"):
     torch_files.read(str(path))
-  assert not os.path.exists("/tmp/memdiff_was_here")
+  assert not mark.exists()
 
 
 @LAYOUTS
