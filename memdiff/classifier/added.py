@@ -13,8 +13,6 @@ import jax.numpy as jnp
 
 from memdiff.memory.memory_bank import MemoryBank
 
-COUNTS = ("real", "effective")
-
 
 @dataclasses.dataclass(frozen=True)
 class AddedRows:
@@ -22,9 +20,9 @@ class AddedRows:
 
   Attributes:
     batch_size: how many stand beside a batch of images.
-    counts: what the loss takes for the counts of the classes: `real` or `effective`, which adds
-      synthetic features as far as they are trusted. Real ones keep, on images, the margins of
-      training without synthetic features.
+    counts: what the loss takes for the counts of the classes, one of heads.GAMMA_COUNTS: `real`,
+      or `effective`, which adds synthetic features as far as they are trusted. Real ones keep, on
+      images, the margins of training without synthetic features.
     first_step: at which they enter.
     ramp: share of the later steps over which their weight rises to 1.
   """

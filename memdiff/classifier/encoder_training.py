@@ -272,14 +272,15 @@ class _Program:
     counts = per_seed["counts"] if self.of_runs else shared["train_counts"]
     pool = per_seed["pool"] if self.setup.recipe.added else None
     if pool is not None:
-      weight = self._added_weight(state)
+      num_steps = self.setup.config.num_steps(self.num_examples)
+      weight = self.setup.recipe.added.weight(state.step, num_steps)
       counts = self.setup.recipe.added.class_counts(jnp.asarray(counts, jnp.float32), pool, weight)
     objective = self.setup.objective(counts, self.num_examples)
 
     def loss_of(params):
       value, changes = self._loss(params, state, batch, objective)
       if pool is not None:
-        value = value + self._added_loss(params, state, pool, objective)
+        value = value + weight * self._added_loss(params, state, pool, objective)
       return value, changes
 
     (value, (logits, features, changes)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
@@ -326,20 +327,16 @@ class _Program:
     changes = {"model_state": statistics, "loss_state": loss_state}
     return value, (seen.logits, seen.features, changes)
 
-  def _added_weight(self, state: TrainState) -> jax.Array:
-    num_steps = self.setup.config.num_steps(self.num_examples)
-    return self.setup.recipe.added.weight(state.step, num_steps)
-
   def _added_loss(
     self, params: Any, state: TrainState, pool: Pool, objective: losses.Objective
   ) -> jax.Array:
-    """What synthetic features add: each counts as one image, as far as it is trusted by now."""
+    """What synthetic features add at full weight: each is one image, as far as it is trusted."""
     key = stream(state.key, "added", state.step)
     number = self.setup.recipe.added.batch_size
     features, labels, trust = added.draw(key, pool, state.bank, number)
     logits = feature_space.logits_of(params["head"], features)
     rows = trust * objective.weighted_rows(logits, labels, state.step)
-    return self._added_weight(state) * len(pool.labels) / self.num_examples * rows.mean()
+    return len(pool.labels) / self.num_examples * rows.mean()
 
   def evaluate(self, state: TrainState, shared: Any, _) -> dict[str, jax.Array]:
     def predict(images):

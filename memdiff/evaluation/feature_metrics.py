@@ -67,7 +67,7 @@ def diversity(squared: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-  """A normal distribution with a Ledoit-Wolf covariance.
+  """A normal distribution, with a Ledoit-Wolf covariance or, at shrinkage 0, that of the sample.
 
   Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004:
   a handful of features in 64 dimensions has a singular sample covariance.

@@ -119,45 +119,49 @@ def inception_score(probabilities: np.ndarray, splits: int = 10) -> tuple[float,
   return float(np.mean(values)), float(np.std(values))
 
 
-def neighbourhood_metrics(real: np.ndarray, generated: np.ndarray, k: int = 3) -> dict[str, float]:
-  """What balls around features, up to their k-th neighbour of the same set, say of the other set.
+def neighbourhood_metrics(
+  real: np.ndarray, generated: np.ndarray, k: int = 3, wide: int = 5
+) -> dict[str, float]:
+  """What balls around features, up to a neighbour of the same set, say of the other set.
 
   - precision: share of generated features inside a ball of a real one; recall: the reverse
     (Kynkaanniemi et al., "Improved precision and recall metric for assessing generative models",
     2019, eq. 2 and 3);
-  - density: mean number of real balls that a generated feature lies in, over k; coverage: share of
-    real balls with a generated feature inside (Naeem et al., "Reliable fidelity and diversity
-    metrics for generative models", 2020, eq. 3 and 4).
+  - density: mean number of real balls that a generated feature lies in, over `wide`; coverage:
+    share of real balls with a generated feature inside (Naeem et al., "Reliable fidelity and
+    diversity metrics for generative models", 2020, eq. 3 and 4).
 
   Args:
     real, generated: [N, D] and [M, D].
-    k: neighbours; 3 for precision and recall and 5 for density and coverage are usual.
+    k: the neighbour that gives the radius for precision and recall.
+    wide: the same for density and coverage.
 
   Raises:
-    DataError: if a set has k rows or fewer.
+    DataError: if a set has too few rows for so many neighbours.
   """
-  smaller = _smaller(real, generated)
-  if not 1 <= k < smaller:
+  smaller, most = _smaller(real, generated), max(k, wide)
+  if not 1 <= min(k, wide) <= most < smaller:
     raise DataError(
-      f"Neighbourhoods of {k} features need more than {k} rows, but a set has {smaller}; choose k"
-      f" from 1 to {smaller - 1}."
+      f"Neighbourhoods of {most} features need more than {most} rows, but a set has {smaller};"
+      " choose fewer neighbours, at least one."
     )
-  real_radii, generated_radii = _radii(real, k), _radii(generated, k)
-  inside_real = np.zeros(len(generated), int)  # in how many balls of real features
-  inside_generated = np.zeros(len(real), bool)
-  nearest = np.full(len(real), np.inf)
+  (real_radii, wide_radii), (generated_radii,) = _radii(real, (k, wide)), _radii(generated, (k,))
+  in_real = np.zeros(len(generated), bool)
+  in_wide = np.zeros(len(generated), int)  # in how many wide balls
+  in_generated, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
   start = 0
   for distances in _distance_blocks(real, generated):
     rows = slice(start, start + len(distances))
-    inside_real += (distances <= real_radii[rows, None]).sum(axis=0)
-    inside_generated[rows] = (distances <= generated_radii[None]).any(axis=1)
-    nearest[rows] = distances.min(axis=1)
+    in_real |= (distances <= real_radii[rows, None]).any(axis=0)
+    in_wide += (distances <= wide_radii[rows, None]).sum(axis=0)
+    in_generated[rows] = (distances <= generated_radii[None]).any(axis=1)
+    covered[rows] = distances.min(axis=1) <= wide_radii[rows]
     start = rows.stop
   return {
-    "precision": float((inside_real > 0).mean()),
-    "recall": float(inside_generated.mean()),
-    "density": float(inside_real.mean() / k),
-    "coverage": float((nearest <= real_radii).mean()),
+    "precision": float(in_real.mean()),
+    "recall": float(in_generated.mean()),
+    "density": float(in_wide.mean() / wide),
+    "coverage": float(covered.mean()),
   }
 
 
@@ -243,7 +247,9 @@ def _distance_blocks(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
   return pairwise_distances_chunked(x, y, working_memory=_DISTANCES)
 
 
-def _radii(features: np.ndarray, k: int) -> np.ndarray:
-  """Distance of every feature to its k-th neighbour. [N]."""
-  radii = [np.partition(block, k, axis=1)[:, k] for block in _distance_blocks(features, features)]
-  return np.concatenate(radii)
+def _radii(features: np.ndarray, neighbours: tuple[int, ...]) -> list[np.ndarray]:
+  """Distances of every feature to these neighbours of it, [N] each."""
+  ranks = list(neighbours)  # rank 0 is the feature itself
+  blocks = _distance_blocks(features, features)
+  nearest = np.concatenate([np.partition(block, ranks, axis=1)[:, ranks] for block in blocks])
+  return list(nearest.T)

@@ -49,7 +49,7 @@ class JointConfig:
   counts: str = setting(
     "real",
     "of the classes, for prior and gamma; effective adds trusted synthetic features",
-    one_of(added.COUNTS),
+    one_of(heads.GAMMA_COUNTS),
   )
   num_rounds: int = setting(4, "of equal length; the first sees images only", at_least(2))
   ramp: float = setting(

@@ -137,8 +137,9 @@ def looped_neighbourhoods(real, generated, k):
 def test_neighbourhoods_are_those_of_a_loop_over_all_pairs(k, shift, monkeypatch):
   monkeypatch.setattr(set_metrics, "_DISTANCES", 0.005)  # a few rows at a time
   real, generated = normal(0, 60), normal(1, 45, shift=shift)
-  expected = looped_neighbourhoods(real, generated, k)
-  assert set_metrics.neighbourhood_metrics(real, generated, k) == pytest.approx(expected)
+  near, wide = (looped_neighbourhoods(real, generated, number) for number in (k, 4))
+  expected = {name: (near if name in ("precision", "recall") else wide)[name] for name in near}
+  assert set_metrics.neighbourhood_metrics(real, generated, k, 4) == pytest.approx(expected)
 
 
 def test_what_is_missing_costs_recall_and_what_is_far_off_costs_precision():
@@ -179,7 +180,7 @@ def test_half_of_the_classes_missing_halves_the_recall():
   ("call", "words"),
   [
     (lambda m, x: m.kernel_distance(x, x), "subsets of 1000 rows, but a set has only 20"),
-    (lambda m, x: m.neighbourhood_metrics(x, x[:3]), "more than 3 rows, but a set has 3"),
+    (lambda m, x: m.neighbourhood_metrics(x, x[:3]), "more than 5 rows, but a set has 3"),
     (lambda m, x: m.precision_recall_f(x, x[:9]), "sets of one size, not 20 and 9"),
     (lambda m, x: m.precision_recall_f(x[:9], x[:9]), "9 rows on a side, too few for 20"),
     (lambda m, x: m.inception_score(x[:5]), "5 images, too few for 10 parts"),
