@@ -1,4 +1,5 @@
-# make run    the main job: long-tailed digits, a few minutes on two cores
+# make run    the main job: long-tailed digits, a few minutes on two cores; make run-images: digits
+#             are generated, by several methods
 # make test   the test suite, WORKERS=3 files at a time; make test-slow: whole runs of many kinds
 # make bench  speed of feature diffusion; BENCH=classifier: of classifiers
 # make aot    compiles a config for TPUs that are not here: does it fit? Makes .venv-aot
@@ -17,10 +18,13 @@ BIN := $(VENV)/bin
 
 AOT := .venv-aot
 
-.PHONY: run test test-slow lint format bench aot lock clean
+.PHONY: run run-images test test-slow lint format bench aot lock clean
 
 run: $(READY)
 	$(BIN)/python main.py --config=configs/digits_lt.py --workdir=runs/digits_lt $(ARGS)
+
+run-images: $(READY)
+	$(BIN)/python main.py --config=configs/images/digits_lt.py --workdir=runs/digits_images $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)

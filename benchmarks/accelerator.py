@@ -42,7 +42,8 @@ from benchmarks.training import Training
 from configs import cifar100_lt, imagenet_lt
 from input_pipeline.dataset import LongTailDataset
 from memdiff import config as config_lib
-from memdiff.classifier import convolution, encoder, encoder_training
+from memdiff import convolution
+from memdiff.classifier import encoder, encoder_training
 from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.experiments.classification import ClassificationConfig
 from memdiff.experiments.feature_settings import MemdiffConfig

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks import timing
 from benchmarks.timing import Row, interleave, speedup
-from memdiff.classifier.convolution import conv2d
+from memdiff.convolution import conv2d
 
 _STEPS = 3  # per scan
 _BATCH = 64

@@ -18,7 +18,7 @@ from scipy import ndimage
 from sklearn.datasets import load_digits
 
 from benchmarks import timing
-from memdiff.evaluation import images
+from memdiff.evaluation import image_quality, images
 from memdiff.evaluation.image_sets import ImageSet
 
 _SIDE, _KID_SIZE, _K = 64, 200, 3
@@ -54,7 +54,7 @@ def measure(weights: str) -> dict[str, Any]:
   real, found = encode(digits[first], "reference"), {}
   for name, pixels in damaged(digits[second], data.target[second]).items():
     generated = encode(pixels, name)
-    found[name] = images.compare(real, generated, kid_size=_KID_SIZE, k=_K, seed=0)
+    found[name] = image_quality.compare_sets(real, generated, kid_size=_KID_SIZE, k=_K, seed=0)
     print(f"{name}: {found[name]}", flush=True)
   return {
     "network": "efficientnet_lite0", "side": _SIDE, "kid_size": _KID_SIZE, "k": _K,

@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 
 from memdiff.experiments.classification import ClassificationConfig
 from memdiff.experiments.feature_settings import FeatureConfig, MemdiffConfig
+from memdiff.experiments.image_settings import ImagesConfig
 from memdiff.runtime import train_state
+from memdiff.synthesis import image_methods
 
 
 def classification(name: str) -> ConfigDict:
@@ -27,6 +29,53 @@ def memdiff(name: str) -> ConfigDict:
 def features(name: str) -> ConfigDict:
   """Hallucinated features for embeddings that another model made."""
   return ConfigDict(dataclasses.asdict(FeatureConfig(name=name)))
+
+
+def images(name: str) -> ConfigDict:
+  """Generated images, by one method or several."""
+  return ConfigDict(dataclasses.asdict(ImagesConfig(name=name)))
+
+
+def small_images(config: ConfigDict) -> None:
+  """Grey images of few pixels on CPUs: a budget of minutes, whose EMA and warm-up fit it."""
+  config.diffusion.schedule.name = "cosine"
+  config.diffusion.mirror = False
+  config.diffusion.batch_size = 64
+  config.diffusion.ema_decay = 0.995
+  config.diffusion.optimizer.update(learning_rate=2e-3, schedule="cosine", warmup=0.05)
+  config.classifier.augment.flip = False
+  config.classifier.batch_size = 64
+  config.classifier.optimizer = nesterov_cosine(0.05, 5e-4)
+  config.loop.eval_every = 500
+  config.loop.checkpoint_every = 250
+
+
+def all_methods(config: ConfigDict) -> None:
+  """Every method, both readings of those whose paper and code differ, and combinations."""
+  config.methods = (
+    "ddpm", "balanced", "cbdm", "cbdm_code", "coral", "coral_code", "coral_image", "t2h",
+    "t2h+balanced", "diffrop", "coral+balanced",
+  )  # fmt: skip
+
+
+def cifar_images(name: str, dataset: str, variant: str) -> ConfigDict:
+  """CIFAR as long-tailed image generation trains it, by the method that `variant` names."""
+  config = images(name)
+  config.seeds = (0,)
+  config.dataset.name = dataset
+  config.diffusion.unet.dtype = "bfloat16"
+  config.sampling.per_class = 500
+  config.encoder.backbone.name = "resnet32"
+  config.loop.eval_every = 5000
+  config.loop.checkpoint_every = 5000
+  if variant == "all":
+    all_methods(config)
+  elif variant != "default":
+    if not image_methods.is_known(variant):
+      names = ", ".join(["default", "all", *image_methods.METHODS])
+      raise ValueError(f"unknown variant {variant!r}; the variants are {names}, or joined by +.")
+    config.methods = (variant,)
+  return config
 
 
 def nesterov_cosine(learning_rate: float, weight_decay: float) -> ConfigDict:

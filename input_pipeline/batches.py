@@ -64,6 +64,19 @@ def draw_members(key: jax.Array, by_class: ByClass, labels: jax.Array) -> jax.Ar
   return by_class.order[by_class.starts[labels] + offset]
 
 
+def draw_probabilities(counts: np.ndarray, exponent: float) -> np.ndarray:
+  """Probability of drawing each class, n^exponent / sum: 1 as in the data, 0 balanced."""
+  weights = np.where(counts > 0, np.maximum(counts, 1) ** exponent, 0.0)
+  return weights / weights.sum()
+
+
+def draw_labels(key: jax.Array, cumulative: jax.Array, number: int) -> jax.Array:
+  """Classes by their cumulated weights [C], with replacement. [number] int32."""
+  # Below the last cumulated value, so that rounding cannot pick a class of no weight.
+  u = jax.random.uniform(key, (number,), maxval=cumulative[-1])
+  return jnp.searchsorted(cumulative, u, side="right")
+
+
 def balanced_indices(
   key: jax.Array, step: jax.Array, by_class: ByClass, batch_size: int
 ) -> jax.Array:

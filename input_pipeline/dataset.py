@@ -102,6 +102,18 @@ class LongTailDataset(long_tail.LongTailLabels):
     return isinstance(self.train_images, LazyImages)
 
 
+def uncut(data: LongTailDataset) -> LongTailDataset:
+  """The set before the long tail was cut: what was held out and left out trains as well."""
+  parts = ("train", "holdout", "left_out")
+  together = {
+    kind: np.concatenate([getattr(data, f"{part}_{kind}") for part in parts])
+    for kind in ("images", "labels")
+  }
+  fields = {f"train_{kind}": values for kind, values in together.items()}
+  fields |= {f"{part}_{kind}": together[kind][:0] for part in parts[1:] for kind in together}
+  return dataclasses.replace(data, **fields)
+
+
 def check(source: Source, name: str) -> None:
   """Raises DataError if a source breaks the rules that the rest of memdiff relies on."""
   num_classes = len(source.class_names)

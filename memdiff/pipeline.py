@@ -9,8 +9,7 @@ from typing import Any
 from input_pipeline.long_tail import LongTailLabels
 from memdiff import config as config_lib
 from memdiff.errors import ConfigError
-from memdiff.evaluation import report
-from memdiff.experiments import classification, features, record
+from memdiff.experiments import classification, features, images, record
 from memdiff.experiments.base import Experiment, Kind, Phase
 from memdiff.runtime import ahead, distributed, environment, loop
 from memdiff.runtime import mesh as mesh_lib
@@ -23,6 +22,7 @@ KINDS = {
   "memdiff": features.IMAGES,
   "features": features.EMBEDDINGS,
   "classification": classification.KIND,
+  "images": images.KIND,
 }
 
 
@@ -115,7 +115,7 @@ def run(config: Mapping[str, Any], workdir: str, *, tensorboard: bool, command: 
   kind, experiment = open_experiment(config, workdir, tensorboard=tensorboard, command=command)
   try:
     with experiment.run.preemption.listening(), distributed.noticing():
-      return _run_phases(experiment, kind.phases_of(experiment.config))
+      return _run_phases(experiment, kind)
   finally:
     try:
       experiment.run.tensorboard.close()  # raises what its thread has met
@@ -123,8 +123,8 @@ def run(config: Mapping[str, Any], workdir: str, *, tensorboard: bool, command: 
       experiment.workdir.close()
 
 
-def _run_phases(experiment: Experiment, phases: tuple[Phase, ...]) -> dict:
-  clock = CompileClock()
+def _run_phases(experiment: Experiment, kind: Kind) -> dict:
+  phases, clock = kind.phases_of(experiment.config), CompileClock()
   for phase in phases:  # a changed config is refused before any work
     if experiment.workdir.manifest(phase.name) is not None:
       experiment.workdir.begin(phase.name, phase_config(experiment, phases, phase))
@@ -141,9 +141,9 @@ def _run_phases(experiment: Experiment, phases: tuple[Phase, ...]) -> dict:
   with ahead.compiling_ahead(tasks, experiment.mesh):
     _work(experiment, phases, clock, begun)
   manifests = {phase.name: experiment.workdir.manifest(phase.name) for phase in phases}
-  written = record.write_report(experiment, manifests)
+  written = record.write_report(experiment, manifests, kind.render)
   if distributed.is_main():
-    print(report.text_table(written))
+    print(kind.summarise(written))
     print(f"\nreport: {experiment.workdir.path / 'report.html'}")
   distributed.barrier("the end")
   return written

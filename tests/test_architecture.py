@@ -19,10 +19,11 @@ PARTS = {
   "paths": {"errors"},
   "runtime": FOUNDATION,
   "contrastive": set(),
-  "diffusion": {"contrastive", "runtime"} | FOUNDATION,
+  "convolution": {"runtime"},
+  "diffusion": {"contrastive", "convolution", "runtime"} | FOUNDATION,
   "evaluation": {"runtime"} | FOUNDATION,
   "memory": {"runtime"} | FOUNDATION,
-  "classifier": {"contrastive", "memory", "runtime"} | FOUNDATION,
+  "classifier": {"contrastive", "convolution", "memory", "runtime"} | FOUNDATION,
   "synthesis": {"diffusion", "evaluation", "memory", "runtime"} | FOUNDATION,
   "experiments": {"classifier", "diffusion", "evaluation", "memory", "runtime", "synthesis"}
   | FOUNDATION,

@@ -15,8 +15,8 @@ def experiment(mesh, tmp_path, monkeypatch):
   """One of which no phase was begun, and whose report is left out."""
   monkeypatch.setattr(pipeline, "phase_config", lambda *_: {})
   monkeypatch.setattr(pipeline.record, "write_report", lambda *_: {})
-  monkeypatch.setattr(pipeline.report, "text_table", lambda _: "")
   return SimpleNamespace(
+    config=None,
     mesh=mesh,
     workdir=SimpleNamespace(
       path=tmp_path, manifest=lambda _: None, begin=lambda *_: False, finish=lambda *_: None
@@ -42,5 +42,6 @@ def test_a_phase_that_has_begun_compiles_its_programs_itself(experiment):
     return Phase(name, name, work, (), compile_ahead=lambda _: compiled.append(name))
 
   phases = phase("bank", lambda _: {}), phase("train", train), phase("select", lambda _: {})
-  pipeline._run_phases(experiment, phases)
+  kind = SimpleNamespace(phases_of=lambda _: phases, render=None, summarise=lambda _: "")
+  pipeline._run_phases(experiment, kind)
   assert compiled == ["select"]

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import digits_lt, features
+from configs.images import digits_lt as digits_images
 from memdiff import config as config_lib
 from memdiff import describe, pipeline
 from memdiff.config import above, at_least, between, build, each, one_of, setting, some_of
@@ -22,6 +23,7 @@ VALID = {  # of every kind of experiment
   "memdiff": digits_lt.get_config().to_dict(),
   "features": features.get_config().to_dict(),
   "classification": digits_lt.get_config("classification").to_dict(),
+  "images": digits_images.get_config().to_dict(),
 }
 
 
@@ -325,7 +327,10 @@ OUT_OF_RANGE = {
     "diffusion.objective.supcon.temperature": [0.0],
     "diffusion.objective.supcon.projection_dim": [0],
     "diffusion.objective.cbdm.weight": [-1.0], "diffusion.objective.cbdm.commitment": [-0.25],
-    "diffusion.objective.cbdm.labels": ["real"],
+    "diffusion.objective.supcon.place": ["output"], "diffusion.objective.supcon.reading": ["ours"],
+    "diffusion.objective.separation.weight": [-1.0],
+    "diffusion.objective.separation.margin": [0.0],
+    "diffusion.objective.other_labels": ["real"],
     "diffusion.objective.transfer.rule": ["tail"],
     "diffusion.objective.transfer.before": [-0.1, 1.5],
     "diffusion.ema_decay": [1.0], "diffusion.batch_size": [0], "diffusion.num_steps": [0],
@@ -364,6 +369,20 @@ OUT_OF_RANGE = {
     "experiment": ["features"], "seeds": [(-1,)],
     "decoupled.methods": [("ncm", "knn"), ("crt", "crt")], "decoupled.adjustment": [-1.0],
     "decoupled.tau": [-0.5, 2.5], "decoupled.num_epochs": [0.0],
+  },
+  "images": {
+    "experiment": ["memdiff"], "seeds": [(-1,)],
+    "methods": [(), ("gan",), ("ddpm", "ddpm"), ("cbdm+gan",), ("t2h+t2h",)],
+    "diffusion.prediction": ["noise"], "diffusion.ema_decay": [1.0], "diffusion.num_steps": [0],
+    "diffusion.class_exponent": [1.5], "diffusion.label_dropout": [-0.5],
+    "diffusion.dropped_by": ["row"], "diffusion.batch_size": [0],
+    "diffusion.unet.channels": [3], "diffusion.unet.multipliers": [(), (0,)],
+    "diffusion.unet.num_blocks": [0], "diffusion.unet.attention": [(0,)],
+    "diffusion.unet.dropout": [0.95], "diffusion.unet.dtype": ["float16"],
+    "sampling.sampler": ["euler"], "sampling.num_steps": [1], "sampling.guidance": [(), (-1.0,)],
+    "sampling.per_class": [0], "sampling.chunk_size": [0],
+    "evaluation.network": ["vgg"], "evaluation.side": [31], "evaluation.reference": ["all"],
+    "evaluation.kid_size": [1], "evaluation.neighbours": [0],
   },
 }  # fmt: skip
 

@@ -18,9 +18,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memdiff.classifier.convolution import Conv
 from memdiff.config import above, each_if_any, one_of, setting
 from memdiff.contrastive import unit_length
+from memdiff.convolution import Conv
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from memdiff.config import at_least, between, one_of, setting
-from memdiff.diffusion import objectives
-from memdiff.diffusion.objectives import ObjectiveConfig
+from memdiff.diffusion import objectives, terms
 from memdiff.diffusion.sampler import model_time
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from memdiff.diffusion.terms import ObjectiveConfig
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
@@ -98,7 +98,7 @@ def loss_terms(
     x0 = x0[jnp.where(early, source, jnp.arange(len(source)))]
     eps = (x_t - signal * x0) / noise
   output, bottleneck = denoise(batch.label, batch.memory)
-  prediction = objectives.Prediction(
+  prediction = terms.Prediction(
     kind=config.prediction,
     batch=batch,
     params=params,
@@ -107,23 +107,24 @@ def loss_terms(
     eps=eps,
     signal=signal,
     noise=noise,
+    alpha=jnp.asarray(schedule.alphas, jnp.float32)[t],
     time=t / schedule.num_steps,
     output=output,
     bottleneck=bottleneck,
     denoise=lambda label, memory: denoise(label, memory)[0],
   )
-  terms = objectives.terms_of(config.objective)
-  return {name: term.value(config.objective, prediction) for name, term in terms.items()}
+  wanted = terms.terms_of(config.objective)
+  return {name: term.value(config.objective, prediction) for name, term in wanted.items()}
 
 
 def init_params(key: jax.Array, config: TrainingConfig, denoiser: nn.Module, batch: Batch) -> Any:
   """Parameters of the denoiser, with those of terms beside them, which the denoiser ignores."""
   inputs = batch.x0, jnp.zeros(batch.label.shape), batch.label, batch.memory
   params = denoiser.init(stream(key, "params"), *inputs)["params"]
-  for term in objectives.terms_of(config.objective).values():
+  for term in terms.terms_of(config.objective).values():
     if term.init is not None:
-      _, bottleneck = denoiser.apply({"params": params}, *inputs)
-      params = {**params, term.parameters: term.init(key, config.objective, bottleneck)}
+      made = denoiser.apply({"params": params}, *inputs)
+      params = {**params, term.parameters: term.init(key, config.objective, *made)}
   return params
 
 
@@ -177,7 +178,7 @@ class _Program:
   step: Callable
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def _program(
   config: TrainingConfig,
   denoiser: nn.Module,
@@ -214,15 +215,15 @@ def _program(
     rngs = {name: stream(state.key, name, state.step) for name in ("dropout", "transfer")}
 
     def loss_of(params):
-      terms = loss_terms(config, denoiser, params, batch, t, eps, rngs)
-      return sum(terms.values()), terms
+      summands = loss_terms(config, denoiser, params, batch, t, eps, rngs)
+      return sum(summands.values()), summands
 
-    (loss, terms), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    (loss, summands), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     state = train_state.apply_gradients(state, gradients, optimizer)
     ema_params = train_state.update_ema(
       state.ema_params, state.params, state.step, config.ema_decay
     )
-    metrics = {"loss": loss} | (terms if len(terms) > 1 else {})
+    metrics = {"loss": loss} | (summands if len(summands) > 1 else {})
     return state.replace(ema_params=ema_params), metrics
 
   return _Program(init, noised_batch, step)

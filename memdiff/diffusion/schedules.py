@@ -42,7 +42,8 @@ class NoiseSchedule:
   def __init__(self, config: ScheduleConfig):
     betas = SCHEDULES[config.name](config.num_steps)
     self.num_steps = config.num_steps
-    self.alphas_bar = np.cumprod(1 - betas)  # [T] float64, decreasing from about 1 to about 0
+    self.alphas = 1 - betas  # [T] float64
+    self.alphas_bar = np.cumprod(self.alphas)  # [T] float64, decreasing from about 1 to about 0
 
   def noise(self, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
     """Draws x_t given x_0 [B, ...], step indices t [B] and standard normal eps [B, ...]."""

@@ -4,7 +4,8 @@ Residual blocks with group norm at several sides, each half of the last, attenti
 skips from the way down to the way up. Time and label are embedded, added, and shift every block. It
 is a denoiser as the engine trains it: `condition(label, memory)` is what does not change from step
 to step, and the bottleneck is the mean over positions of the middle's output. With the defaults and
-32 x 32 pixels it has 35.75 million parameters.
+32 x 32 pixels it has 35.75 million parameters. On request it also attends to exemplars of the class
+(`exemplar_images`), in the middle and wherever it attends to itself.
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from memdiff.config import at_least, between, each, each_if_any, one_of, setting
+from memdiff.convolution import conv2d
+from memdiff.diffusion.exemplar_images import CrossAttention, ExemplarEncoder, ExemplarImages
 from memdiff.diffusion.schedules import time_embedding
 
 DTYPES = ("float32", "bfloat16")
@@ -47,11 +50,15 @@ def check_side(config: UNetConfig, side: int) -> None:
 
 
 class UNet(nn.Module):
-  """Denoises images [B, H, W, ch]; label `num_classes` means "no class"."""
+  """Denoises images [B, H, W, ch]; label `num_classes` means "no class".
+
+  With `sees_exemplars` its memory is an ExemplarImages, otherwise it is not looked at.
+  """
 
   num_classes: int
   image_channels: int
   config: UNetConfig
+  sees_exemplars: bool = False
 
   def setup(self):
     c = self.config
@@ -69,45 +76,70 @@ class UNet(nn.Module):
     self.attend_down = [[_Attention(jnp.dtype(c.dtype)) for _ in level] for level in self.down]
     self.attend_middle = _Attention(jnp.dtype(c.dtype))
     self.attend_up = [[_Attention(jnp.dtype(c.dtype)) for _ in level] for level in self.up]
+    if self.sees_exemplars:
+      cross = functools.partial(CrossAttention, jnp.dtype(c.dtype))
+      self.encode_exemplars = ExemplarEncoder(widths[-1], jnp.dtype(c.dtype))
+      self.look_down = [[cross(functools.partial(_norm, w)) for _ in level]
+                        for w, level in zip(widths, self.down, strict=True)]  # fmt: skip
+      self.look_middle = cross(functools.partial(_norm, widths[-1]))
+      self.look_up = [[cross(functools.partial(_norm, w)) for _ in level]
+                      for w, level in zip(reversed(widths), self.up, strict=True)]  # fmt: skip
     self.norm = _norm(c.channels)
     self.last = conv(self.image_channels, zero=True)
 
-  def condition(self, label: jax.Array, memory: Any) -> jax.Array:
-    """label [G] int in [0, num_classes] -> [G, 4 channels]; a memory is not looked at."""
-    del memory
-    return self.label_embedding(label)
+  def condition(self, label: jax.Array, memory: ExemplarImages | Any) -> tuple[jax.Array, Any]:
+    """label [G] int in [0, num_classes] -> ([G, 4 channels], Tokens of G rows or None)."""
+    tokens = self.encode_exemplars(memory) if self.sees_exemplars else None
+    return self.label_embedding(label), tokens
 
-  def denoise(self, x_t: jax.Array, t: jax.Array, context: jax.Array):
+  def denoise(self, x_t: jax.Array, t: jax.Array, context: tuple[jax.Array, Any]):
     """x_t [B, H, W, ch], t [B] or [1] in [0, 1000) -> (output like x_t, bottleneck [B, width]).
 
     Each row of the context conditions B / G rows of x_t in a row.
     """
-    context = jnp.repeat(context, x_t.shape[0] // context.shape[0], axis=0)
-    told = nn.silu(self.time_mlp(time_embedding(t, self.config.channels)) + context)
+    times = x_t.shape[0] // context[0].shape[0]
+    label, tokens = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), context)
+    told = nn.silu(self.time_mlp(time_embedding(t, self.config.channels)) + label)
     h = self.first(x_t)
     skips = [h]
     for level, blocks in enumerate(self.down):
-      for block, attend in zip(blocks, self.attend_down[level], strict=True):
-        h = self._attended(block(h, told), attend)
+      for number, block in enumerate(blocks):
+        h = self._attended(block(h, told), tokens, "down", level, number)
         skips.append(h)
       if level < len(self.shrink):
         h = self.shrink[level](h)
         skips.append(h)
     h = self.attend_middle(self.middle[0](h, told))
+    if tokens is not None:
+      h = self.look_middle(h, tokens)
     h = self.middle[1](h, told)
     bottleneck = h.astype(jnp.float32).mean(axis=(1, 2))
     for level, blocks in enumerate(self.up):
-      for block, attend in zip(blocks, self.attend_up[level], strict=True):
-        h = self._attended(block(jnp.concatenate([h, skips.pop()], axis=-1), told), attend)
+      for number, block in enumerate(blocks):
+        h = block(jnp.concatenate([h, skips.pop()], axis=-1), told)
+        h = self._attended(h, tokens, "up", level, number)
       if level < len(self.grow):
-        h = self.grow[level](h.repeat(2, axis=1).repeat(2, axis=2))
+        h = self.grow[level](_doubled(h))
     return self.last(nn.silu(self.norm(h))).astype(jnp.float32), bottleneck
 
   def __call__(self, x_t: jax.Array, t: jax.Array, label: jax.Array, memory: Any):
     return self.denoise(x_t, t, self.condition(label, memory))
 
-  def _attended(self, h: jax.Array, attend: nn.Module) -> jax.Array:
-    return attend(h) if h.shape[1] in self.config.attention else h
+  def _attended(self, h: jax.Array, tokens: Any, way: str, level: int, number: int) -> jax.Array:
+    """After attention to itself and to exemplars, at the sides that have it."""
+    if h.shape[1] not in self.config.attention:
+      return h
+    h = getattr(self, f"attend_{way}")[level][number](h)
+    if tokens is None:
+      return h
+    return getattr(self, f"look_{way}")[level][number](h, tokens)
+
+
+def _doubled(x: jax.Array) -> jax.Array:
+  """Every pixel of [B, H, W, ch] twice in both directions, by a copy rather than a gather."""
+  batch, height, width, channels = x.shape
+  copies = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+  return copies.reshape(batch, 2 * height, 2 * width, channels)
 
 
 def _norm(width: int) -> nn.GroupNorm:
@@ -130,10 +162,10 @@ class _Conv(nn.Module):
     init = nn.initializers.zeros if self.zero else nn.initializers.variance_scaling(
       1.0, "fan_avg", "uniform"
     )  # fmt: skip
-    # Padded like PyTorch's padding=1, whatever the stride.
-    return nn.Conv(
-      self.width, (3, 3), self.stride, ((1, 1), (1, 1)), kernel_init=init, dtype=self.dtype
-    )(x)
+    kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.width))
+    bias = self.param("bias", nn.initializers.zeros, (self.width,))
+    y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+    return y + bias.astype(self.dtype)[None, None, None]
 
 
 class _Block(nn.Module):

@@ -28,6 +28,8 @@ def weights_path(path: str = "") -> str:
   Raises:
     DataError: if neither is there.
   """
+  if path and not pathlib.Path(path).is_file():
+    raise DataError(f"There is no file {path}, which should hold the network's weights.")
   if path:
     return path
   found = importlib.util.find_spec(_PACKAGE)

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from memdiff.errors import ConfigError, MemdiffError
-from memdiff.evaluation import efficientnet, image_sets, set_metrics
+from memdiff.evaluation import efficientnet, image_quality, image_sets, set_metrics
 
 NETWORKS = ("efficientnet_lite0",)
 _SAY_EVERY = 10.0  # seconds
@@ -54,37 +54,6 @@ def encode(images: image_sets.ImageSet, network: Callable, side: int) -> np.ndar
   return np.concatenate(parts)
 
 
-def compare(
-  real: np.ndarray, generated: np.ndarray, *, kid_size: int, k: int, seed: int
-) -> dict[str, Any]:
-  """All metrics of two sets of features, without the name of the network.
-
-  Args:
-    real, generated: [N, D] and [M, D].
-    kid_size: rows of a subset of the kernel distance.
-    k: neighbours of precision and recall; density and coverage take 5, as published.
-    seed: of subsets and clusterings.
-
-  Raises:
-    DataError: if the sets are too small, or differ in the length of their features.
-  """
-  distance = set_metrics.frechet_distance(real, generated)
-  kid, kid_std = set_metrics.kernel_distance(real, generated, size=kid_size, seed=seed)
-  near = set_metrics.neighbourhood_metrics(real, generated, k)
-  smaller, generator = min(len(real), len(generated)), np.random.default_rng(seed)
-  f8, f1_8 = set_metrics.precision_recall_f(
-    *(rows[generator.permutation(len(rows))[:smaller]] for rows in (real, generated)), seed=seed
-  )
-  return {
-    "fd": distance,
-    "kid": kid,
-    "kid_std": kid_std,
-    **near,
-    "f8": f8,
-    "f1_8": f1_8,
-  }
-
-
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
   """The metrics, and what they depend on."""
   sets = {name: image_sets.read(getattr(arguments, name)) for name in ("reference", "generated")}
@@ -102,7 +71,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     score = set_metrics.inception_score(np.asarray(classify(generated[order])))
     found = {f"is_{name}": score[0], f"is_{name}_std": score[1]}
   options = {"kid_size": arguments.kid_size, "k": arguments.k, "seed": arguments.seed}
-  metrics = compare(real, generated, **options)
+  metrics = image_quality.compare_sets(real, generated, **options)
   return {
     "network": name,
     "resize": None if all(given) else f"Pillow, bicubic, {arguments.side} px",

@@ -10,7 +10,7 @@ import base64
 import json
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,20 @@ def render_html(report: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     report: the run's report, as it is written to report.json.
     figures: PNG files by name; those named in `FIGURES` have a section of their own.
   """
+  return render_page(_TEMPLATE, _view(report, figures))
+
+
+def render_page(template: str, view: Mapping[str, Any]) -> str:
+  """A page out of the folder of templates."""
   environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
   )
   environment.filters |= {"tied": numerals.tied, "breakable": _breakable}
-  return environment.get_template(_TEMPLATE).render(_view(report, figures))
+  return environment.get_template(template).render(view)
 
 
 def text_table(report: Mapping[str, Any]) -> str:
@@ -61,32 +66,35 @@ def text_table(report: Mapping[str, Any]) -> str:
   single seed there is no spread, and only the mean is printed.
   """
   found = answer(report)
-  said = [_wrapped(line) for line in found.lines()] if found else []
-  cells = tables.text_cells(report)
+  said = [wrapped(line) for line in found.lines()] if found else []
+  shown, number = len(tables.short(report)), len(report.get("classification") or [])
+  rest = (
+    ["", f"{shown} of {number} methods; report.html has all of them."] if shown < number else []
+  )
+  blocks = [*said, *([""] if said else []), *map(wrapped, wording.preamble(report)), ""]
+  return "\n".join([*blocks, *aligned(tables.text_cells(report)), *rest])
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+  """Lines of text of a table whose first line is its header."""
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   lines = []
   for first, *rest in cells:
     padded = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
     lines.append("  ".join([first.ljust(widths[0]), *padded]))
-  shown, number = len(tables.short(report)), len(report.get("classification") or [])
-  rest = (
-    ["", f"{shown} of {number} methods; report.html has all of them."] if shown < number else []
-  )
-  blocks = [*said, *([""] if said else []), *map(_wrapped, wording.preamble(report)), ""]
-  return "\n".join([*blocks, lines[0], "-" * len(lines[0]), *lines[1:], *rest])
+  return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def _wrapped(line: str) -> str:
+def wrapped(line: str) -> str:
   return textwrap.fill(
     line, _LINE, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
   )
 
 
 def _view(report: Mapping[str, Any], figures: Mapping[str, bytes]) -> dict[str, Any]:
-  pictures = {name: _data_uri(png) for name, png in figures.items() if png}
-  found = answer(report)
+  pictures, found = data_uris(figures), answer(report)
   return {
-    "name": report.get("name") or "memdiff run",
+    **common_view(report),
     "answer": found,
     "table": tables.methods(report, found),
     "untested": wording.untested(report),
@@ -102,6 +110,18 @@ def _view(report: Mapping[str, Any], figures: Mapping[str, bytes]) -> dict[str, 
     "figures": {name: pictures.get(name) for name in FIGURES},
     "further_figures": {n: p for n, p in pictures.items() if n not in FIGURES},
     "metrics": tables.metric_tables(report),
+  }
+
+
+def data_uris(figures: Mapping[str, bytes]) -> dict[str, str]:
+  """PNG files as they are embedded in a page, by name."""
+  return {name: _data_uri(png) for name, png in figures.items() if png}
+
+
+def common_view(report: Mapping[str, Any]) -> dict[str, Any]:
+  """What the head and the closing of every page show."""
+  return {
+    "name": report.get("name") or "memdiff run",
     "timing": tables.timing(report),
     "command": report.get("command"),
     "versions": report.get("versions") or {},

@@ -82,22 +82,23 @@ def kernel_distance(
   generator = np.random.default_rng(seed)
   values = []
   for _ in range(subsets):
-    x, y = (
-      np.asarray(rows[generator.choice(len(rows), size, replace=False)], np.float64)
-      for rows in (real, generated)
-    )
-    values.append(_unbiased_mmd(x, y))
+    x, y = (rows[generator.choice(len(rows), size, replace=False)] for rows in (real, generated))
+    values.append(kernel_distance_of_all(x, y))
   return float(np.mean(values)), float(np.std(values))
 
 
-def _unbiased_mmd(x: np.ndarray, y: np.ndarray) -> float:
-  number, dim = x.shape
+def kernel_distance_of_all(x: np.ndarray, y: np.ndarray) -> float:
+  """The same of all rows [n, D] and [m, D] at once, two or more each; for small sets."""
+  x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
 
   def kernel(a, b):
-    return (a @ b.T / dim + 1) ** 3
+    return (a @ b.T / x.shape[1] + 1) ** 3
 
-  within = sum(k.sum() - np.trace(k) for k in (kernel(x, x), kernel(y, y)))
-  return within / (number * (number - 1)) - 2 * kernel(x, y).mean()
+  def within(a):
+    similar = kernel(a, a)
+    return (similar.sum() - np.trace(similar)) / (len(a) * (len(a) - 1))
+
+  return float(within(x) + within(y) - 2 * kernel(x, y).mean())
 
 
 def inception_score(probabilities: np.ndarray, splits: int = 10) -> tuple[float, float]:
@@ -150,7 +151,7 @@ def neighbourhood_metrics(
   in_wide = np.zeros(len(generated), int)  # in how many wide balls
   in_generated, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
   start = 0
-  for distances in _distance_blocks(real, generated):
+  for distances in distance_blocks(real, generated):
     rows = slice(start, start + len(distances))
     in_real |= (distances <= real_radii[rows, None]).any(axis=0)
     in_wide += (distances <= wide_radii[rows, None]).sum(axis=0)
@@ -240,7 +241,7 @@ def _blocks(features: np.ndarray) -> Iterator[np.ndarray]:
     yield features[start : start + _BLOCK]
 
 
-def _distance_blocks(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
+def distance_blocks(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
   """Euclidean distances from all rows of `y` [M, D] to some of `x`, block after block [n, M]."""
   from sklearn.metrics import pairwise_distances_chunked  # takes a second to import
 
@@ -250,6 +251,6 @@ def _distance_blocks(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
 def _radii(features: np.ndarray, neighbours: tuple[int, ...]) -> list[np.ndarray]:
   """Distances of every feature to these neighbours of it, [N] each."""
   ranks = list(neighbours)  # rank 0 is the feature itself
-  blocks = _distance_blocks(features, features)
+  blocks = distance_blocks(features, features)
   nearest = np.concatenate([np.partition(block, ranks, axis=1)[:, ranks] for block in blocks])
   return list(nearest.T)

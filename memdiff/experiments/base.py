@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ from input_pipeline.long_tail import LongTailLabels
 from memdiff.classifier import encoder, encoder_training, losses
 from memdiff.classifier.encoder_training import Recipe
 from memdiff.config import each, setting
+from memdiff.evaluation import report
 from memdiff.memory import feature_space
 from memdiff.runtime import loop, programs, results
 from memdiff.runtime import mesh as mesh_lib
@@ -89,12 +90,16 @@ class Kind:
     load: its data, of `settings.dataset`.
     checks: each raises ConfigError if settings do not fit each other or the data.
     phases: in order; a run has those that its settings want.
+    render: (report, pictures by name) -> its page.
+    summarise: report -> its first words and its table, for the terminal.
   """
 
   settings: type
   load: Callable[[Any], LongTailLabels]
   checks: tuple[Callable[[Any, Any], None], ...]
   phases: tuple[Phase, ...]
+  render: Callable[[Mapping[str, Any], Mapping[str, bytes]], str] = report.render_html
+  summarise: Callable[[Mapping[str, Any]], str] = report.text_table
 
   def check(self, settings: Any, data: LongTailLabels) -> None:
     for check in self.checks:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from memdiff import config as config_lib
-from memdiff.evaluation import report, scores
+from memdiff.evaluation import scores
 from memdiff.experiments import summaries
 from memdiff.experiments.base import Experiment
 from memdiff.runtime import environment, meter
@@ -118,7 +118,9 @@ def save(
   return {row["method"]: row["top1"] for row in result["classification"]}
 
 
-def write_report(experiment: Experiment, manifests: Mapping[str, dict]) -> dict:
+def write_report(
+  experiment: Experiment, manifests: Mapping[str, dict], render: Callable[..., str]
+) -> dict:
   """report.json and report.html from the evaluation's result and all phases' manifests."""
   folder = experiment.workdir.folder("evaluation")
   result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -131,6 +133,6 @@ def write_report(experiment: Experiment, manifests: Mapping[str, dict]) -> dict:
   }
   pictures = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}
   write_json(experiment.workdir.path / "report.json", result)
-  page = report.render_html(result, pictures).encode(errors="backslashreplace")
+  page = render(result, pictures).encode(errors="backslashreplace")
   write_atomically(experiment.workdir.path / "report.html", page)
   return result

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from memdiff import config as config_lib
-from memdiff.evaluation import tables
+from memdiff.evaluation import image_report, tables
 from memdiff.evaluation.answer import answer
 from memdiff.evaluation.lookup import mean_of, row_of
 from memdiff.experiments.base import Experiment
@@ -56,6 +56,24 @@ def write(experiment: Experiment, result: Mapping[str, Any], pictures: Mapping[s
   for name, picture in pictures.items():
     board.pictures(0, {f"{_RESULT}/{name}": _pixels(picture)})
   board.hparams(hyper_parameters(result), [f"{_RESULT}/{key}" for key in _SCORES])
+
+
+def write_images(
+  experiment: Experiment, result: Mapping[str, Any], pictures: Mapping[str, bytes]
+) -> None:
+  """The same of a run that generates images."""
+  board = experiment.run.tensorboard
+  if not board.enabled:
+    return
+  found = image_report.answer(result["images"])
+  said = [found.title, *(effect.sentence() for effect in found.effects), *found.sentences]
+  board.texts(0, {f"{_RESULT}/answer": "\n\n".join(said)})
+  for row in result["images"]["rows"]:
+    known = {k: mean_of(row, k) for k, v in row.items() if isinstance(v, dict) and "values" in v}
+    scalars = {f"{_METHODS}/{row['method']}/{k}": v for k, v in known.items() if v is not None}
+    board.scalars(0, scalars)
+  for name, picture in pictures.items():
+    board.pictures(0, {f"{_RESULT}/{name}": _pixels(picture)})
 
 
 def _pixels(png: bytes) -> np.ndarray:

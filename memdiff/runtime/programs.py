@@ -42,7 +42,7 @@ def state_shardings(stage: Stage, run: Run) -> Any:
 
 def abstract_state(stage: Stage, run: Run) -> Any:
   """Shapes, dtypes and shardings of the stage's state over all seeds."""
-  keys = jax.eval_shape(lambda: run.keys(stage.name))
+  keys = jax.eval_shape(lambda: run.keys(stage.streams or stage.name))
   shapes = jax.eval_shape(jax.vmap(stage.init), keys, stage.per_seed)
   return checkpoint_lib.abstract(shapes, state_shardings(stage, run))
 
@@ -61,7 +61,7 @@ def _jit_init(init: Callable, shardings: "_Shardings") -> Callable:
 def make_init(stage: Stage, run: Run) -> Callable:
   """The jitted () -> state of all seeds, born where it belongs."""
   init = _jit_init(stage.init, _Shardings(state_shardings(stage, run)))
-  return functools.partial(init, run.keys(stage.name), stage.per_seed)
+  return functools.partial(init, run.keys(stage.streams or stage.name), stage.per_seed)
 
 
 def over_seeds(function: Callable, one_by_one: bool) -> Callable:

@@ -80,7 +80,7 @@ class Stage:
   """One training, described for one seed.
 
   Attributes:
-    name: unique in a run; names its folder, its random streams and its curves.
+    name: unique in a run; names its folder, its curves and, without `streams`, its random streams.
     num_steps: optimiser steps.
     init: (base key, per_seed) -> TrainState.
     batch: (state, shared, per_seed) -> the batch that the next step sees; must be pure.
@@ -94,6 +94,7 @@ class Stage:
     result: the fields of the final state that later phases read, for `results.save`.
     one_by_one: whether every seed runs by itself, in a thread, rather than all as one batch; on one
       device. Convolutions on CPUs gain nothing from the batch, and the program is a third the size.
+    streams: names its random streams; stages with the same ones draw alike, for paired comparisons.
   """
 
   name: str
@@ -108,6 +109,7 @@ class Stage:
   batches: Callable[[int, int], Iterator[Any]] | None = None
   result: tuple[str, ...] = ("params",)
   one_by_one: bool = False
+  streams: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

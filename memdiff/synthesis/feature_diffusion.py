@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from input_pipeline.batches import draw_members, group_by_class
+from input_pipeline.batches import draw_labels, draw_members, draw_probabilities, group_by_class
 from memdiff.config import at_least, between, one_of, setting
-from memdiff.diffusion import denoiser_training, objectives
+from memdiff.diffusion import denoiser_training, objectives, terms
 from memdiff.diffusion.denoiser_training import Batch, TrainingConfig
 from memdiff.memory import memory_bank
 from memdiff.memory.exemplars import Exemplars
@@ -67,12 +67,6 @@ class FeatureData:
   bank: MemoryBank  # of the exemplars, in the same units
 
 
-def draw_probabilities(train_counts: np.ndarray, exponent: float) -> np.ndarray:
-  """Probability of drawing each class, n^exponent / sum: 1 as in the data, 0 balanced."""
-  weights = np.where(train_counts > 0, np.maximum(train_counts, 1) ** exponent, 0.0)
-  return weights / weights.sum()
-
-
 def make_data(
   features: jax.Array,
   labels: np.ndarray,
@@ -99,13 +93,6 @@ def make_data(
     mesh, (labels, by_class, np.cumsum(probabilities, axis=1).astype(np.float32))
   )
   return FeatureData(Exemplars(features, labels, by_class), cumulative, bank)
-
-
-def draw_labels(key: jax.Array, cumulative: jax.Array, number: int) -> jax.Array:
-  """Classes by their cumulated weights [C], with replacement. [number] int32."""
-  # Below the last cumulated value, so that rounding cannot pick a class of no weight.
-  u = jax.random.uniform(key, (number,), maxval=cumulative[-1])
-  return jnp.searchsorted(cumulative, u, side="right")
 
 
 def draw_rows(key: jax.Array, per_seed: FeatureData, number: int) -> tuple[jax.Array, jax.Array]:
@@ -150,7 +137,7 @@ def draw_batch(
 
   told, told_memory = shown(label, memory)
   batch = Batch(x0=x0 + shift, label=told, memory=told_memory)
-  needed = objectives.needed(config.objective)
+  needed = terms.needed(config.objective)
   if "true_label" in needed:  # a class that was moved has no other member in the batch
     itself = num_classes + jnp.arange(config.batch_size)
     alone = moved & (config.displacement > 0)
@@ -160,7 +147,7 @@ def draw_batch(
     made_up = moved & (config.displacement > 0)
     batch = batch.replace(class_count=jnp.where(made_up, 0, count))
   if "other_label" in needed:
-    labels = config.objective.cbdm.labels
+    labels = config.objective.other_labels
     other, other_memory = shown(*draw_other(key, per_seed, label, memory, labels, mesh))
     batch = batch.replace(other_label=other, other_memory=other_memory)
   return batch
@@ -179,9 +166,7 @@ def draw_other(
     labels: y' is drawn by the classes' counts (`empirical`) or is any class (`uniform`).
     mesh: of the bank.
   """
-  counts = per_seed.exemplars.by_class.counts
-  weights = counts if labels == "empirical" else counts > 0
-  cumulative = jnp.cumsum(weights.astype(jnp.float32))
+  cumulative = objectives.other_weights(per_seed.exemplars.by_class.counts, labels)
   other = draw_labels(stream(key, "other"), cumulative, label.shape[0])
   drawn = memory_bank.read(per_seed.bank, other, mesh=mesh)
   drawn = memory_bank.thin_out(drawn, stream(key, "thin_other"))

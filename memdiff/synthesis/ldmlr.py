@@ -31,9 +31,9 @@ from jax.sharding import Mesh
 
 from memdiff.diffusion import denoiser_training, sampler
 from memdiff.diffusion.denoiser_training import Batch, TrainingConfig
-from memdiff.diffusion.objectives import ObjectiveConfig
 from memdiff.diffusion.sampler import Solver
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from memdiff.diffusion.terms import ObjectiveConfig
 from memdiff.memory.exemplars import Exemplars
 from memdiff.memory.feature_space import FeatureRuns, Standardizer
 from memdiff.runtime import mesh as mesh_lib

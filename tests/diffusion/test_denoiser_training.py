@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from memdiff.diffusion import denoiser_training, objectives
+from input_pipeline.batches import draw_probabilities
+from memdiff.diffusion import denoiser_training, objectives, terms
 from memdiff.diffusion.denoiser_training import Batch
-from memdiff.diffusion.objectives import ObjectiveConfig
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from memdiff.diffusion.terms import ObjectiveConfig
 from memdiff.memory import memory_bank
 from memdiff.runtime import train_state
 from memdiff.runtime.train_state import OptimizerConfig
@@ -101,9 +102,7 @@ def test_empty_classes_are_never_drawn(mesh, counts):
   labels = shuffled(counts)
   index = draw_many(mesh, labels[None], 4, 0.5, 5000)[0]
   assert set(labels[index]) == {c for c, n in enumerate(counts) if n}
-  np.testing.assert_array_equal(
-    feature_diffusion.draw_probabilities(np.array(counts), 0.0) > 0, np.array(counts) > 0
-  )
+  np.testing.assert_array_equal(draw_probabilities(np.array(counts), 0.0) > 0, np.array(counts) > 0)
 
 
 def test_runs_draw_from_their_own_rows_and_never_from_padding(mesh):
@@ -136,7 +135,7 @@ def draw_batch(mesh, label_dropout, seed=3, batch_size=512, **settings):
 
 
 def test_a_batch_tells_the_counts_of_its_classes_if_targets_are_transferred(mesh):
-  transfer = objectives.TransferConfig(rule="t2h")
+  transfer = terms.TransferConfig(rule="t2h")
   objective = ObjectiveConfig(transfer=transfer)
   _, plain = draw_batch(mesh, 0.3, objective=objective)
   assert set(plain.class_count) == set(COUNTS)
@@ -311,8 +310,7 @@ def test_a_class_that_was_moved_is_a_class_of_its_own(mesh):
 @pytest.mark.parametrize("labels", ["empirical", "uniform"])
 def test_other_classes_come_with_their_memory(mesh, labels):
   objective = with_terms(cbdm=1.0)
-  cbdm = dataclasses.replace(objective.cbdm, labels=labels)
-  objective = dataclasses.replace(objective, cbdm=cbdm)
+  objective = dataclasses.replace(objective, other_labels=labels)
   own, batch = draw_batch(mesh, 0.0, batch_size=3000, objective=objective)
   probabilities = {"empirical": np.array(COUNTS) / sum(COUNTS), "uniform": np.full(3, 1 / 3)}
   observed = np.bincount(batch.other_label, minlength=CLASSES)
@@ -484,3 +482,115 @@ def test_the_engine_trains_on_images_as_on_vectors(mesh):
   expected = np.mean(abar) * power + np.mean((np.sqrt(1 - abar) - 1) ** 2)
   assert losses[0] == pytest.approx(expected, rel=0.1)
   assert float(state.params["scale"]) < 1
+
+
+# --- terms against NumPy ----------------------------------------------------------------------
+
+
+def prediction(seed=0, size=6, dim=5, kind="v"):
+  """A made-up prediction, one row of which is not told its class."""
+  draw = np.random.default_rng(seed)
+  schedule = NoiseSchedule(ScheduleConfig())
+  t = draw.integers(0, schedule.num_steps, size)
+  rows = {name: draw.normal(size=(size, dim)) for name in ("x0", "eps", "output", "other")}
+  signal, noise = np.sqrt(schedule.alphas_bar[t]), np.sqrt(1 - schedule.alphas_bar[t])
+  label = draw.integers(0, 3, size)
+  told = np.where(np.arange(size) == 1, 3, label)
+  other = np.where(np.arange(size) == 1, 3, (label + np.arange(size) % 2) % 3)
+  batch = Batch(jnp.asarray(rows["x0"]), told, None, true_label=label, other_label=other)
+  bottleneck = draw.normal(size=(size, 4))
+  layer = {"kernel": draw.normal(size=(4, 3)), "bias": draw.normal(size=3)}
+  return terms.Prediction(
+    kind=kind,
+    batch=batch,
+    params={terms.PROJECTION: jax.tree.map(jnp.asarray, layer)},
+    x_t=jnp.asarray(signal[:, None] * rows["x0"] + noise[:, None] * rows["eps"]),
+    x0=jnp.asarray(rows["x0"]),
+    eps=jnp.asarray(rows["eps"]),
+    signal=jnp.asarray(signal[:, None]),
+    noise=jnp.asarray(noise[:, None]),
+    alpha=jnp.asarray(schedule.alphas[t]),
+    time=jnp.asarray(t / schedule.num_steps),
+    output=jnp.asarray(rows["output"]),
+    bottleneck=jnp.asarray(bottleneck),
+    denoise=lambda label, memory: jnp.asarray(rows["other"]),
+  )
+
+
+def as_numpy_noise(p, output):
+  return np.asarray(p.noise) * np.asarray(p.x_t) + np.asarray(p.signal) * np.asarray(output)
+
+
+def numpy_supcon(rows, labels, temperature):
+  """SupCon of every anchor, in a loop; None without a positive."""
+  z = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+  terms = []
+  for i in range(len(z)):
+    positives = [p for p in range(len(z)) if p != i and labels[p] == labels[i]]
+    below = sum(np.exp(z[i] @ z[a] / temperature) for a in range(len(z)) if a != i)
+    logs = [np.log(np.exp(z[i] @ z[p] / temperature) / below) for p in positives]
+    terms.append(-np.mean(logs) if positives else None)
+  return terms
+
+
+@pytest.mark.parametrize("place", ["bottleneck", "image"])
+@pytest.mark.parametrize("reading", ["paper", "code"])
+def test_corals_term_equals_a_loop_in_numpy(place, reading):
+  p = prediction()
+  if place == "image":
+    layer = {"kernel": jnp.asarray(np.random.default_rng(1).normal(size=(5, 3))),
+             "bias": jnp.zeros(3)}  # fmt: skip
+    p = dataclasses.replace(p, params={terms.PROJECTION: layer})
+  supcon = terms.SupConConfig(
+    weight=0.5, decay=0.3, temperature=0.4, projection_dim=3, place=place, reading=reading
+  )
+  value = terms._supcon(ObjectiveConfig(supcon=supcon), p)
+  rows = np.asarray(p.bottleneck)
+  if place == "image":  # x0 = s x_t - n v
+    rows = np.asarray(p.signal) * np.asarray(p.x_t) - np.asarray(p.noise) * np.asarray(p.output)
+  layer = p.params[terms.PROJECTION]
+  embedded = rows @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
+  anchors = numpy_supcon(embedded, np.asarray(p.batch.true_label), 0.4)
+  weights = 0.5 * np.exp((1 - np.asarray(p.time)) / 0.3)
+  known = [i for i, term in enumerate(anchors) if term is not None]
+  expected = np.mean([weights[i] * anchors[i] for i in known])
+  if reading == "code":
+    expected = weights.mean() * 0.4 * np.mean([anchors[i] for i in known])
+  np.testing.assert_allclose(value, expected, rtol=1e-4)
+
+
+def test_the_codes_reading_leaves_corals_term_out_without_labels():
+  p = prediction()
+  hidden = p.batch.replace(label=np.full(6, 3))
+  config = ObjectiveConfig(supcon=terms.SupConConfig(weight=1.0, reading="code", projection_dim=3))
+  assert terms._supcon(config, dataclasses.replace(p, batch=hidden)) == 0
+  assert terms._supcon(config, p) > 0
+
+
+def test_diffrops_term_equals_its_formula():
+  p = prediction(size=200)
+  config = ObjectiveConfig(separation=terms.SeparationConfig(weight=0.7, margin=0.02))
+  value = terms._separation(config, p)
+  gap = as_numpy_noise(p, p.output) - as_numpy_noise(p, p.denoise(None, None))
+  alpha, noise = np.asarray(p.alpha), np.asarray(p.noise)[:, 0]
+  kl = (1 - alpha) / (2 * alpha * noise**2) * np.square(gap).mean(axis=1)
+  hinge = np.maximum(0.02 - kl, 0) * (np.asarray(p.batch.label) != np.asarray(p.batch.other_label))
+  assert (hinge > 0).any() and (hinge == 0).any()
+  np.testing.assert_allclose(value, 0.7 * hinge.mean(), rtol=1e-4)
+
+
+def test_diffrops_divergence_is_that_of_the_reverse_steps():
+  """The KL of two Gaussians of variance beta whose means are DDPM's, eq. 11."""
+  p = prediction()
+  alpha, noise = np.asarray(p.alpha), np.asarray(p.noise)
+  beta = 1 - alpha
+  ours, other = (as_numpy_noise(p, x) for x in (p.output, p.denoise(None, None)))
+
+  def mean(eps):
+    return (np.asarray(p.x_t) - beta[:, None] / noise * eps) / np.sqrt(alpha)[:, None]
+
+  kl = np.square(mean(ours) - mean(other)).sum(axis=1) / (2 * beta)
+  hinge = objectives.separation(
+    jnp.asarray(ours), jnp.asarray(other), p.alpha, p.noise[:, 0], margin=1e3
+  )
+  np.testing.assert_allclose((1e3 - hinge) * 5, kl, rtol=2e-2)  # float32 below a margin of 1000

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from memdiff.diffusion import denoiser_training, objectives, sampler
 from memdiff.diffusion.denoiser_training import Batch, TrainingConfig
-from memdiff.diffusion.objectives import PROJECTION, ObjectiveConfig
 from memdiff.diffusion.sampler import model_time
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from memdiff.diffusion.terms import PROJECTION, ObjectiveConfig
 from memdiff.memory import memory_bank
 from memdiff.runtime.random import stream
 from memdiff.runtime.train_state import OptimizerConfig

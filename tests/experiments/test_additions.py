@@ -9,7 +9,7 @@ from configs import digits_lt
 from memdiff import pipeline
 from memdiff.classifier import losses
 from memdiff.classifier.losses import Loss
-from memdiff.diffusion import objectives
+from memdiff.diffusion import terms
 from memdiff.diffusion.objectives import Term
 from memdiff.evaluation import scores
 from memdiff.evaluation.scores import Metric
@@ -55,7 +55,7 @@ def report(tmp_path_factory):
       lambda z, y, n, s, config: jnp.square(losses.cross_entropy(z, y)),
     )
     patch.setitem(losses.LOSSES, "squared", Loss("squared cross-entropy", "squared_cross_entropy"))
-    patch.setitem(objectives.TERMS, "smoothness", Term(lambda config: True, smoothness))
+    patch.setitem(terms.TERMS, "smoothness", Term(lambda config: True, smoothness))
     patch.setitem(scores.METRICS, "worst_class", Metric("worst class", worst_class))
     config = digits_lt.get_config("smoke")
     config.seeds, config.head.losses = (0,), ("csl",)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memdiff.config import as_dict, build
-from memdiff.diffusion.objectives import ObjectiveConfig
 from memdiff.diffusion.schedules import ScheduleConfig
+from memdiff.diffusion.terms import ObjectiveConfig
 from memdiff.errors import ConfigError, WorkdirError
 from memdiff.memory import exemplars as exemplars_lib
 from memdiff.memory import feature_space

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from memdiff.config import as_dict, build
 from memdiff.diffusion import sampler
-from memdiff.diffusion.objectives import ObjectiveConfig
 from memdiff.diffusion.sampler import Solver
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from memdiff.diffusion.terms import ObjectiveConfig
 from memdiff.errors import ConfigError
 from memdiff.memory.memory_bank import Memory, MemoryBank
 from memdiff.runtime.train_state import OptimizerConfig

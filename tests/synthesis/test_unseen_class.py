@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memdiff.diffusion.objectives import ObjectiveConfig
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from memdiff.diffusion.terms import ObjectiveConfig
 from memdiff.memory import memory_bank
 from memdiff.runtime.train_state import OptimizerConfig
 from memdiff.synthesis import feature_diffusion, hallucination

@@ -110,29 +110,48 @@ def per_class_accuracy(
     train_counts: [C], real training examples, for the order and the labels.
     rows: (method, mean [C], standard deviation [C]) per method, fractions in [0, 1].
   """
-  counts = np.asarray(train_counts, float)
-  order = by_count(counts)
-  names = [class_names[i] for i in order]
-  scaled = [
-    (method, 100 * np.asarray(mean, float)[order], 100 * np.asarray(std, float)[order])
+  percent = [
+    (method, 100 * np.asarray(mean, float), 100 * np.asarray(std, float))
     for method, mean, std in rows
   ]
-  styles = _method_styles([method for method, _, _ in scaled])
   with style():
     figure, axes = new_figure(height=4.6)
-    if len(order) <= MAX_NAMED_CLASSES:
-      _accuracy_dots(axes, scaled, styles)
-    else:
-      _accuracy_lines(axes, scaled, styles)
-    _name_classes(axes, names, counts[order])
-    _accuracy_limits(axes, scaled)
+    handles = draw_by_class(axes, class_names, train_counts, percent, (0, 100))
+    _accuracy_limits(axes, percent)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     axes.set_ylabel("test accuracy")
     axes.set_title("Accuracy by class, from the most to the fewest training examples")
-    handles = [_method_handle(method, styles[method]) for method, _, _ in scaled]
     if handles:
       legend_below(axes, handles)
   return figure
+
+
+def draw_by_class(
+  axes: Axes,
+  class_names: Sequence[str],
+  train_counts: ArrayLike,
+  rows: Sequence[tuple[str, ArrayLike, ArrayLike]],
+  limits: tuple[float, float] = (-math.inf, math.inf),
+) -> list[Line2D]:
+  """A number of every class under every method, as `per_class_accuracy` lays it out.
+
+  Args:
+    axes: to draw on.
+    class_names, train_counts: see there.
+    rows: (method, mean [C], standard deviation [C]) per method.
+    limits: that no error bar leaves.
+
+  Returns:
+    Handles for a legend.
+  """
+  counts = np.asarray(train_counts, float)
+  order = by_count(counts)
+  ordered = [(m, np.asarray(x, float)[order], np.asarray(s, float)[order]) for m, x, s in rows]
+  styles = method_styles([method for method, _, _ in rows])
+  draw = _dots if len(order) <= MAX_NAMED_CLASSES else _lines
+  draw(axes, ordered, styles, limits)
+  _name_classes(axes, [class_names[i] for i in order], counts[order])
+  return [_method_handle(method, styles[method]) for method, _, _ in rows]
 
 
 def gap_closed(rows: Sequence[tuple[str, float, Sequence[float]]]) -> Figure:
@@ -216,7 +235,7 @@ def _label_bars(axes: Axes, position: np.ndarray, real: np.ndarray, synthetic: n
     )  # fmt: skip
 
 
-def _method_styles(methods: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
+def method_styles(methods: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
   """A look per method: its generator's own if it has one that no other of them claims."""
   names = [method if method in _METHOD_STYLES else Method(method).generator for method in methods]
   fixed = {
@@ -245,31 +264,33 @@ def _method_handle(method: str, look: tuple[str, str, bool]) -> Line2D:
   return Line2D([], [], linestyle="", label=method, **_marker_look(look))
 
 
-def _accuracy_dots(axes: Axes, rows: Sequence[tuple], styles: Mapping) -> None:
+def _dots(axes: Axes, rows: Sequence[tuple], styles: Mapping, limits: tuple) -> None:
   num_classes = len(rows[0][1]) if rows else 0
   for c in range(0, num_classes, 2):
     axes.axvspan(c - 0.5, c + 0.5, color=BAND, linewidth=0, zorder=-2)
   offsets = (np.arange(len(rows)) - (len(rows) - 1) / 2) * (0.72 / max(len(rows), 1))
   for offset, (method, mean, std) in zip(offsets, rows, strict=True):
     axes.errorbar(
-      np.arange(num_classes) + offset, mean, yerr=_within_percent(mean, std), label=method,
+      np.arange(num_classes) + offset, mean, yerr=_within(mean, std, limits), label=method,
       linestyle="", elinewidth=1.3, **_marker_look(styles[method]),
     )  # fmt: skip
 
 
-def _within_percent(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-  """Error bars [2, C] below and above the mean that do not leave 0 % to 100 %."""
-  return np.clip(np.stack([np.minimum(std, mean), np.minimum(std, 100 - mean)]), 0, None)
+def _within(mean: np.ndarray, std: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+  """Error bars [2, C] below and above the mean that do not leave the limits."""
+  low, high = limits
+  return np.clip(np.stack([np.minimum(std, mean - low), np.minimum(std, high - mean)]), 0, None)
 
 
-def _accuracy_lines(axes: Axes, rows: Sequence[tuple], styles: Mapping) -> None:
+def _lines(axes: Axes, rows: Sequence[tuple], styles: Mapping, limits: tuple) -> None:
   window = 2 * (len(rows[0][1]) // 30) + 1 if rows else 1
   for method, mean, std in rows:
     color, _, hollow = styles[method]
     rank = np.arange(len(mean))
     centre, spread = _running_mean(mean, window), _running_mean(std, window)
     axes.fill_between(
-      rank, np.maximum(centre - spread, 0), np.minimum(centre + spread, 100), color=color,
+      rank, np.maximum(centre - spread, limits[0]), np.minimum(centre + spread, limits[1]),
+      color=color,
       alpha=0.13, linewidth=0,
     )  # fmt: skip
     axes.plot(

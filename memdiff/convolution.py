@@ -1,4 +1,4 @@
-"""Convolutions of the backbones: one function, fast where it runs.
+"""Convolutions: one function, fast where it runs.
 
 On accelerators it is `lax.conv_general_dilated`. XLA's CPU backend is fast at plain convolutions
 alone: the gradient of a kernel is hundreds of times slower inside `lax.scan`, and a convolution

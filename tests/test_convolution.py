@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memdiff.classifier import convolution
-from memdiff.classifier.convolution import Conv, _conv_on_cpu, _patches_times_kernel, conv2d
+from memdiff import convolution
+from memdiff.convolution import Conv, _conv_on_cpu, _patches_times_kernel, conv2d
 
 OURS = (_conv_on_cpu, _patches_times_kernel)
 

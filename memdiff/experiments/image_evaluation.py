@@ -1,0 +1,178 @@
+"""The evaluation of generated images: metrics, tables, figures."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from input_pipeline.dataset import LongTailDataset, uncut
+from memdiff.evaluation import efficientnet, image_quality, images, scores
+from memdiff.evaluation.image_quality import Labelled
+from memdiff.evaluation.image_sets import ImageSet
+from memdiff.experiments import image_figures, record, summaries
+from memdiff.experiments.base import Experiment, forward_images
+from memdiff.experiments.image_settings import CLASSIFIER
+from memdiff.experiments.sample_files import read_samples, sample_folder
+from memdiff.runtime import results
+from memdiff.runtime.workdir import write_atomically, write_json
+from memdiff.synthesis import image_methods
+
+
+def judge(experiment: Experiment) -> Experiment:
+  """The experiment of the classifier that judges: all real images, the first seed alone."""
+  run = dataclasses.replace(experiment.run, seeds=experiment.seeds[:1])
+  return dataclasses.replace(experiment, dataset=uncut(experiment.dataset), run=run)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+  """What judges images.
+
+  Attributes:
+    name: for the metrics.
+    description: for people.
+    encode: uint8 images [N, H, W, ch] -> (features [N, D], predicted classes [N] or None).
+  """
+
+  name: str
+  description: str
+  encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
+
+
+def _network(experiment: Experiment) -> _Network:
+  config = experiment.config
+  if config.evaluation.network == CLASSIFIER:
+    judging = judge(experiment)
+    loss, data = config.classifier.loss, judging.dataset
+    state = results.load(experiment.workdir.folder("network"), experiment.mesh)
+
+    def classify(rows):
+      logits, features = forward_images(judging, loss, state, rows)
+      return features[0], logits[0].argmax(axis=-1)
+
+    accuracy = float(np.mean(classify(data.test_images)[1] == data.test_labels))
+    words = (
+      f"a {config.encoder.backbone.name} trained on all {len(data.train_labels):,} real training"
+      f" images; {100 * accuracy:.1f} % accuracy on the test set"
+    )
+    return _Network(CLASSIFIER, words, classify)
+  name, side = config.evaluation.network, config.evaluation.side
+  network, _ = images.make_network(name, efficientnet.weights_path(config.evaluation.weights))
+
+  def encode(rows):
+    return images.encode(ImageSet("images of the run", rows), network, side), None
+
+  return _Network(name, f"{name} on {side} pixels, resized by Pillow’s bicubic filter", encode)
+
+
+def _reference(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
+  """(images, labels) that generated ones are held against."""
+  data = experiment.dataset
+  if experiment.config.evaluation.reference == "test":
+    return data.test_images, data.test_labels
+  whole = uncut(data)
+  return whole.train_images, whole.train_labels
+
+
+def _unseen_distance(data: LongTailDataset) -> float:
+  """Mean distance in pixels from real images that training has not seen to the nearest it has."""
+  return float(image_quality.nearest(data.test_images, data.train_images).distance.mean())
+
+
+class _Judging:
+  """All that one set of generated images after the other is held against."""
+
+  def __init__(self, experiment: Experiment):
+    data = experiment.dataset
+    self._experiment, self._data = experiment, data
+    self.network = _network(experiment)
+    self.groups = scores.make_groups(data.train_counts)
+    rows, labels = _reference(experiment)
+    self.real = Labelled(self.network.encode(rows)[0], labels)
+    self._unseen = _unseen_distance(data)
+
+  def judge(self, method: str, scale: float, seed: int) -> dict[str, np.ndarray | float]:
+    """The metrics of one set."""
+    config, data = self._experiment.config.evaluation, self._data
+    rows, labels = read_samples(sample_folder(self._experiment, method, scale, seed))
+    features, predicted = self.network.encode(rows)
+    generated = Labelled(features, labels)
+    found = image_quality.compare_sets(
+      self.real.features, features, kid_size=config.kid_size, k=config.neighbours, seed=0
+    )
+    found |= image_quality.by_group(self.real, generated, self.groups)
+    per_class = image_quality.by_class(self.real, generated, data.num_classes)
+    near = image_quality.nearest(rows, data.train_images)
+    found["copied"] = float(near.copied.mean())
+    found["nearness"] = float(near.distance.mean() / max(self._unseen, 1e-9))
+    shares = {"copied": near.copied}
+    if predicted is not None:
+      shares["right"] = predicted == labels
+      found["right"] = float(shares["right"].mean())
+    for group in self.groups:
+      members = np.isin(labels, group.classes)
+      found |= {
+        f"{name}_{group.name}": float(hits[members].mean()) if members.any() else np.nan
+        for name, hits in shares.items()
+      }
+    found["diversity"] = float(np.nanmean(per_class["diversity"]))
+    found |= {f"per_class_{name}": values for name, values in per_class.items()}
+    for name, hits in shares.items():
+      found[f"per_class_{name}"] = np.array(
+        [hits[labels == c].mean() for c in range(data.num_classes)]
+      )
+    return found
+
+
+def _row(judging: _Judging, experiment: Experiment, method: str, scale: float) -> dict:
+  """Mean and deviation over seeds of every metric, and the single values."""
+  experiment.run.progress.say(f"judging {method} at guidance {scale:g}")
+  found = [judging.judge(method, scale, seed) for seed in range(len(experiment.seeds))]
+  row = {
+    "method": method,
+    "description": image_methods.describe(method),
+    "scale": scale,
+    "seeds": list(experiment.seeds),
+  }
+  for name in found[0]:
+    values = np.array([metrics[name] for metrics in found])
+    row[name] = scores.mean_std(values)
+    if values.ndim == 1:
+      row[name]["values"] = scores.plain(values)
+  return row
+
+
+def evaluate(experiment: Experiment) -> dict:
+  """Judges every method at every guidance scale, and draws."""
+  config, judging = experiment.config, _Judging(experiment)
+  rows = [
+    _row(judging, experiment, method, scale)
+    for method in config.methods
+    for scale in config.sampling.guidance
+  ]
+  first = [row for row in rows if row["scale"] == config.sampling.guidance[0]]
+  result = record.record(experiment, []) | {
+    "images": {
+      "network": judging.network.name,
+      "network_description": judging.network.description,
+      "reference": config.evaluation.reference,
+      "reference_number": len(judging.real.labels),
+      "generated_number": config.sampling.per_class * experiment.dataset.num_classes,
+      "rows": first,
+      "sweep": rows if len(config.sampling.guidance) > 1 else [],
+    }
+  }
+  return _save(experiment, result)
+
+
+def _save(experiment: Experiment, result: Mapping) -> dict:
+  from memdiff.evaluation import plots  # matplotlib takes a second
+
+  folder = experiment.workdir.folder("evaluation")
+  figures = image_figures.draw(experiment, result)
+  pictures = {name: plots.to_png(figure, dpi=150) for name, figure in figures}
+  for name, picture in pictures.items():
+    write_atomically(folder / f"{name}.png", picture)
+  summaries.write_images(experiment, result, pictures)
+  write_json(folder / "result.json", result)
+  return {row["method"]: row["fd"] for row in result["images"]["rows"]}

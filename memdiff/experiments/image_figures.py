@@ -1,0 +1,100 @@
+"""The figures of a run that generates images."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memdiff.evaluation import image_quality
+from memdiff.experiments import record
+from memdiff.experiments.base import Experiment
+from memdiff.experiments.sample_files import read_samples, sample_folder
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
+_REAL, _GENERATED = 5, 9  # images per class in a grid
+_SWEPT = ("fd", "kid", "recall", "right")
+
+
+def draw(experiment: Experiment, result: Mapping[str, Any]) -> Iterator[tuple[str, "Figure"]]:
+  """(name, figure), in the order of the page."""
+  from memdiff.evaluation import plots  # matplotlib takes a second
+
+  data, found = experiment.dataset, result["images"]
+  nothing = np.zeros(data.num_classes, int)
+  yield (
+    "long_tail_profile",
+    plots.long_tail_profile(
+      data.class_names, data.train_counts, nothing, record.group_of_class(experiment)
+    ),
+  )
+  for row in found["rows"]:
+    yield f"samples_{row['method']}", _grid(experiment, row["method"], row["scale"])
+  kids = [
+    (row["method"], _numbers(row["per_class_kid"], "mean"), _numbers(row["per_class_kid"], "std"))
+    for row in found["rows"]
+  ]
+  yield (
+    "kid_by_class",
+    plots.by_class(
+      "Distance from real images by class, from the most to the fewest training examples",
+      "kernel distance (KID), lower is better",
+      data.class_names,
+      data.train_counts,
+      kids,
+    ),
+  )
+  if found["sweep"]:
+    yield "guidance_sweep", plots.guidance_sweep(_panels(found["sweep"], found["network"]))
+  stages = [f"diffusion/{method}" for method in experiment.config.methods]
+  if curves := record.training_curves(experiment, stages):
+    yield "training_curves", plots.training_curves(curves)
+
+
+def _numbers(stat: Mapping[str, Any], key: str) -> np.ndarray:
+  return np.array(stat[key], float)  # None becomes NaN
+
+
+def _panels(sweep, network: str) -> list:
+  titles = {"fd": f"FD-{network}", "kid": "KID", "recall": "recall", "right": "right class"}
+  panels = []
+  for key in _SWEPT:
+    rows = []
+    for method in dict.fromkeys(row["method"] for row in sweep):
+      own = [row for row in sweep if row["method"] == method and key in row]
+      if own:
+        scales = np.array([row["scale"] for row in own])
+        order = scales.argsort()
+        means, stds = (np.array([row[key][k] for row in own], float) for k in ("mean", "std"))
+        rows.append((method, scales[order], means[order], stds[order]))
+    if rows:
+      panels.append((titles[key], rows))
+  return panels
+
+
+def _grid(experiment: Experiment, method: str, scale: float) -> "Figure":
+  """Real training images, the first generated ones, and the training image nearest to each."""
+  from memdiff.evaluation import plots
+
+  data = experiment.dataset
+  images, labels = read_samples(sample_folder(experiment, method, scale, 0))
+  real, generated, nearest = [], [], []
+  for c in plots.shown_classes(data.train_counts):
+    rows = images[labels == c][:_GENERATED]
+    real.append(data.train_images[data.train_labels == c][:_REAL])
+    generated.append(rows)
+    nearest.append(data.train_images[image_quality.nearest(rows, data.train_images).index])
+  names = [
+    f"{data.class_names[c]} ({data.train_counts[c]:,})"
+    for c in plots.shown_classes(data.train_counts)
+  ]
+  return plots.sample_grid(
+    method,
+    names,
+    (
+      ("training images", real, _REAL),
+      ("generated", generated, _GENERATED),
+      ("nearest training image of each", nearest, _GENERATED),
+    ),
+  )

@@ -1,0 +1,94 @@
+"""Methods of long-tailed image generation by name: what each changes in the training of DDPM.
+
+A name may join several with +, as in `t2h+balanced`; changes are made from left to right. To add a
+method: a function of the config, and a row in METHODS.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig
+
+JOINED = "+"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageMethod:
+  """What is changed in the config of DDPM, and what that is in words."""
+
+  change: Callable[[PixelDiffusionConfig], PixelDiffusionConfig]
+  description: str
+
+
+def _objective(config: PixelDiffusionConfig, **groups: Any) -> PixelDiffusionConfig:
+  """With changed terms: a dictionary changes fields of a group, other values replace one."""
+  changed = {
+    name: dataclasses.replace(getattr(config.objective, name), **value)
+    if isinstance(value, dict)
+    else value
+    for name, value in groups.items()
+  }
+  return dataclasses.replace(config, objective=dataclasses.replace(config.objective, **changed))
+
+
+def _coral(config: PixelDiffusionConfig) -> PixelDiffusionConfig:
+  """CIFAR-100-LT's settings in the paper's table 3."""
+  return _objective(config, supcon={"weight": 0.01, "decay": 1.0, "temperature": 0.09})
+
+
+def _coral_code(config: PixelDiffusionConfig) -> PixelDiffusionConfig:
+  config = dataclasses.replace(config, dropped_by="batch")
+  term = {"weight": 0.5, "decay": 0.3, "temperature": 0.1, "reading": "code"}
+  return _objective(config, supcon=term)
+
+
+METHODS = {
+  "ddpm": ImageMethod(lambda config: config, "plain conditional diffusion"),
+  "balanced": ImageMethod(
+    lambda config: dataclasses.replace(config, class_exponent=0.0),
+    "batches that draw every class equally often",
+  ),
+  "cbdm": ImageMethod(
+    lambda config: _objective(config, cbdm={"weight": 1.0}, other_labels="uniform"),
+    "predictions for different classes are pulled together",
+  ),
+  "cbdm_code": ImageMethod(
+    lambda config: _objective(
+      dataclasses.replace(config, dropped_by="batch"),
+      cbdm={"weight": 1.0},
+      other_labels="empirical",
+    ),
+    "CBDM as its released code: other classes by their counts, labels dropped by batch",
+  ),
+  "coral": ImageMethod(_coral, "bottlenecks of different classes are pushed apart"),
+  "coral_code": ImageMethod(_coral_code, "CORAL as its released code"),
+  "coral_image": ImageMethod(
+    lambda config: _objective(_coral(config), supcon={"place": "image"}),
+    "CORAL’s ablation: predicted images, not bottlenecks, are pushed apart",
+  ),
+  "t2h": ImageMethod(
+    lambda config: _objective(config, transfer={"rule": "t2h"}),
+    "noised images of rare classes may stand for images of commoner ones",
+  ),
+  "diffrop": ImageMethod(
+    lambda config: _objective(config, separation={"weight": 1.0}, other_labels="uniform"),
+    "predictions for different classes are pushed apart; DiffROP written anew from its formula",
+  ),
+}
+
+
+def is_known(name: str) -> bool:
+  parts = name.split(JOINED)
+  return all(part in METHODS for part in parts) and len(set(parts)) == len(parts)
+
+
+def apply(name: str, config: PixelDiffusionConfig) -> PixelDiffusionConfig:
+  """The config of a method."""
+  for part in name.split(JOINED):
+    config = METHODS[part].change(config)
+  return config
+
+
+def describe(name: str) -> str:
+  return "; ".join(METHODS[part].description for part in name.split(JOINED))

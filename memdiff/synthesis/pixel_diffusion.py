@@ -1,0 +1,197 @@
+"""Pixel diffusion: the diffusion engine's stage on images of classes, and its samples."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from input_pipeline.batches import (
+  ByClass,
+  draw_labels,
+  draw_members,
+  draw_probabilities,
+  group_by_class,
+)
+from memdiff.config import at_least, between, each, one_of, setting
+from memdiff.diffusion import denoiser_training, objectives, terms
+from memdiff.diffusion.denoiser_training import Batch, TrainingConfig
+from memdiff.diffusion.sampler import SAMPLERS, Solver, guided, sample
+from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
+from memdiff.diffusion.unet import UNet, UNetConfig
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.loop import Stage
+from memdiff.runtime.random import stream
+from memdiff.runtime.train_state import OptimizerConfig
+
+DROPS = ("image", "batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelDiffusionConfig(TrainingConfig):
+  """DDPM as long-tailed image generation trains it; the defaults are CORAL's and CBDM's."""
+
+  schedule: ScheduleConfig = setting(
+    ScheduleConfig(name="linear"), "how noise grows over the steps"
+  )
+  prediction: str = setting("eps", "what the denoiser predicts", one_of(objectives.PREDICTIONS))
+  ema_decay: float = setting(0.9999, "of the averaged weights, which sample", between(0, 0.999999))
+  num_steps: int = setting(150_000, "training steps", at_least(1))
+  optimizer: OptimizerConfig = setting(
+    OptimizerConfig(
+      name="adamw", learning_rate=2e-4, schedule="constant", milestones=(), factors=(),
+      weight_decay=0.0, warmup=0.033, clip_norm=1.0,
+    ),
+    "of the denoiser; Adam, since nothing decays",
+  )  # fmt: skip
+  unet: UNetConfig = setting(UNetConfig(), "the network")
+  class_exponent: float = setting(
+    1.0, "classes are drawn by count^this: 1 as they are, 0 balanced", between(0, 1)
+  )
+  label_dropout: float = setting(0.1, "share of the images without label", between(0, 1))
+  dropped_by: str = setting(
+    "image", "whose labels are dropped together; batch: as CBDM's and CORAL's code", one_of(DROPS)
+  )
+  mirror: bool = setting(True, "whether half of the images are flipped left to right")
+  batch_size: int = setting(128, "images", at_least(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+  """How images are drawn from a trained denoiser."""
+
+  sampler: str = setting("dpm++", "the solver of the reverse process", one_of(SAMPLERS))
+  num_steps: int = setting(20, "visited steps", at_least(2))
+  guidance: tuple[float, ...] = setting(
+    (1.0,),
+    "scales of the guidance, 1 + omega; the first is the one of the tables, 1: none",
+    each(lambda s: s >= 0, "numbers from 0"),
+  )
+  per_class: int = setting(1000, "images of every class", at_least(1))
+  chunk_size: int = setting(500, "images at a time, and in a file", at_least(1))
+  png: bool = setting(False, "whether every image is written as a .png file too")
+
+
+@flax.struct.dataclass
+class ImageData:
+  """What all seeds learn from, on the devices."""
+
+  images: Any  # [N, H, W, ch] uint8
+  labels: Any  # [N] int32
+  by_class: ByClass
+
+
+def make_data(images: np.ndarray, labels: np.ndarray, num_classes: int, mesh: Mesh) -> ImageData:
+  """Images [N, H, W, ch] uint8 and labels [N] on every device."""
+  return mesh_lib.replicate(
+    mesh, ImageData(images, labels.astype(np.int32), group_by_class(labels, num_classes))
+  )
+
+
+def to_model(images: jax.Array) -> jax.Array:
+  """uint8 -> float32 from -1 to 1."""
+  return images.astype(jnp.float32) / 127.5 - 1
+
+
+def to_pixels(x: jax.Array) -> jax.Array:
+  """float32 from -1 to 1, or beyond, -> uint8."""
+  return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def draw_batch(
+  key: jax.Array,
+  data: ImageData,
+  cumulative: np.ndarray,
+  config: PixelDiffusionConfig,
+) -> Batch:
+  """A batch of images, a class first, drawn with replacement.
+
+  Args:
+    key: of the step.
+    data: see there.
+    cumulative: [C] cumulated probability of drawing each class.
+    config: batch size, flips, and how labels are dropped (the unconditional model of guidance).
+  """
+  size, num_classes = config.batch_size, len(cumulative)
+  label = draw_labels(stream(key, "class"), jnp.asarray(cumulative, jnp.float32), size)
+  x0 = to_model(data.images[draw_members(stream(key, "member"), data.by_class, label)])
+  if config.mirror:
+    flip = jax.random.bernoulli(stream(key, "mirror"), 0.5, (size,))
+    x0 = jnp.where(flip[:, None, None, None], x0[:, :, ::-1], x0)
+  coins = (1,) if config.dropped_by == "batch" else (size,)
+  dropped = jax.random.bernoulli(stream(key, "drop"), config.label_dropout, coins)
+  batch = Batch(x0=x0, label=jnp.where(dropped, num_classes, label), memory=())
+  needed = terms.needed(config.objective)
+  if "true_label" in needed:
+    batch = batch.replace(true_label=label)
+  if "class_count" in needed:
+    batch = batch.replace(class_count=data.by_class.counts[label])
+  if "other_label" in needed:
+    weights = objectives.other_weights(data.by_class.counts, config.objective.other_labels)
+    other = draw_labels(stream(key, "other"), weights, size)
+    batch = batch.replace(other_label=jnp.where(dropped, num_classes, other), other_memory=())
+  return batch
+
+
+def make_denoiser(config: PixelDiffusionConfig, num_classes: int, channels: int) -> UNet:
+  return UNet(num_classes, channels, config.unet)
+
+
+def make_stage(
+  config: PixelDiffusionConfig, data: ImageData, counts: np.ndarray, mesh: Mesh
+) -> Stage:
+  """The stage that trains the U-Net on `data`, whose classes have `counts` [C] images."""
+  denoiser = make_denoiser(config, len(counts), data.images.shape[-1])
+  draw = _draw(config, tuple(int(count) for count in counts))
+  return denoiser_training.make_stage(config, denoiser, draw, data, (), mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def _draw(config: PixelDiffusionConfig, counts: tuple[int, ...]) -> Callable:
+  """(key, data, per_seed) -> Batch; the same function for stages of one config."""
+  cumulative = np.cumsum(draw_probabilities(np.array(counts), config.class_exponent))
+  return lambda key, data, _: draw_batch(key, data, cumulative, config)
+
+
+@functools.lru_cache(maxsize=16)
+def sampling_program(
+  config: PixelDiffusionConfig,
+  sampling: SamplingConfig,
+  shape: tuple[int, ...],
+  num_classes: int,
+  guides: bool,
+  mesh: Mesh,
+) -> Callable:
+  """The jitted (params, labels [B], seed, chunk, scale) -> uint8 images [B, H, W, ch].
+
+  Seed and chunk, whole numbers, decide the noise; it is the same for all methods and scales.
+
+  Args:
+    config: of the training.
+    sampling: its solver.
+    shape: [H, W, ch] of an image.
+    num_classes: C, the label that means "no class".
+    guides: whether there is guidance; at a scale of 1 the denoiser needs to run only once a step.
+    mesh: the device mesh.
+  """
+  denoiser = make_denoiser(config, num_classes, shape[-1])
+  solver = Solver(sampling.sampler, sampling.num_steps, config.prediction, x0_limit=1.0)
+  schedule = NoiseSchedule(config.schedule)
+
+  def draw(params, labels, seed, chunk, scale):
+    key = stream(jax.random.key(seed), "sampling", chunk)
+
+    def call(x, t, label):
+      x, label = mesh_lib.shard_batch((x, label), mesh)
+      return denoiser.apply({"params": params}, x, t, label, ())[0]
+
+    nothing = jnp.full_like(labels, num_classes)
+    predict = guided(call, labels, lambda: nothing, scale if guides else 1.0)
+    return to_pixels(sample(predict, schedule, (len(labels), *shape), key, solver))
+
+  return jax.jit(draw)

@@ -1,0 +1,299 @@
+"""The experiment on images from the command line: its files, its report, kill and resume."""
+
+import importlib
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.images import digits_lt
+from input_pipeline import dataset
+from memdiff import config as config_lib
+from memdiff import pipeline
+from memdiff.errors import ConfigError, MemdiffError
+from memdiff.evaluation import image_sets
+from memdiff.experiments import image_settings
+from tests import support
+from tests.support import ROOT
+
+OVERRIDES = {
+  "methods": ("ddpm", "cbdm+t2h"), "diffusion.unet.attention": (), "sampling.png": True,
+}  # fmt: skip
+# A network of one block that judges; the rest is main.py as it is.
+SMALL = """
+import runpy, sys
+from memdiff.classifier import backbones
+backbones.BACKBONES["resnet8"] = backbones.Architecture((1,), (16,), for_small_images=True)
+sys.argv = ["main.py", *sys.argv[1:]]
+runpy.run_path("main.py", run_name="__main__")
+"""
+PHASES = ("network", "diffusion", "sampling", "evaluation")
+PER_CLASS, CHUNK = 5, 20
+
+
+def command(workdir, **changes):
+  overrides = [f"--config.{name}={value!r}" for name, value in (OVERRIDES | changes).items()]
+  return [
+    *(sys.executable, "-c", SMALL, "--config=configs/images/digits_lt.py:smoke"),
+    *(f"--workdir={workdir}", "--notensorboard", *overrides),
+  ]
+
+
+def run(workdir, devices=1, **changes):
+  """(report, what the terminal showed) of a run that must succeed."""
+  done = subprocess.run(
+    command(workdir, **changes), cwd=ROOT, env=support.environment_of_children(devices),
+    capture_output=True, text=True, timeout=400,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads((workdir / "report.json").read_text()), done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("images") / "run"
+  return workdir, *run(workdir)
+
+
+def samples(workdir):
+  """{path: images} of all files of samples."""
+  folder = workdir / "sampling"
+  return {
+    path.relative_to(folder): np.load(path)["images"] for path in sorted(folder.rglob("*.npz"))
+  }
+
+
+# --- a run -----------------------------------------------------------------------------------
+
+
+def test_the_files_hold_every_class_alike(undisturbed):
+  workdir, _, _ = undisturbed
+  for method in OVERRIDES["methods"]:
+    for scale in ("1", "2"):
+      files = sorted((workdir / "sampling" / method / f"scale_{scale}" / "seed_0").glob("*.npz"))
+      assert [path.stem for path in files] == ["000000", "000020", "000040"]
+      labels = np.concatenate([np.load(path)["labels"] for path in files])
+      np.testing.assert_array_equal(np.bincount(labels), np.full(10, PER_CLASS))
+
+
+def test_images_are_there_as_png_files_too(undisturbed):
+  workdir, _, _ = undisturbed
+  folder = workdir / "sampling" / "ddpm" / "scale_1" / "seed_0"
+  pictures = sorted((folder / "png").rglob("*.png"))
+  assert len(pictures) == 10 * PER_CLASS
+  file = np.load(folder / "000020.npz")
+  picture = np.asarray(Image.open(folder / "png" / f"{file['labels'][3]:04d}" / "000023.png"))
+  np.testing.assert_array_equal(picture, file["images"][3, :, :, 0])
+
+
+def test_the_evaluator_reads_the_files_of_a_run(undisturbed):
+  workdir, _, _ = undisturbed
+  images = image_sets.read(str(workdir / "sampling" / "ddpm" / "scale_1" / "seed_0" / "png"))
+  assert len(images) == 10 * PER_CLASS
+
+
+def test_methods_draw_from_the_same_noise_but_differ(undisturbed):
+  of_file = samples(undisturbed[0])
+  first, second = (
+    of_file[pathlib.Path(method, "scale_1", "seed_0", "000000.npz")]
+    for method in OVERRIDES["methods"]
+  )
+  assert not np.array_equal(first, second)
+  gap = np.abs(first.astype(int) - second).mean()
+  unrelated = np.abs(first.astype(int) - np.roll(second, 1, axis=0)).mean()
+  assert gap < 0.7 * unrelated  # hardly trained, but of one start
+
+
+def test_the_report_has_every_metric_of_every_method_and_scale(undisturbed):
+  _, report, text = undisturbed
+  found = report["images"]
+  assert [row["method"] for row in found["rows"]] == list(OVERRIDES["methods"])
+  assert [(row["method"], row["scale"]) for row in found["sweep"]] == [
+    (method, scale) for method in OVERRIDES["methods"] for scale in (1.0, 2.0)
+  ]
+  for row in found["sweep"]:
+    for name in ("fd", "kid", "fd_many", "fd_medium", "fd_few", "kid_few", "precision", "recall",
+                 "density", "coverage", "f8", "f1_8", "right", "right_few", "copied", "diversity",
+                 "nearness"):  # fmt: skip
+      assert np.isfinite(row[name]["mean"]), name
+    assert len(row["per_class_kid"]["mean"]) == 10
+  assert found["reference_number"] == 1257 and found["generated_number"] == 10 * PER_CLASS
+  assert "guidance scale 1 (ω = 0)" in " ".join(text.split()) and "FD-classifier" in text
+
+
+def test_the_page_shows_grids_of_every_method(undisturbed):
+  workdir, _, _ = undisturbed
+  html = (workdir / "report.html").read_text()
+  for method in OVERRIDES["methods"]:
+    assert (workdir / "evaluation" / f"samples_{method}.png").exists()
+    assert f"{method.replace('+', '+<wbr>')}" in html
+  assert html.count("<img") == 6 and "nearest in pixels" in html
+
+
+def test_a_finished_run_is_not_run_again(undisturbed):
+  workdir, report, _ = undisturbed
+  again, text = run(workdir)
+  assert text.count("finished earlier") == len(PHASES) and again["images"] == report["images"]
+
+
+def test_a_changed_config_is_refused(undisturbed):
+  workdir, _, _ = undisturbed
+  done = subprocess.run(
+    command(workdir, **{"sampling.num_steps": 4}), cwd=ROOT,
+    env=support.environment_of_children(), capture_output=True, text=True, timeout=200,
+  )  # fmt: skip
+  assert done.returncode != 0 and "sampling.num_steps was 3 and is now 4" in done.stderr
+
+
+# --- kill and resume -------------------------------------------------------------------------
+
+MOMENTS = {
+  "network": "network/checkpoints/10",
+  "diffusion": "diffusion/cbdm+t2h/checkpoints/10",
+  "sampling": "sampling/ddpm/scale_2/seed_0/000000.npz",
+  "evaluation": "evaluation/manifest.json",
+}
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_every_phase_ends_with_the_same_images(undisturbed, tmp_path):
+  workdir = tmp_path / "run"
+  for phase, moment in MOMENTS.items():
+    process = subprocess.Popen(
+      command(workdir), cwd=ROOT, env=support.environment_of_children(),
+      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not (workdir / moment).exists():
+      assert process.poll() is None, f"the run ended before {moment} was there"
+      assert time.monotonic() < deadline
+      time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    manifest = json.loads((workdir / phase / "manifest.json").read_text())
+    assert not manifest["finished"], f"{phase} was over before the kill"
+  report, _ = run(workdir)
+  whole, expected, _ = undisturbed
+  assert report["images"] == expected["images"]
+  ours, theirs = samples(workdir), samples(whole)
+  assert set(ours) == set(theirs) and len(ours) == 12
+  for path, images in ours.items():
+    np.testing.assert_array_equal(images, theirs[path], err_msg=str(path))
+
+
+@pytest.mark.slow
+def test_two_devices_share_the_work(undisturbed, tmp_path):
+  report, _ = run(tmp_path / "run", devices=2, methods=("ddpm",))
+  whole, expected, _ = undisturbed
+  assert report["hardware"]["devices"] == 2
+  ours, theirs = samples(tmp_path / "run"), samples(whole)
+  for path, images in ours.items():
+    gap = np.abs(images.astype(int) - theirs[path])
+    assert np.mean(gap <= 2) > 0.95, path  # sums in another order
+  assert report["dataset"] == expected["dataset"]
+
+
+# --- bad input -------------------------------------------------------------------------------
+
+
+def settings(**changes):
+  config = digits_lt.get_config("smoke")
+  with config.unlocked():
+    config.update_from_flattened_dict(changes)
+  return config.to_dict()
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"diffusion.unet.multipliers": (1, 1, 1, 1, 1)}, "need a multiple of 16"),
+    ({"sampling.num_steps": 1001}, "the diffusion has only 1000 steps"),
+    ({"evaluation.kid_size": 51}, "there are 50 generated and 1257 real images"),
+    ({"evaluation.reference": "test", "evaluation.kid_size": 600, "sampling.per_class": 100},
+     "1000 generated and 540 real"),
+    ({"sampling.per_class": 1, "evaluation.kid_size": 5}, "F_8 needs 20 images"),
+    ({"evaluation.neighbours": 50}, "look at 50 neighbours"),
+    ({"classifier.batch_size": 2000}, "batch_size is 2000"),
+    ({"evaluation.network": "efficientnet_lite0", "evaluation.weights": "/nowhere.pth"},
+     "/nowhere.pth"),
+  ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_one_sentence(changes, words):
+  with pytest.raises(MemdiffError) as caught:
+    pipeline.prepare(settings(**changes))
+  assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def write_folder(root, classes, per_class, size=(8, 8), mode="L"):
+  draw = np.random.default_rng(0)
+  for part in ("train", "test"):
+    for c in range(classes):
+      (root / part / f"class_{c}").mkdir(parents=True)
+      for number in range(per_class):
+        shape = size[::-1] + ((3,) if mode == "RGB" else ())
+        Image.fromarray(draw.integers(0, 256, shape).astype(np.uint8)).save(
+          root / part / f"class_{c}" / f"{number}.png"
+        )
+
+
+def folder_settings(root, **changes):
+  fixed = {"dataset.name": "folder", "dataset.profile": "natural", "dataset.data_dir": str(root)}
+  return settings(
+    **fixed
+    | {"sampling.per_class": 10, "evaluation.kid_size": 10, "classifier.batch_size": 8}
+    | changes
+  )
+
+
+def test_one_class_is_refused(tmp_path):
+  write_folder(tmp_path, 1, 4)
+  with pytest.raises(MemdiffError, match="at least two"):
+    pipeline.prepare(folder_settings(tmp_path, **{"dataset.image_size": 8}))
+
+
+def test_few_images_per_class_are_refused_with_what_to_do(tmp_path):
+  write_folder(tmp_path, 3, 1)
+  with pytest.raises(ConfigError, match="batch_size is 8, but the training set has only 3"):
+    pipeline.prepare(folder_settings(tmp_path, **{"dataset.image_size": 8}))
+
+
+def test_grey_and_colour_are_one_set(tmp_path):
+  write_folder(tmp_path, 2, 10)
+  Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "train" / "class_0" / "red.png")
+  _, _, data = pipeline.prepare(folder_settings(tmp_path, **{"dataset.image_size": 8}))
+  assert data.train_images.shape[1:] == (8, 8, 3)
+
+
+# --- configs ---------------------------------------------------------------------------------
+
+MODULES = sorted(p.stem for p in (ROOT / "configs" / "images").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_config_is_valid(name):
+  module = importlib.import_module(f"configs.images.{name}")
+  with pytest.raises(ValueError, match="unknown variant 'none'") as caught:
+    module.get_config("none")
+  variants = str(caught.value).split("the variants are ")[1].rstrip(".").removesuffix(
+    ", or joined by +"
+  )  # fmt: skip
+  for variant in variants.split(", "):
+    config = module.get_config(variant).to_dict()
+    built = config_lib.build(image_settings.ImagesConfig, config)
+    assert f"configs/images/{name}.py" in module.__doc__
+    assert config["diffusion"]["num_steps"] >= config["loop"]["checkpoint_every"]
+    assert built.experiment == "images"
+
+
+def test_the_uncut_set_is_all_that_was_there_before():
+  data = dataset.load(dataset.DatasetConfig(name="digits", imbalance=50.0, holdout=0.2))
+  whole = dataset.uncut(data)
+  assert len(whole.train_labels) == 1257 and len(whole.train_images) == 1257
+  assert len(whole.left_out_labels) == len(whole.holdout_labels) == 0
+  assert whole.train_counts.min() > 100 > 2 >= data.train_counts.min()

@@ -1,0 +1,161 @@
+"""Pixel diffusion: batches, methods as changes of the config, samples."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memdiff.diffusion import terms
+from memdiff.diffusion.unet import UNetConfig
+from memdiff.runtime import loop
+from memdiff.synthesis import image_methods, pixel_diffusion
+from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig, SamplingConfig
+from tests.support import make_run
+
+TINY = UNetConfig(channels=8, multipliers=(1, 2), num_blocks=1, attention=(), dropout=0.1)
+CONFIG = PixelDiffusionConfig(unet=TINY, batch_size=512, num_steps=2, label_dropout=0.25)
+COUNTS = np.array([60, 20, 4])
+SIDE = 8
+
+
+def make_images():
+  """Images whose every pixel tells which one it is, but for a mark on the left."""
+  number = len(LABELS)
+  images = np.broadcast_to(np.arange(number, dtype=np.uint8)[:, None, None, None],
+                           (number, SIDE, SIDE, 1)).copy()  # fmt: skip
+  images[:, :, 0] = 255
+  return images
+
+
+LABELS = np.repeat(np.arange(3), COUNTS)
+IMAGES = make_images()
+
+
+@pytest.fixture(scope="module")
+def data(mesh):
+  return pixel_diffusion.make_data(IMAGES, LABELS, 3, mesh)
+
+
+def draw(data, **changes):
+  config = dataclasses.replace(CONFIG, **changes)
+  function = pixel_diffusion._draw(config, tuple(COUNTS.tolist()))
+  return jax.jit(lambda key: function(key, data, ()))(jax.random.key(0))
+
+
+def drawn_numbers(batch):
+  """Which image every row is."""
+  pixels = np.asarray(pixel_diffusion.to_pixels(batch.x0))
+  return pixels[:, 0, SIDE // 2, 0]
+
+
+def test_pixels_survive_the_way_to_the_model_and_back():
+  pixels = jnp.arange(256, dtype=jnp.uint8)
+  x = pixel_diffusion.to_model(pixels)
+  assert (x.min(), x.max()) == (-1, 1)
+  np.testing.assert_array_equal(pixel_diffusion.to_pixels(x), pixels)
+  np.testing.assert_array_equal(pixel_diffusion.to_pixels(jnp.array([-3.0, 3.0])), [0, 255])
+
+
+def test_labels_go_with_images_and_a_share_of_them_is_dropped(data):
+  batch = draw(data)
+  true = LABELS[drawn_numbers(batch)]
+  dropped = np.asarray(batch.label) == 3
+  np.testing.assert_array_equal(np.asarray(batch.label)[~dropped], true[~dropped])
+  assert 0.15 < dropped.mean() < 0.35
+
+
+def test_by_batch_all_labels_are_dropped_or_none(data):
+  config = dataclasses.replace(CONFIG, dropped_by="batch", label_dropout=0.5)
+  function = pixel_diffusion._draw(config, tuple(COUNTS.tolist()))
+  keys = jax.random.split(jax.random.key(1), 40)
+  labels = jax.jit(jax.vmap(lambda key: function(key, data, ()).label))(keys)
+  shares = (np.asarray(labels) == 3).mean(axis=1)
+  assert set(shares) == {0.0, 1.0} and 0.2 < shares.mean() < 0.8
+
+
+@pytest.mark.parametrize(("exponent", "expected"), [(1.0, COUNTS / 84), (0.0, np.full(3, 1 / 3))])
+def test_classes_come_by_their_counts_or_alike(data, exponent, expected):
+  observed = np.bincount(LABELS[drawn_numbers(draw(data, class_exponent=exponent))], minlength=3)
+  np.testing.assert_allclose(observed / 512, expected, atol=0.07)
+
+
+def test_half_of_the_images_are_mirrored_if_asked(data):
+  left = np.asarray(draw(data, mirror=True).x0)[:, 0, 0, 0]
+  assert 0.4 < (left == 1).mean() < 0.6
+  assert (np.asarray(draw(data, mirror=False).x0)[:, 0, 0, 0] == 1).all()
+
+
+@pytest.mark.parametrize("name", [*image_methods.METHODS, "t2h+balanced", "coral+cbdm"])
+def test_every_method_trains(mesh, data, name, tmp_path):
+  base = dataclasses.replace(CONFIG, batch_size=16)
+  config = image_methods.apply(name, base)
+  assert config != base or name == "ddpm"
+  stage = pixel_diffusion.make_stage(config, data, COUNTS, mesh)
+  run = make_run(mesh, (0,), 2)
+  state = loop.train(stage, run, tmp_path)
+  moved = jax.tree.map(lambda x: np.isfinite(x).all(), state.params)
+  assert all(jax.tree.leaves(moved)) and int(state.step[0]) == 2
+
+
+def test_what_a_method_needs_of_a_batch_is_there_and_no_more(data):
+  assert terms.needed(CONFIG.objective) == set()
+  for name in image_methods.METHODS:
+    config = image_methods.apply(name, CONFIG)
+    batch = draw(data, objective=config.objective)
+    needed = terms.needed(config.objective)
+    for field in ("true_label", "class_count", "other_label"):
+      assert (getattr(batch, field) is not None) == (field in needed), (name, field)
+
+
+def test_other_classes_and_counts_are_those_of_the_data(data):
+  config = image_methods.apply("cbdm_code+t2h", CONFIG)
+  batch = draw(data, objective=config.objective, label_dropout=0.0)
+  true = LABELS[drawn_numbers(batch)]
+  np.testing.assert_array_equal(batch.class_count, COUNTS[true])
+  observed = np.bincount(batch.other_label, minlength=3) / 512
+  np.testing.assert_allclose(observed, COUNTS / 84, atol=0.07)
+  config = image_methods.apply("cbdm", CONFIG)
+  batch = draw(data, objective=config.objective)
+  kept = np.asarray(batch.other_label) < 3
+  np.testing.assert_array_equal(kept, np.asarray(batch.label) < 3)
+  observed = np.bincount(batch.other_label[kept], minlength=3) / kept.sum()
+  np.testing.assert_allclose(observed, np.full(3, 1 / 3), atol=0.08)
+
+
+def test_names_of_methods():
+  assert image_methods.is_known("t2h+balanced") and not image_methods.is_known("t2h+t2h")
+  assert not image_methods.is_known("gan") and not image_methods.is_known("")
+  assert "; " in image_methods.describe("t2h+balanced")
+
+
+def test_samples_of_a_known_denoiser_are_its_images(mesh, monkeypatch):
+  """A denoiser that knows one image per class, so that the sampler must end there."""
+  centres = jnp.asarray(np.linspace(-0.9, 0.9, 4), jnp.float32)  # the last: no class
+
+  class Oracle:
+    def apply(self, params, x, t, label, memory):
+      schedule = pixel_diffusion.NoiseSchedule(CONFIG.schedule)
+      step = (t * CONFIG.schedule.num_steps / 1000).astype(int)
+      signal, noise = schedule.scales(step, x)
+      x0 = centres[label][:, None, None, None] + params["params"]
+      return (x - signal * x0) / noise, None
+
+  monkeypatch.setattr(pixel_diffusion, "make_denoiser", lambda *_: Oracle())
+  pixel_diffusion.sampling_program.cache_clear()
+  labels = jnp.arange(3).repeat(2)
+  for guides, scale, expected in (
+    (False, 1.0, centres[:3]),
+    (True, 0.0, centres[3:].repeat(3)),
+    (True, 0.5, (centres[:3] + centres[3:]) / 2),
+  ):
+    sampling = SamplingConfig(num_steps=10)
+    program = pixel_diffusion.sampling_program(CONFIG, sampling, (4, 4, 1), 3, guides, mesh)
+    images = np.asarray(program(0.0, labels, np.uint32(0), 0, scale))
+    assert images.shape == (6, 4, 4, 1) and images.dtype == np.uint8
+    shown = np.asarray(pixel_diffusion.to_pixels(expected)).repeat(2)
+    np.testing.assert_allclose(images.astype(int), shown[:, None, None, None].repeat(4, 1).repeat(
+      4, 2
+    ), atol=1)  # fmt: skip
+  pixel_diffusion.sampling_program.cache_clear()
