@@ -54,7 +54,7 @@ def all_methods(config: ConfigDict) -> None:
   """Every method, both readings of those whose paper and code differ, and combinations."""
   config.methods = (
     "ddpm", "balanced", "cbdm", "cbdm_code", "coral", "coral_code", "coral_image", "t2h",
-    "t2h+balanced", "diffrop", "coral+balanced",
+    "t2h+balanced", "diffrop", "memdiff", "memdiff+balanced",
   )  # fmt: skip
 
 

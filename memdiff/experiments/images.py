@@ -24,6 +24,7 @@ from memdiff.experiments.image_settings import CLASSIFIER, ImagesConfig, check
 from memdiff.experiments.sample_files import sample_folder
 from memdiff.runtime import loop, programs, results
 from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.random import stream
 from memdiff.runtime.workdir import write_arrays, write_atomically, writing
 from memdiff.synthesis import image_methods, pixel_diffusion
 
@@ -36,10 +37,16 @@ def train_network(experiment: Experiment) -> dict:
   return last_metrics(folder)
 
 
+def device_data(experiment: Experiment) -> pixel_diffusion.ImageData:
+  data = experiment.dataset
+  return pixel_diffusion.make_data(
+    data.train_images, data.train_labels, data.num_classes, experiment.mesh
+  )
+
+
 def method_stages(experiment: Experiment) -> Iterator[tuple[str, loop.Stage]]:
   """(method, its training); all of them draw the same batches and the same noise."""
-  data, mesh = experiment.dataset, experiment.mesh
-  shared = pixel_diffusion.make_data(data.train_images, data.train_labels, data.num_classes, mesh)
+  data, mesh, shared = experiment.dataset, experiment.mesh, device_data(experiment)
   for method in experiment.config.methods:
     config = image_methods.apply(method, experiment.config.diffusion)
     stage = pixel_diffusion.make_stage(config, shared, data.train_counts, mesh)
@@ -88,6 +95,7 @@ def _parts(experiment: Experiment) -> Iterator[_Part]:
 def sample_images(experiment: Experiment) -> dict:
   """Draws images chunk by chunk; those that are there already are kept."""
   parts, progress = list(_parts(experiment)), experiment.run.progress
+  shared = device_data(experiment)
   progress.start_stage(0)
   for number, part in enumerate(parts, 1):
     experiment.run.preemption.check(f"after {number - 1} of {len(parts)} files of samples")
@@ -95,7 +103,7 @@ def sample_images(experiment: Experiment) -> dict:
     if not part.path(folder).exists():
       with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-      images, labels = _draw_part(experiment, part)
+      images, labels = _draw_part(experiment, part, shared)
       if experiment.config.sampling.png:
         _write_png(folder, part.start, images, labels)
       write_arrays(part.path(folder), {"images": images, "labels": labels})
@@ -103,11 +111,14 @@ def sample_images(experiment: Experiment) -> dict:
   return {"images": sum(part.stop - part.start for part in parts)}
 
 
-def _draw_part(experiment: Experiment, part: _Part) -> tuple[np.ndarray, np.ndarray]:
+def _draw_part(
+  experiment: Experiment, part: _Part, shared: pixel_diffusion.ImageData
+) -> tuple[np.ndarray, np.ndarray]:
   """(images [n, H, W, ch] uint8, labels [n]); the noise of all methods and scales is the same."""
   config, data, mesh = experiment.config, experiment.dataset, experiment.mesh
+  diffusion = image_methods.apply(part.method, config.diffusion)
   program = pixel_diffusion.sampling_program(
-    image_methods.apply(part.method, config.diffusion),
+    diffusion,
     config.sampling,
     data.train_images.shape[1:],
     data.num_classes,
@@ -119,7 +130,12 @@ def _draw_part(experiment: Experiment, part: _Part) -> tuple[np.ndarray, np.ndar
   padded = np.resize(labels, config.sampling.chunk_size)
   params = _sampled_params(experiment, part.method, part.seed)
   numbers = np.uint32(experiment.seeds[part.seed]), np.int32(part.start), np.float32(part.scale)
-  images = mesh_lib.fetch(program(params, *mesh_lib.replicate(mesh, (padded, *numbers))))
+  placed, *numbers = mesh_lib.replicate(mesh, (padded, *numbers))
+  memory = ()
+  if diffusion.memory.num_exemplars:
+    key = stream(experiment.run.keys("exemplars")[part.seed], "of_chunk", part.start)
+    memory = pixel_diffusion.exemplars_of(shared, placed, key, diffusion.memory.num_exemplars)
+  images = mesh_lib.fetch(program(params, placed, memory, *numbers))
   return np.asarray(images)[: len(labels)], labels
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig
 
 JOINED = "+"
+EXEMPLARS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,13 @@ def _coral_code(config: PixelDiffusionConfig) -> PixelDiffusionConfig:
   config = dataclasses.replace(config, dropped_by="batch")
   term = {"weight": 0.5, "decay": 0.3, "temperature": 0.1, "reading": "code"}
   return _objective(config, supcon=term)
+
+
+def _memdiff(config: PixelDiffusionConfig) -> PixelDiffusionConfig:
+  """With the configured exemplars, or four."""
+  number = config.memory.num_exemplars or EXEMPLARS
+  memory = dataclasses.replace(config.memory, num_exemplars=number)
+  return dataclasses.replace(config, memory=memory)
 
 
 METHODS = {
@@ -74,6 +82,9 @@ METHODS = {
   "diffrop": ImageMethod(
     lambda config: _objective(config, separation={"weight": 1.0}, other_labels="uniform"),
     "predictions for different classes are pushed apart; DiffROP written anew from its formula",
+  ),
+  "memdiff": ImageMethod(
+    _memdiff, "the U-Net looks at exemplars of the class, and learns classes that are made up too"
   ),
 }
 

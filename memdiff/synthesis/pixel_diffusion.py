@@ -21,6 +21,7 @@ from input_pipeline.batches import (
 from memdiff.config import at_least, between, each, one_of, setting
 from memdiff.diffusion import denoiser_training, objectives, terms
 from memdiff.diffusion.denoiser_training import Batch, TrainingConfig
+from memdiff.diffusion.exemplar_images import ExemplarImages
 from memdiff.diffusion.sampler import SAMPLERS, Solver, guided, sample
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.diffusion.unet import UNet, UNetConfig
@@ -28,6 +29,8 @@ from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.random import stream
 from memdiff.runtime.train_state import OptimizerConfig
+from memdiff.synthesis import pixel_memory
+from memdiff.synthesis.pixel_memory import PixelMemoryConfig
 
 DROPS = ("image", "batch")
 
@@ -58,6 +61,7 @@ class PixelDiffusionConfig(TrainingConfig):
     "image", "whose labels are dropped together; batch: as CBDM's and CORAL's code", one_of(DROPS)
   )
   mirror: bool = setting(True, "whether half of the images are flipped left to right")
+  memory: PixelMemoryConfig = setting(PixelMemoryConfig(), "memdiff: exemplars as a condition")
   batch_size: int = setting(128, "images", at_least(1))
 
 
@@ -119,27 +123,91 @@ def draw_batch(
   """
   size, num_classes = config.batch_size, len(cumulative)
   label = draw_labels(stream(key, "class"), jnp.asarray(cumulative, jnp.float32), size)
-  x0 = to_model(data.images[draw_members(stream(key, "member"), data.by_class, label)])
-  if config.mirror:
-    flip = jax.random.bernoulli(stream(key, "mirror"), 0.5, (size,))
-    x0 = jnp.where(flip[:, None, None, None], x0[:, :, ::-1], x0)
+  index = draw_members(stream(key, "member"), data.by_class, label)
   coins = (1,) if config.dropped_by == "batch" else (size,)
   dropped = jax.random.bernoulli(stream(key, "drop"), config.label_dropout, coins)
-  batch = Batch(x0=x0, label=jnp.where(dropped, num_classes, label), memory=())
+  dropped = jnp.broadcast_to(dropped, (size,))
+  x0, condition = to_model(data.images[index]), _Conditions(key, data, config, dropped)
+  if config.memory.num_exemplars:
+    memory, shown = condition.with_exemplars(label, index)
+    x0 = pixel_memory.turned(x0, shown.ways)
+  else:
+    memory, shown = (), None
+  if config.mirror:
+    x0 = _mirrored(stream(key, "mirror"), x0)
+  batch = Batch(x0=x0, label=condition.told(label, shown), memory=memory)
   needed = terms.needed(config.objective)
-  if "true_label" in needed:
-    batch = batch.replace(true_label=label)
+  invented = jnp.zeros(size, bool) if shown is None else shown.invented
+  if "true_label" in needed:  # a class that was made up has no other member in the batch
+    batch = batch.replace(true_label=jnp.where(invented, num_classes + jnp.arange(size), label))
   if "class_count" in needed:
-    batch = batch.replace(class_count=data.by_class.counts[label])
+    batch = batch.replace(class_count=jnp.where(invented, 0, data.by_class.counts[label]))
   if "other_label" in needed:
     weights = objectives.other_weights(data.by_class.counts, config.objective.other_labels)
     other = draw_labels(stream(key, "other"), weights, size)
-    batch = batch.replace(other_label=jnp.where(dropped, num_classes, other), other_memory=())
+    other_memory = () if shown is None else condition.of_others(other, label, memory, shown)
+    batch = batch.replace(other_label=condition.told(other, shown), other_memory=other_memory)
   return batch
 
 
+def _mirrored(key: jax.Array, x: jax.Array) -> jax.Array:
+  """Images [B, ..., H, W, ch], half of them flipped left to right."""
+  flip = jax.random.bernoulli(key, 0.5, x.shape[:-3])
+  return jnp.where(flip[..., None, None, None], x[..., ::-1, :], x)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Conditions:
+  """What the denoiser is told of the rows of a batch, whose labels are `dropped` or not [B]."""
+
+  key: jax.Array
+  data: ImageData
+  config: PixelDiffusionConfig
+  dropped: jax.Array
+
+  def told(self, label: jax.Array, shown: pixel_memory.Shown | None) -> jax.Array:
+    """The label, or "no class"."""
+    silent = self.dropped if shown is None else self.dropped | shown.hidden
+    return jnp.where(silent, self.data.by_class.counts.shape[0], label)
+
+  def with_exemplars(self, label: jax.Array, index: jax.Array):
+    """(exemplars, themselves left out, and what is shown of the rows)."""
+    number = self.config.memory.num_exemplars
+    found, mask = pixel_memory.draw_exemplars(
+      stream(self.key, "exemplars"), self.data.by_class, label, number, itself=index
+    )
+    mask = pixel_memory.thin_out(stream(self.key, "thin"), mask)
+    channels = self.data.images.shape[-1]
+    shown = pixel_memory.draw_shown(
+      self.key, self.config.memory, mask.any(axis=1), channels, self.config.mirror
+    )
+    return self._placed(found, mask, shown, "mirror_exemplars"), shown
+
+  def of_others(self, other: jax.Array, label: jax.Array, memory: ExemplarImages, shown):
+    """Exemplars of the other classes; those of the row itself if it is the same class."""
+    found, mask = pixel_memory.draw_exemplars(
+      stream(self.key, "other_exemplars"),
+      self.data.by_class,
+      other,
+      self.config.memory.num_exemplars,
+    )
+    mask = pixel_memory.thin_out(stream(self.key, "thin_other"), mask)
+    placed = self._placed(found, mask, shown, "mirror_others")
+    same = other == label
+    return jax.tree.map(
+      lambda a, b: jnp.where(same.reshape(-1, *(1,) * (a.ndim - 1)), a, b), memory, placed
+    )
+
+  def _placed(self, index: jax.Array, mask: jax.Array, shown, name: str) -> ExemplarImages:
+    """The exemplars of these indices as the U-Net sees them, turned as their rows are."""
+    images = pixel_memory.turned(to_model(self.data.images[index]), shown.ways)
+    if self.config.mirror:
+      images = _mirrored(stream(self.key, name), images)
+    return ExemplarImages(images, mask).forget(self.dropped)
+
+
 def make_denoiser(config: PixelDiffusionConfig, num_classes: int, channels: int) -> UNet:
-  return UNet(num_classes, channels, config.unet)
+  return UNet(num_classes, channels, config.unet, config.memory.num_exemplars > 0)
 
 
 def make_stage(
@@ -158,6 +226,13 @@ def _draw(config: PixelDiffusionConfig, counts: tuple[int, ...]) -> Callable:
   return lambda key, data, _: draw_batch(key, data, cumulative, config)
 
 
+@functools.partial(jax.jit, static_argnums=3)
+def exemplars_of(data: ImageData, labels: jax.Array, key: jax.Array, number: int) -> ExemplarImages:
+  """Exemplars of `labels` [B], `number` of each at most, drawn anew for every row."""
+  index, mask = pixel_memory.draw_exemplars(key, data.by_class, labels, number)
+  return ExemplarImages(to_model(data.images[index]), mask)
+
+
 @functools.lru_cache(maxsize=16)
 def sampling_program(
   config: PixelDiffusionConfig,
@@ -167,9 +242,11 @@ def sampling_program(
   guides: bool,
   mesh: Mesh,
 ) -> Callable:
-  """The jitted (params, labels [B], seed, chunk, scale) -> uint8 images [B, H, W, ch].
+  """The jitted (params, labels [B], memory, seed, chunk, scale) -> uint8 images [B, H, W, ch].
 
-  Seed and chunk, whole numbers, decide the noise; it is the same for all methods and scales.
+  Memory is () or, for a U-Net that looks at exemplars, ExemplarImages of B rows; label C with
+  exemplars is a class that training need not have seen. Seed and chunk, whole numbers, decide the
+  noise; it is the same for all methods and scales.
 
   Args:
     config: of the training.
@@ -183,15 +260,23 @@ def sampling_program(
   solver = Solver(sampling.sampler, sampling.num_steps, config.prediction, x0_limit=1.0)
   schedule = NoiseSchedule(config.schedule)
 
-  def draw(params, labels, seed, chunk, scale):
+  def draw(params, labels, memory, seed, chunk, scale):
     key = stream(jax.random.key(seed), "sampling", chunk)
 
-    def call(x, t, label):
-      x, label = mesh_lib.shard_batch((x, label), mesh)
-      return denoiser.apply({"params": params}, x, t, label, ())[0]
+    def condition(label, memory):
+      label, memory = mesh_lib.shard_batch((label, memory), mesh)
+      return denoiser.apply({"params": params}, label, memory, method="condition")
 
-    nothing = jnp.full_like(labels, num_classes)
-    predict = guided(call, labels, lambda: nothing, scale if guides else 1.0)
+    def unconditional():
+      silent = memory.forget(jnp.ones(len(labels), bool)) if memory else memory
+      return condition(jnp.full_like(labels, num_classes), silent)
+
+    def call(x, t, context):
+      x, context = mesh_lib.shard_batch((x, context), mesh)
+      return denoiser.apply({"params": params}, x, t, context, method="denoise")[0]
+
+    context = condition(labels, memory)
+    predict = guided(call, context, unconditional, scale if guides else 1.0)
     return to_pixels(sample(predict, schedule, (len(labels), *shape), key, solver))
 
   return jax.jit(draw)

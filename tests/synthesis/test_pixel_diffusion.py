@@ -10,7 +10,7 @@ import pytest
 from memdiff.diffusion import terms
 from memdiff.diffusion.unet import UNetConfig
 from memdiff.runtime import loop
-from memdiff.synthesis import image_methods, pixel_diffusion
+from memdiff.synthesis import image_methods, pixel_diffusion, pixel_memory
 from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig, SamplingConfig
 from tests.support import make_run
 
@@ -87,7 +87,7 @@ def test_half_of_the_images_are_mirrored_if_asked(data):
   assert (np.asarray(draw(data, mirror=False).x0)[:, 0, 0, 0] == 1).all()
 
 
-@pytest.mark.parametrize("name", [*image_methods.METHODS, "t2h+balanced", "coral+cbdm"])
+@pytest.mark.parametrize("name", [*image_methods.METHODS, "t2h+balanced", "memdiff+coral+cbdm"])
 def test_every_method_trains(mesh, data, name, tmp_path):
   base = dataclasses.replace(CONFIG, batch_size=16)
   config = image_methods.apply(name, base)
@@ -135,7 +135,10 @@ def test_samples_of_a_known_denoiser_are_its_images(mesh, monkeypatch):
   centres = jnp.asarray(np.linspace(-0.9, 0.9, 4), jnp.float32)  # the last: no class
 
   class Oracle:
-    def apply(self, params, x, t, label, memory):
+    def apply(self, params, *inputs, method):
+      return inputs[0] if method == "condition" else self.denoise(params, *inputs)
+
+    def denoise(self, params, x, t, label):
       schedule = pixel_diffusion.NoiseSchedule(CONFIG.schedule)
       step = (t * CONFIG.schedule.num_steps / 1000).astype(int)
       signal, noise = schedule.scales(step, x)
@@ -152,10 +155,120 @@ def test_samples_of_a_known_denoiser_are_its_images(mesh, monkeypatch):
   ):
     sampling = SamplingConfig(num_steps=10)
     program = pixel_diffusion.sampling_program(CONFIG, sampling, (4, 4, 1), 3, guides, mesh)
-    images = np.asarray(program(0.0, labels, np.uint32(0), 0, scale))
+    images = np.asarray(program(0.0, labels, (), np.uint32(0), 0, scale))
     assert images.shape == (6, 4, 4, 1) and images.dtype == np.uint8
     shown = np.asarray(pixel_diffusion.to_pixels(expected)).repeat(2)
     np.testing.assert_allclose(images.astype(int), shown[:, None, None, None].repeat(4, 1).repeat(
       4, 2
     ), atol=1)  # fmt: skip
   pixel_diffusion.sampling_program.cache_clear()
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+MEMORY = pixel_memory.PixelMemoryConfig(num_exemplars=3, hidden=0.5, invented=0.5)
+
+
+def exemplar_numbers(memory):
+  """Which training image every exemplar is, [B, K]."""
+  return np.asarray(pixel_diffusion.to_pixels(memory.images))[:, :, SIDE // 2, SIDE // 2, 0]
+
+
+def test_exemplars_are_of_the_class_and_never_the_image_itself(data):
+  still = dataclasses.replace(MEMORY, invented=0.0)
+  batch = draw(data, memory=still, mirror=False, label_dropout=0.0)
+  itself, others, mask = drawn_numbers(batch), exemplar_numbers(batch.memory), batch.memory.mask
+  np.testing.assert_array_equal(LABELS[others][mask], LABELS[itself[:, None].repeat(3, 1)][mask])
+  assert not (others == itself[:, None])[mask].any()
+  for row, shown in zip(others, np.asarray(mask), strict=True):
+    assert len(set(row[shown])) == shown.sum()  # a repeated one counts once
+  assert set(np.asarray(mask).sum(axis=1)) == {1, 2, 3}
+  hidden = np.asarray(batch.label) == 3
+  assert 0.4 < hidden.mean() < 0.6
+
+
+def test_a_class_of_one_image_has_no_exemplar_and_keeps_its_label(mesh):
+  alone = pixel_diffusion.make_data(IMAGES[[0, 1, 83]], np.array([0, 0, 1]), 2, mesh)
+  config = dataclasses.replace(CONFIG, memory=MEMORY, label_dropout=0.0, mirror=False)
+  function = pixel_diffusion._draw(config, (2, 1))
+  batch = jax.jit(lambda key: function(key, alone, ()))(jax.random.key(0))
+  single = drawn_numbers(batch) == 83
+  assert single.any() and not np.asarray(batch.memory.mask)[single].any()
+  assert (np.asarray(batch.label)[single] == 1).all()
+
+
+def test_dropped_rows_are_told_nothing(data):
+  batch = draw(data, memory=MEMORY, label_dropout=1.0)
+  assert (np.asarray(batch.label) == 3).all() and not np.asarray(batch.memory.mask).any()
+
+
+def test_image_and_exemplars_of_a_made_up_class_are_turned_together(data):
+  config = image_methods.apply("coral+t2h", CONFIG)
+  always = dataclasses.replace(MEMORY, hidden=1.0, invented=1.0)
+  batch = draw(data, memory=always, mirror=False, label_dropout=0.0, objective=config.objective)
+  x0, exemplars = np.asarray(batch.x0)[..., 0], np.asarray(batch.memory.images)[..., 0]
+  mask = np.asarray(batch.memory.mask)
+
+  def mark(images):
+    """On which side the white line is: top, bottom, left, right."""
+    centre = images[..., SIDE // 2, SIDE // 2]
+    ends = [images[..., 0, 4], images[..., -1, 4], images[..., 4, 0], images[..., 4, -1]]
+    return np.stack([(end == 1) & (centre < 1) for end in ends], axis=-1).argmax(axis=-1)
+
+  np.testing.assert_array_equal(mark(exemplars)[mask], mark(x0)[:, None].repeat(3, 1)[mask])
+  counts = np.bincount(mark(x0), minlength=4)
+  assert (counts > 40).all()  # seven ways, of which one leaves the line where it is
+  assert (np.asarray(batch.label) == 3).all() and (np.asarray(batch.class_count) == 0).all()
+  assert len(set(np.asarray(batch.true_label).tolist())) == 512
+
+
+def test_turns_are_distinct_and_never_the_identity():
+  draw_image = np.random.default_rng(0).normal(size=(1, 4, 4, 3)).astype(np.float32)
+  for mirrored, number in ((False, 8 * 6 - 1), (True, 8 * 6 - 2)):
+    ways = pixel_memory.turns(3, mirrored)
+    assert len(ways) == number
+    images = jnp.broadcast_to(draw_image, (number, 4, 4, 3))
+    made = np.asarray(pixel_memory.turned(images, jnp.asarray(ways)))
+    assert len({image.tobytes() for image in made}) == number
+    others = [draw_image[0], draw_image[0][:, ::-1]] if mirrored else [draw_image[0]]
+    assert not any(np.array_equal(image, other) for image in made for other in others)
+  same = pixel_memory.turned(jnp.asarray(draw_image), jnp.asarray(pixel_memory.identity(3))[None])
+  np.testing.assert_array_equal(same, draw_image)
+  quarter = pixel_memory.turned(jnp.asarray(draw_image), jnp.array([[1, 1, 0, 0, 1, 2]]))
+  np.testing.assert_array_equal(quarter[0], np.rot90(draw_image[0]))
+
+
+def test_the_unet_looks_at_exemplars_in_any_order_and_only_where_they_are(mesh):
+  config = dataclasses.replace(
+    CONFIG, memory=MEMORY, unet=dataclasses.replace(TINY, attention=(4,))
+  )
+  model = pixel_diffusion.make_denoiser(config, 3, 1)
+  normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
+  memory = pixel_memory.ExemplarImages(normal(0, 2, 3, 8, 8, 1), jnp.array([[1, 1, 0]] * 2) > 0)
+  given = normal(1, 2, 8, 8, 1), jnp.full(2, 300.0), jnp.array([0, 3])
+  params = jax.jit(model.init)(jax.random.key(2), *given, memory)["params"]
+  leaves, structure = jax.tree.flatten(params)
+  moved = [x + 0.2 * normal(i, *x.shape) for i, x in enumerate(leaves)]
+  params = jax.tree.unflatten(structure, moved)
+  apply = jax.jit(lambda memory: model.apply({"params": params}, *given, memory)[0])
+  base = apply(memory)
+  swapped = jax.tree.map(lambda x: x[:, jnp.array([1, 0, 2])], memory)
+  np.testing.assert_allclose(apply(swapped), base, atol=2e-4)
+  unseen = memory.replace(images=memory.images.at[:, 2].set(7.0))
+  np.testing.assert_array_equal(apply(unseen), base)
+  other = memory.replace(images=memory.images.at[0, 0].set(7.0))
+  gap = np.abs(np.asarray(apply(other) - base)).max(axis=(1, 2, 3))
+  assert gap[0] > 1e-2 and gap[1] == 0
+  forgotten = memory.forget(jnp.array([True, False]))
+  gap = np.abs(np.asarray(apply(forgotten) - base)).max(axis=(1, 2, 3))
+  assert gap[0] > 1e-2 and gap[1] == 0
+  nothing = pixel_memory.nothing(2, 3, (8, 8, 1))
+  assert np.isfinite(np.asarray(apply(nothing))).all()
+
+
+def test_exemplars_for_sampling_are_of_the_class_that_is_asked_for(data):
+  labels = jnp.asarray(np.array([0, 1, 2, 2], np.int32))
+  memory = pixel_diffusion.exemplars_of(data, labels, jax.random.key(0), 5)
+  found, mask = exemplar_numbers(memory), np.asarray(memory.mask)
+  assert (LABELS[found] == np.asarray(labels)[:, None])[mask].all() and mask.any(axis=1).all()
+  assert not np.array_equal(found[2], found[3])
