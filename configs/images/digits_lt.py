@@ -18,7 +18,7 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.seeds = (0,)
   config.dataset.name = "digits"
   config.dataset.imbalance = 50.0
-  config.methods = ("ddpm", "cbdm", "coral", "t2h")
+  config.methods = ("ddpm", "balanced", "coral", "memdiff+balanced")
   base.small_images(config)
   config.diffusion.unet.update(channels=16, multipliers=(1, 2), num_blocks=1, attention=(4,))
   config.diffusion.num_steps = 1000

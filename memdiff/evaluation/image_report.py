@@ -48,6 +48,10 @@ def _columns(network: str) -> dict[str, Column]:
     "copied": Column("copied", True, "share of generated images less than a third as far from one"
       " training image as from any other, in pixels", True),
     "copied_few": Column("copied, few", True, "the same for the rarest classes", True),
+    "intra_cosine": Column("intra", None, "mean cosine of the U-Net's bottlenecks of two test"
+      " images of one class, noised to a quarter of the steps"),
+    "inter_cosine": Column("inter", None, "the same of two classes; the lower, the better the U-Net"
+      " tells classes apart"),
     "nearness": Column("nearness", None, "distance to the nearest training image over that of"
       " unseen real images; far below 1 is copying"),
   }  # fmt: skip
@@ -276,14 +280,18 @@ def render_html(page: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
   """
   pictures, found = report.data_uris(figures), answer(page["images"])
   methods = [row["method"] for row in page["images"]["rows"]]
-  samples = [(m, pictures[f"samples_{m}"]) for m in methods if f"samples_{m}" in pictures]
-  placed = {*_FIGURES, *(f"samples_{m}" for m in methods)}
+  of_methods = {
+    kind: [(m, pictures[f"{kind}_{m}"]) for m in methods if f"{kind}_{m}" in pictures]
+    for kind in ("samples", "bottleneck")
+  }
+  placed = {*_FIGURES, *(f"{kind}_{m}" for kind in of_methods for m in methods)}
   view = {
     "answer": found,
     "table": _table(page["images"], found.method),
     "protocol": protocol(page),
     "terms": [(c.title, c.meaning) for c in _columns(page["images"]["network"]).values()],
-    "samples": samples,
+    "samples": of_methods["samples"],
+    "bottlenecks": of_methods["bottleneck"],
     "first_seed": page["config"]["seeds"][0],
     "by_class": _by_class(page),
     "figures": {name: pictures.get(name) for name in _FIGURES},

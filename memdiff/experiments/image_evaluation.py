@@ -9,10 +9,10 @@ from input_pipeline.dataset import LongTailDataset, uncut
 from memdiff.evaluation import efficientnet, image_quality, images, scores
 from memdiff.evaluation.image_quality import Labelled
 from memdiff.evaluation.image_sets import ImageSet
-from memdiff.experiments import image_figures, record, summaries
+from memdiff.experiments import bottlenecks, image_figures, record, summaries
 from memdiff.experiments.base import Experiment, forward_images
 from memdiff.experiments.image_settings import CLASSIFIER
-from memdiff.experiments.sample_files import read_samples, sample_folder
+from memdiff.experiments.image_store import read_samples, sample_folder
 from memdiff.runtime import results
 from memdiff.runtime.workdir import write_atomically, write_json
 from memdiff.synthesis import image_methods
@@ -127,7 +127,10 @@ class _Judging:
 def _row(judging: _Judging, experiment: Experiment, method: str, scale: float) -> dict:
   """Mean and deviation over seeds of every metric, and the single values."""
   experiment.run.progress.say(f"judging {method} at guidance {scale:g}")
-  found = [judging.judge(method, scale, seed) for seed in range(len(experiment.seeds))]
+  found = [
+    judging.judge(method, scale, seed) | bottlenecks.cosines(experiment, method, seed)
+    for seed in range(len(experiment.seeds))
+  ]
   row = {
     "method": method,
     "description": image_methods.describe(method),

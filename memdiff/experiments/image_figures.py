@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memdiff.evaluation import image_quality
-from memdiff.experiments import record
+from memdiff.experiments import bottlenecks, record
 from memdiff.experiments.base import Experiment
-from memdiff.experiments.sample_files import read_samples, sample_folder
+from memdiff.experiments.image_store import read_samples, sample_folder
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
 _REAL, _GENERATED = 5, 9  # images per class in a grid
+_MAPS = 4  # methods whose bottlenecks are drawn; t-SNE takes seconds
 _SWEPT = ("fd", "kid", "recall", "right")
 
 
@@ -31,6 +32,8 @@ def draw(experiment: Experiment, result: Mapping[str, Any]) -> Iterator[tuple[st
   )
   for row in found["rows"]:
     yield f"samples_{row['method']}", _grid(experiment, row["method"], row["scale"])
+  for row in found["rows"][:_MAPS]:
+    yield f"bottleneck_{row['method']}", bottlenecks.draw(experiment, row["method"], row["scale"])
   kids = [
     (row["method"], _numbers(row["per_class_kid"], "mean"), _numbers(row["per_class_kid"], "std"))
     for row in found["rows"]

@@ -7,12 +7,10 @@ evaluation   images -> report.json, report.html              evaluation/
 """
 
 import dataclasses
-import functools
 import io
 import pathlib
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 from PIL import Image
 
@@ -21,8 +19,8 @@ from memdiff.evaluation import image_report
 from memdiff.experiments import image_evaluation
 from memdiff.experiments.base import Experiment, Kind, Phase, classifier_stage, last_metrics
 from memdiff.experiments.image_settings import CLASSIFIER, ImagesConfig, check
-from memdiff.experiments.sample_files import sample_folder
-from memdiff.runtime import loop, programs, results
+from memdiff.experiments.image_store import device_data, sample_folder, trained
+from memdiff.runtime import loop, programs
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import stream
 from memdiff.runtime.workdir import write_arrays, write_atomically, writing
@@ -35,13 +33,6 @@ def train_network(experiment: Experiment) -> dict:
   folder = experiment.workdir.folder("network")
   loop.train(classifier_stage(judge, judge.config.classifier.loss), judge.run, folder)
   return last_metrics(folder)
-
-
-def device_data(experiment: Experiment) -> pixel_diffusion.ImageData:
-  data = experiment.dataset
-  return pixel_diffusion.make_data(
-    data.train_images, data.train_labels, data.num_classes, experiment.mesh
-  )
 
 
 def method_stages(experiment: Experiment) -> Iterator[tuple[str, loop.Stage]]:
@@ -128,7 +119,7 @@ def _draw_part(
   # Class after class, around and around, so that every file has all classes alike.
   labels = (np.arange(part.start, part.stop) % data.num_classes).astype(np.int32)
   padded = np.resize(labels, config.sampling.chunk_size)
-  params = _sampled_params(experiment, part.method, part.seed)
+  params = trained(experiment, part.method, part.seed)
   numbers = np.uint32(experiment.seeds[part.seed]), np.int32(part.start), np.float32(part.scale)
   placed, *numbers = mesh_lib.replicate(mesh, (padded, *numbers))
   memory = ()
@@ -137,17 +128,6 @@ def _draw_part(
     memory = pixel_diffusion.exemplars_of(shared, placed, key, diffusion.memory.num_exemplars)
   images = mesh_lib.fetch(program(params, placed, memory, *numbers))
   return np.asarray(images)[: len(labels)], labels
-
-
-def _sampled_params(experiment: Experiment, method: str, seed: int):
-  """The averaged weights of one seed."""
-  folder = experiment.workdir.folder("diffusion") / method
-  return _params_of_seed(folder, seed, experiment.mesh)
-
-
-@functools.lru_cache(maxsize=2)
-def _params_of_seed(folder: pathlib.Path, seed: int, mesh):
-  return jax.tree.map(lambda x: x[seed], results.load(folder, mesh).ema_params)
 
 
 def _write_png(folder: pathlib.Path, start: int, images: np.ndarray, labels: np.ndarray) -> None:

@@ -120,7 +120,7 @@ def test_the_report_has_every_metric_of_every_method_and_scale(undisturbed):
   for row in found["sweep"]:
     for name in ("fd", "kid", "fd_many", "fd_medium", "fd_few", "kid_few", "precision", "recall",
                  "density", "coverage", "f8", "f1_8", "right", "right_few", "copied", "diversity",
-                 "nearness"):  # fmt: skip
+                 "nearness", "intra_cosine", "inter_cosine"):  # fmt: skip
       assert np.isfinite(row[name]["mean"]), name
     assert len(row["per_class_kid"]["mean"]) == 10
   assert found["reference_number"] == 1257 and found["generated_number"] == 10 * PER_CLASS
@@ -133,7 +133,7 @@ def test_the_page_shows_grids_of_every_method(undisturbed):
   for method in OVERRIDES["methods"]:
     assert (workdir / "evaluation" / f"samples_{method}.png").exists()
     assert f"{method.replace('+', '+<wbr>')}" in html
-  assert html.count("<img") == 6 and "nearest in pixels" in html
+  assert html.count("<img") == 8 and "nearest in pixels" in html
 
 
 def test_a_finished_run_is_not_run_again(undisturbed):

@@ -21,6 +21,7 @@ from memdiff.evaluation.plots.style import (
   style,
 )
 
+KINDS = ("real, used in training", "real, left out of training", "synthetic")
 _MAX_MAP_COLORS = len(CLASS_COLORS)
 _MAX_BACKGROUND_POINTS = 1500
 _TSNE_STEPS = 500  # of which 250 with early exaggeration; later ones hardly move the picture
@@ -70,13 +71,18 @@ def embed(
   return FeaturePlane(points, [y[rows] for (_, y), rows in zip(kinds, chosen, strict=True)], shown)
 
 
-def feature_map(plane: FeaturePlane, class_names: Sequence[str]) -> Figure:
-  """The picture of `embed`, coloured by class."""
+def feature_map(
+  plane: FeaturePlane,
+  class_names: Sequence[str],
+  title: str = "t-SNE map of the features",
+  kinds: tuple[str, str, str] = KINDS,
+) -> Figure:
+  """The picture of `embed`, coloured by class; `kinds` names the three kinds in the legend."""
   with style():
     figure, axes = new_figure(height=7.2)
     _draw_map(axes, plane.points, plane.labels, plane.classes, class_names)
-    axes.set_title("t-SNE map of the features")
-    handles = _map_handles([len(y) for y in plane.labels], len(plane.points[-1]))
+    axes.set_title(title)
+    handles = _map_handles(kinds, [len(y) for y in plane.labels], len(plane.points[-1]))
     if handles:
       legend_below(axes, handles)
   return figure
@@ -182,11 +188,13 @@ def _name_on_map(axes: Axes, at: tuple[float, float], name: str, color: str) -> 
   )  # fmt: skip
 
 
-def _map_handles(numbers: Sequence[int], background: int) -> list[Line2D]:
+def _map_handles(
+  kinds: tuple[str, str, str], numbers: Sequence[int], background: int
+) -> list[Line2D]:
   looks = [
-    ("real, used in training", numbers[0], {"marker": "o", "markeredgecolor": INK}),
-    ("real, left out of training", numbers[1], {"marker": "o", "alpha": 0.4, "markersize": 5}),
-    ("synthetic", numbers[2], {"marker": "x", "markeredgewidth": 1.4}),
+    (kinds[0], numbers[0], {"marker": "o", "markeredgecolor": INK}),
+    (kinds[1], numbers[1], {"marker": "o", "alpha": 0.4, "markersize": 5}),
+    (kinds[2], numbers[2], {"marker": "x", "markeredgewidth": 1.4}),
     ("other classes", background, {"marker": "o", "color": "#d5dae0", "markersize": 4}),
   ]
   return [

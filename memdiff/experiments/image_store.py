@@ -1,0 +1,45 @@
+"""What phases of a run that generates images leave to each other."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from memdiff.experiments.base import Experiment
+from memdiff.runtime import results
+from memdiff.runtime.workdir import read_arrays
+from memdiff.synthesis import pixel_diffusion
+
+
+def sample_folder(experiment: Experiment, method: str, scale: float, seed: int) -> pathlib.Path:
+  """Of a method, a guidance scale and the `seed`-th seed."""
+  folder = experiment.workdir.folder("sampling") / method / f"scale_{scale:g}"
+  return folder / f"seed_{experiment.seeds[seed]}"
+
+
+def read_samples(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+  """(images, labels) of all files, in order."""
+  parts = [read_arrays(path, ("images", "labels")) for path in sorted(folder.glob("*.npz"))]
+  return tuple(np.concatenate([part[name] for part in parts]) for name in ("images", "labels"))
+
+
+def trained(experiment: Experiment, method: str, seed: int) -> Any:
+  """The averaged weights of a method's U-Net, of the `seed`-th seed."""
+  folder = experiment.workdir.folder("diffusion") / method
+  return _params_of_seed(folder, seed, experiment.mesh)
+
+
+@functools.lru_cache(maxsize=2)
+def _params_of_seed(folder: pathlib.Path, seed: int, mesh: Mesh) -> Any:
+  return jax.tree.map(lambda x: x[seed], results.load(folder, mesh).ema_params)
+
+
+def device_data(experiment: Experiment) -> pixel_diffusion.ImageData:
+  """The long-tailed training images, on every device."""
+  data = experiment.dataset
+  return pixel_diffusion.make_data(
+    data.train_images, data.train_labels, data.num_classes, experiment.mesh
+  )
