@@ -24,7 +24,7 @@ class Column:
   percent: bool = False
 
 
-def _columns(network: str) -> dict[str, Column]:
+def columns(network: str) -> dict[str, Column]:
   fd = "Fréchet distance between generated and real images, as"
   return {
     "fd": Column(f"FD-{network}", True, f"{fd} the network's features; no FID, which has its own"
@@ -57,7 +57,7 @@ def _columns(network: str) -> dict[str, Column]:
   }  # fmt: skip
 
 
-_SHORT = ("fd_few", "fd", "kid", "recall", "right_few", "right", "copied_few", "copied")
+_SHORT = ("fd_few", "fd", "kid", "right_few", "right", "copied_few", "recall")
 _BY_CLASS = (
   ("per_class_kid", "KID", "Kernel distance from the class's real images, lower is better."),
   ("per_class_right", "Right class", "Share in which the classifier sees the class asked for."),
@@ -125,7 +125,7 @@ def answer(found: Mapping[str, Any]) -> Answer:
   description = best.get("description") or ""
   return Answer(
     title=title,
-    explanation=f"{best['method']}: {description}." if description else "",
+    explanation=f"{description[0].upper()}{description[1:]}." if description else "",
     verdict=effects[0].verdict if compared and effects else "unclear",
     method=best["method"],
     effects=effects,
@@ -208,7 +208,7 @@ def protocol(page: Mapping[str, Any]) -> str:
   )
 
 
-def _cell(row: Mapping[str, Any], key: str, column: Column) -> str:
+def cell(row: Mapping[str, Any], key: str, column: Column) -> str:
   seeds = len(row["seeds"])
   if column.percent:
     return numerals.mean_std(row.get(key), seeds) + (" %" if mean_of(row, key) is not None else "")
@@ -225,28 +225,28 @@ def _is_best(rows: Sequence[Mapping[str, Any]], key: str, column: Column) -> lis
 
 
 def _table(found: Mapping[str, Any], best_method: str) -> dict[str, Any]:
-  rows, columns = found["rows"], _columns(found["network"])
+  rows, known = found["rows"], columns(found["network"])
   shown = [key for key in _SHORT if any(mean_of(row, key) is not None for row in rows)]
-  best = {key: _is_best(rows, key, columns[key]) for key in shown}
+  best = {key: _is_best(rows, key, known[key]) for key in shown}
   lines = [
     {
       "method": row["method"],
       "description": row["description"],
       "best_method": row["method"] == best_method and len(rows) > 1,
-      "cells": [(_cell(row, key, columns[key]), best[key][i]) for key in shown],
+      "cells": [(cell(row, key, known[key]), best[key][i]) for key in shown],
     }
     for i, row in enumerate(rows)
   ]
   everything = found["sweep"] or rows
   full = [
-    (f"{row['method']}, {row['scale']:g}", [_cell(row, k, c) for k, c in columns.items()])
+    (f"{row['method']}, {row['scale']:g}", [cell(row, k, c) for k, c in known.items()])
     for row in everything
   ]
-  arrows = {True: "lower is better", False: "higher is better", None: ""}
+  arrows = {True: " ↓", False: " ↑", None: ""}
   return {
-    "columns": [(columns[key].title, arrows[columns[key].lower]) for key in shown],
+    "columns": [known[key].title + arrows[known[key].lower] for key in shown],
     "lines": lines,
-    "full": {"titles": [column.title for column in columns.values()], "lines": full},
+    "full": {"titles": [column.title for column in known.values()], "lines": full},
   }
 
 
@@ -289,7 +289,7 @@ def render_html(page: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     "answer": found,
     "table": _table(page["images"], found.method),
     "protocol": protocol(page),
-    "terms": [(c.title, c.meaning) for c in _columns(page["images"]["network"]).values()],
+    "terms": [(c.title, c.meaning) for c in columns(page["images"]["network"]).values()],
     "samples": of_methods["samples"],
     "bottlenecks": of_methods["bottleneck"],
     "first_seed": page["config"]["seeds"][0],
@@ -306,7 +306,7 @@ def text_table(page: Mapping[str, Any]) -> str:
   table = _table(page["images"], found.method)
   first = f"{found.title}. {found.explanation}".strip()
   said = [first, *(effect.sentence() for effect in found.effects), *found.sentences]
-  cells = [["method", *(title for title, _ in table["columns"])]]
+  cells = [["method", *table["columns"]]]
   cells += [[line["method"], *(cell for cell, _ in line["cells"])] for line in table["lines"]]
   blocks = [*map(report.wrapped, said), "", report.wrapped(protocol(page)), ""]
   return "\n".join([*blocks, *report.aligned(cells)])

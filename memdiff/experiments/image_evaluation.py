@@ -160,6 +160,7 @@ def evaluate(experiment: Experiment) -> dict:
       "network_description": judging.network.description,
       "reference": config.evaluation.reference,
       "reference_number": len(judging.real.labels),
+      "image_shape": list(experiment.dataset.train_images.shape[1:]),
       "generated_number": config.sampling.per_class * experiment.dataset.num_classes,
       "rows": first,
       "sweep": rows if len(config.sampling.guidance) > 1 else [],

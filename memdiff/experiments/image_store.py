@@ -1,12 +1,14 @@
 """What phases of a run that generates images leave to each other."""
 
 import functools
+import io
 import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from memdiff.experiments.base import Experiment
 from memdiff.runtime import results
@@ -29,11 +31,12 @@ def read_samples(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 def trained(experiment: Experiment, method: str, seed: int) -> Any:
   """The averaged weights of a method's U-Net, of the `seed`-th seed."""
   folder = experiment.workdir.folder("diffusion") / method
-  return _params_of_seed(folder, seed, experiment.mesh)
+  return params_of_seed(folder, seed, experiment.mesh)
 
 
 @functools.lru_cache(maxsize=2)
-def _params_of_seed(folder: pathlib.Path, seed: int, mesh: Mesh) -> Any:
+def params_of_seed(folder: pathlib.Path, seed: int, mesh: Mesh) -> Any:
+  """The averaged weights in the folder of a training, of its `seed`-th seed."""
   return jax.tree.map(lambda x: x[seed], results.load(folder, mesh).ema_params)
 
 
@@ -43,3 +46,10 @@ def device_data(experiment: Experiment) -> pixel_diffusion.ImageData:
   return pixel_diffusion.make_data(
     data.train_images, data.train_labels, data.num_classes, experiment.mesh
   )
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+  """An image [H, W, 1 or 3] uint8 as a .png file."""
+  buffer = io.BytesIO()
+  Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "png")
+  return buffer.getvalue()

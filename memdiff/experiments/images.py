@@ -7,19 +7,17 @@ evaluation   images -> report.json, report.html              evaluation/
 """
 
 import dataclasses
-import io
 import pathlib
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
 
 from input_pipeline import dataset as dataset_lib
 from memdiff.evaluation import image_report
 from memdiff.experiments import image_evaluation
 from memdiff.experiments.base import Experiment, Kind, Phase, classifier_stage, last_metrics
 from memdiff.experiments.image_settings import CLASSIFIER, ImagesConfig, check
-from memdiff.experiments.image_store import device_data, sample_folder, trained
+from memdiff.experiments.image_store import device_data, png_bytes, sample_folder, trained
 from memdiff.runtime import loop, programs
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import stream
@@ -135,9 +133,7 @@ def _write_png(folder: pathlib.Path, start: int, images: np.ndarray, labels: np.
     place = folder / "png" / f"{label:04d}"
     with writing(place):
       place.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "png")
-    write_atomically(place / f"{number:06d}.png", buffer.getvalue())
+    write_atomically(place / f"{number:06d}.png", png_bytes(pixels))
 
 
 _PHASES = (

@@ -18,7 +18,7 @@ from memdiff import config as config_lib
 from memdiff import pipeline
 from memdiff.errors import ConfigError, MemdiffError
 from memdiff.evaluation import image_sets
-from memdiff.experiments import image_settings
+from memdiff.experiments import draw, image_settings
 from tests import support
 from tests.support import ROOT
 
@@ -297,3 +297,55 @@ def test_the_uncut_set_is_all_that_was_there_before():
   assert len(whole.train_labels) == 1257 and len(whole.train_images) == 1257
   assert len(whole.left_out_labels) == len(whole.holdout_labels) == 0
   assert whole.train_counts.min() > 100 > 2 >= data.train_counts.min()
+
+
+# --- classes that training never saw ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=support.SLOW)
+def with_memory(tmp_path_factory):
+  """A run of memdiff, and exemplars of one class."""
+  folder = tmp_path_factory.mktemp("memory")
+  run(folder / "run", methods=("memdiff",), **{"sampling.guidance": (1.0,)})
+  write_folder(folder / "data", 2, 3)
+  return folder / "run", folder / "data" / "train" / "class_0"
+
+
+def test_a_new_class_is_drawn_from_its_exemplars(with_memory, tmp_path, capsys):
+  workdir, exemplars = with_memory
+  common = [f"--workdir={workdir}", "--number=7"]
+  assert draw.main([*common, f"--exemplars={exemplars}", f"--out={tmp_path / 'a'}"]) == 0
+  assert "7 images drawn from 3 exemplars" in capsys.readouterr().out
+  images = np.load(tmp_path / "a" / "images.npz")["images"]
+  assert images.shape == (7, 8, 8, 1) and images.dtype == np.uint8
+  assert len(list((tmp_path / "a").glob("*.png"))) == 7
+  again = [*common, f"--exemplars={exemplars}", f"--out={tmp_path / 'b'}", "--method=memdiff"]
+  assert draw.main(again) == 0
+  np.testing.assert_array_equal(np.load(tmp_path / "b" / "images.npz")["images"], images)
+  other = [*common, f"--exemplars={exemplars.parent}", f"--out={tmp_path / 'c'}", "--scale=2"]
+  assert draw.main(other) == 0
+  assert not np.array_equal(np.load(tmp_path / "c" / "images.npz")["images"], images)
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"workdir": "nowhere"}, "holds no finished run"),
+    ({"exemplars": "nowhere"}, "no image in nowhere"),
+    ({"method": "ddpm"}, "looks at exemplars: memdiff"),
+    ({"number": 0}, "--number must be at least 1"),
+  ],
+)
+def test_what_cannot_be_drawn_is_one_sentence(with_memory, tmp_path, capsys, changes, words):
+  workdir, exemplars = with_memory
+  flags = {"workdir": workdir, "exemplars": exemplars, "out": tmp_path} | changes
+  assert draw.main([f"--{name}={value}" for name, value in flags.items()]) > 0
+  said = capsys.readouterr().err
+  assert words in said and said.startswith("memdiff: ") and said.count("\n") == 1
+
+
+def test_a_run_without_exemplars_says_what_to_train(undisturbed, tmp_path, capsys):
+  flags = [f"--workdir={undisturbed[0]}", f"--exemplars={tmp_path}", f"--out={tmp_path}"]
+  write_folder(tmp_path, 2, 1)
+  assert draw.main(flags) == 2
+  assert "No method of this run looks at exemplars" in capsys.readouterr().err

@@ -87,7 +87,12 @@ def test_half_of_the_images_are_mirrored_if_asked(data):
   assert (np.asarray(draw(data, mirror=False).x0)[:, 0, 0, 0] == 1).all()
 
 
-@pytest.mark.parametrize("name", [*image_methods.METHODS, "t2h+balanced", "memdiff+coral+cbdm"])
+FAST = ("ddpm", "memdiff+coral+cbdm", "t2h+diffrop")  # every term between them
+
+
+@pytest.mark.parametrize(
+  "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in image_methods.METHODS)]
+)
 def test_every_method_trains(mesh, data, name, tmp_path):
   base = dataclasses.replace(CONFIG, batch_size=16)
   config = image_methods.apply(name, base)
