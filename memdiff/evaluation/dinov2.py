@@ -116,11 +116,12 @@ def features(weights: Mapping[str, jax.Array], images: jax.Array) -> jax.Array:
   uint8 RGB [N, S, S, 3], S a multiple of 14 -> float32 [N, D].
   """
   number, side = len(images), images.shape[1] // PATCH
-  scale, offset = 1 / (255 * np.array(_DEVIATION)), np.array(_MEAN) / np.array(_DEVIATION)
-  x = images * scale.astype(np.float32)[None, None, None] - offset.astype(np.float32)
+  mean, deviation = (np.array(x, np.float32)[None, None, None] for x in (_MEAN, _DEVIATION))
+  x = (images.astype(jnp.float32) / 255 - mean) / deviation
   x = x.reshape(number, side, PATCH, side, PATCH, 3).transpose(0, 1, 3, 2, 4, 5)
-  x = x.reshape(number, side * side, -1) @ weights["patch/kernel"] + weights["patch/bias"]
-  first = jnp.broadcast_to(weights["class"], (number, 1, x.shape[-1]))
+  x = x.reshape(number, side * side, -1) @ weights["patch/kernel"]
+  x += weights["patch/bias"][None, None]
+  first = jnp.broadcast_to(weights["class"][None, None], (number, 1, x.shape[-1]))
   x = jnp.concatenate([first, x], axis=1) + _places(weights["places"], side)[None]
   prefix = "blocks/"
   blocks = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}

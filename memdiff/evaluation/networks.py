@@ -109,10 +109,7 @@ def make_network(name: str, weights: str) -> tuple[Callable, Callable | None]:
 
     return call
 
-  classify = None
-  if row.probabilities is not None:
-    classify = by_batch(row.probabilities)
-  return by_batch(row.features), classify
+  return by_batch(row.features), row.probabilities and by_batch(row.probabilities)
 
 
 def checked_side(name: str, side: int, setting: str) -> int:
@@ -141,11 +138,21 @@ def describe_resize(name: str, side: int) -> str:
   return "; then ".join(filter(None, (first, NETWORKS[name].resize)))
 
 
+def is_fid(name: str) -> bool:
+  """Whether the Fréchet distance of its features is FID; other things than networks have none."""
+  return name in NETWORKS and NETWORKS[name].is_fid
+
+
 def distance_name(name: str) -> str:
   """What the Fréchet distance is called: "fid" for FID's own network alone."""
-  return "fid" if name in NETWORKS and NETWORKS[name].is_fid else f"fd_{name}"
+  return "fid" if is_fid(name) else f"fd_{name}"
+
+
+def distance_title(name: str) -> str:
+  """The same for people."""
+  return "FID" if is_fid(name) else f"FD-{name}"
 
 
 def score_name(name: str) -> str:
   """What the score named after the Inception network is called."""
-  return "is" if name in NETWORKS and NETWORKS[name].is_fid else f"is_{name}"
+  return "is" if is_fid(name) else f"is_{name}"
