@@ -18,7 +18,7 @@ from scipy import ndimage
 from sklearn.datasets import load_digits
 
 from benchmarks import timing
-from memdiff.evaluation import image_quality, images
+from memdiff.evaluation import image_quality, images, networks
 from memdiff.evaluation.image_sets import ImageSet
 
 _SIDE, _KID_SIZE, _K = 64, 200, 3
@@ -42,7 +42,7 @@ def damaged(digits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
 
 def measure(weights: str) -> dict[str, Any]:
   """The metrics of every set."""
-  network, _ = images.make_network("efficientnet_lite0", weights)
+  network, _ = networks.make_network("efficientnet_lite0", weights)
   data = load_digits()
   digits = np.round(data.images * 255 / 16).astype(np.uint8)[..., None]
   order = np.random.default_rng(1).permutation(len(digits))

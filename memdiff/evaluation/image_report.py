@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memdiff.evaluation import numerals, report
+from memdiff.evaluation import networks, numerals, report
 from memdiff.evaluation.criteria import Estimate
 from memdiff.evaluation.lookup import mean_of
 
@@ -25,10 +25,11 @@ class Column:
 
 
 def columns(network: str) -> dict[str, Column]:
-  fd = "Fréchet distance between generated and real images, as"
+  meaning = "Fréchet distance between generated and real images, as the network's features"
+  if not networks.is_fid(network):
+    meaning += "; no FID, which has its own network: compare within this report"
   return {
-    "fd": Column(f"FD-{network}", True, f"{fd} the network's features; no FID, which has its own"
-      " network: compare within this report"),
+    "fd": Column(networks.distance_title(network), True, meaning),
     "fd_many": Column("FD many", True, "the same for the most common classes"),
     "fd_medium": Column("FD medium", True, "the same for classes in between"),
     "fd_few": Column("FD few", True, "the same for the rarest classes"),
@@ -105,13 +106,13 @@ def _plain(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 def answer(found: Mapping[str, Any]) -> Answer:
   """Of the part `images` of a report. The criterion is the FD of the rarest classes."""
-  rows, network = found["rows"], found["network"]
+  rows, fd = found["rows"], networks.distance_title(found["network"])
   key = "fd_few" if any(mean_of(row, "fd_few") is not None for row in rows) else "fd"
   best, plain = _best(rows, key), _plain(rows)
   compared = plain is not None and best is not plain
   effects = (
-    _effect("Rarest classes", f"FD-{network}", "fd_few", best, plain if compared else None),
-    _effect("All classes", f"FD-{network}", "fd", best, plain if compared else None),
+    _effect("Rarest classes", fd, "fd_few", best, plain if compared else None),
+    _effect("All classes", fd, "fd", best, plain if compared else None),
   )
   effects = tuple(effect for effect in effects if effect)
   title = f"{best['method']}: the best images of the rarest classes"

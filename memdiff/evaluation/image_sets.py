@@ -31,11 +31,24 @@ class ImageSet:
     return len(self.source)
 
   def blocks(self, side: int) -> Iterator[np.ndarray]:
-    """uint8 RGB [n, side, side, 3]; other sizes are resized by Pillow's bicubic filter."""
+    """uint8 RGB [n, side, side, 3]; other sizes are resized by Pillow's bicubic filter.
+
+    With the side 0 images stay as they are, [n, H, W, 3].
+
+    Raises:
+      DataError: if an image cannot be read, or images that stay as they are differ in size.
+    """
+    size = None
     for start in range(0, len(self), BLOCK):
       part = self.source[start : start + BLOCK]
       images = map(self._decoded, part) if isinstance(part, list) else map(self._image, part)
-      yield np.stack([np.asarray(_resized(image, side)) for image in images])
+      images = [np.asarray(_resized(image, side) if side else image) for image in images]
+      size = size or images[0].shape
+      if any(image.shape != size for image in images):
+        raise DataError(
+          f"The images of {self.path} differ in size; give the side they should have."
+        )
+      yield np.stack(images)
 
   def _decoded(self, path: pathlib.Path) -> Image.Image:
     try:

@@ -5,12 +5,18 @@
 
 A set is a folder of images at any depth, or a .npz file with `images` [N, H, W, 1 or 3] or, if the
 features are there already, `features` [N, D]. Images are resized to --side pixels by Pillow's
-bicubic filter and go through the network. The Frechet distance is called after its network (FD): it
-is no FID, and comparable only with the same network, side, reference and number of images.
+bicubic filter and go through one of these networks:
+
+  efficientnet_lite0  trained on ImageNet; its weights are a package (requirements-images.txt)
+  inception_fid       FID's own; images go in as they are, and it enlarges them itself
+  dinov2              vits14, vitb14 or vitl14, trained without labels; it knows no classes
+
+The last two need their file, --weights. The Frechet distance is called `fid` for inception_fid and
+after its network otherwise (FD): that is no FID. It is comparable only with the same network, side,
+reference and number of images.
 """
 
 import argparse
-import functools
 import json
 import pathlib
 import sys
@@ -18,29 +24,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from memdiff.errors import ConfigError, MemdiffError
-from memdiff.evaluation import efficientnet, image_quality, image_sets, set_metrics
+from memdiff.evaluation import image_quality, image_sets, networks, set_metrics
+from memdiff.evaluation.networks import NETWORKS
 
-NETWORKS = ("efficientnet_lite0",)
 _SAY_EVERY = 10.0  # seconds
 
 
-def make_network(name: str, weights: str) -> tuple[Callable, Callable]:
-  """(uint8 images [n, S, S, 3] -> features [n, D], features -> class probabilities)."""
-  if name not in NETWORKS:
-    raise ConfigError(f"--network is {name!r}, but must be one of {', '.join(NETWORKS)}.")
-  loaded = efficientnet.load(efficientnet.weights_path(weights))
-  return (
-    jax.jit(functools.partial(efficientnet.features, loaded)),
-    jax.jit(functools.partial(efficientnet.probabilities, loaded)),
-  )
-
-
 def encode(images: image_sets.ImageSet, network: Callable, side: int) -> np.ndarray:
-  """Features [N, D] float32, with a line of progress now and then."""
+  """Features [N, D] float32, with a line of progress now and then; `side` as of `blocks`."""
   began = said = time.monotonic()
   parts, done = [], 0
   for block in images.blocks(side):
@@ -62,23 +56,29 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     raise ConfigError("One set holds features and the other images; give two of one kind.")
   found: dict[str, Any] = {}
   if all(given):
-    name, (real, generated) = "given_features", sets.values()
+    name, resize, (real, generated) = "given_features", None, sets.values()
   else:
     name = arguments.network
-    network, classify = make_network(name, arguments.weights)
-    real, generated = (encode(images, network, arguments.side) for images in sets.values())
-    order = np.random.default_rng(arguments.seed).permutation(len(generated))
-    score = set_metrics.inception_score(np.asarray(classify(generated[order])))
-    found = {f"is_{name}": score[0], f"is_{name}_std": score[1]}
+    side = networks.checked_side(name, arguments.side, "--side")
+    resize = networks.describe_resize(name, side)
+    network, classify = networks.make_network(name, arguments.weights)
+    real, generated = (encode(images, network, side) for images in sets.values())
+    if classify is not None:
+      order = np.random.default_rng(arguments.seed).permutation(len(generated))
+      score, key = (
+        set_metrics.inception_score(classify(generated[order])),
+        networks.score_name(name),
+      )
+      found = {key: score[0], f"{key}_std": score[1]}
   options = {"kid_size": arguments.kid_size, "k": arguments.k, "seed": arguments.seed}
   metrics = image_quality.compare_sets(real, generated, **options)
   return {
     "network": name,
-    "resize": None if all(given) else f"Pillow, bicubic, {arguments.side} px",
+    "resize": resize,
     "reference": {"path": arguments.reference, "number": len(real)},
     "generated": {"path": arguments.generated, "number": len(generated)},
     **options,
-    "metrics": {f"fd_{name}": metrics.pop("fd"), **metrics, **found},
+    "metrics": {networks.distance_name(name): metrics.pop("fd"), **metrics, **found},
   }
 
 
@@ -107,17 +107,15 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument("--generated", required=True, help="folder or .npz")
   parser.add_argument("--reference", required=True, help="folder or .npz of real images")
-  parser.add_argument("--network", default=NETWORKS[0], help=", ".join(NETWORKS))
+  parser.add_argument("--network", default=next(iter(NETWORKS)), help=", ".join(NETWORKS))
   parser.add_argument("--weights", default="", help="the network's file; none: from its package")
-  parser.add_argument("--side", type=int, default=64, help="pixels that images are resized to")
+  parser.add_argument("--side", type=int, default=0, help="of resized images; 0: the network's own")
   parser.add_argument("--kid_size", type=int, default=1000, help="rows of a subset of KID")
   parser.add_argument("--k", type=int, default=3, help="neighbours of precision and recall")
   parser.add_argument("--seed", type=int, default=0, help="of subsets and clusterings")
   parser.add_argument("--json", type=pathlib.Path, help="write the result to this file too")
   arguments = parser.parse_args(argv)
   try:
-    if arguments.side < 32:
-      raise ConfigError(f"--side is {arguments.side}, but the networks need 32 pixels at least.")
     result = evaluate(arguments)
     print(table(result))
     if arguments.json:

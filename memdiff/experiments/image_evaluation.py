@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from input_pipeline.dataset import LongTailDataset, uncut
-from memdiff.evaluation import efficientnet, image_quality, images, scores
+from memdiff.evaluation import image_quality, images, networks, scores
 from memdiff.evaluation.image_quality import Labelled
 from memdiff.evaluation.image_sets import ImageSet
 from memdiff.experiments import bottlenecks, image_figures, record, summaries
@@ -56,13 +56,14 @@ def _network(experiment: Experiment) -> _Network:
       f" images; {100 * accuracy:.1f} % accuracy on the test set"
     )
     return _Network(CLASSIFIER, words, classify)
-  name, side = config.evaluation.network, config.evaluation.side
-  network, _ = images.make_network(name, efficientnet.weights_path(config.evaluation.weights))
+  name = config.evaluation.network
+  side = networks.checked_side(name, config.evaluation.side, "config.evaluation.side")
+  network, _ = networks.make_network(name, config.evaluation.weights)
 
   def encode(rows):
     return images.encode(ImageSet("images of the run", rows), network, side), None
 
-  return _Network(name, f"{name} on {side} pixels, resized by Pillow’s bicubic filter", encode)
+  return _Network(name, f"{name}; images: {networks.describe_resize(name, side)}", encode)
 
 
 def _reference(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:

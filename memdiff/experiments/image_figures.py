@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memdiff.evaluation import image_quality
+from memdiff.evaluation import image_quality, networks
 from memdiff.experiments import bottlenecks, record
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.image_store import read_samples, sample_folder
@@ -60,7 +60,8 @@ def _numbers(stat: Mapping[str, Any], key: str) -> np.ndarray:
 
 
 def _panels(sweep, network: str) -> list:
-  titles = {"fd": f"FD-{network}", "kid": "KID", "recall": "recall", "right": "right class"}
+  titles = {"kid": "KID", "recall": "recall", "right": "right class"}
+  titles["fd"] = networks.distance_title(network)
   panels = []
   for key in _SWEPT:
     rows = []

