@@ -111,7 +111,9 @@ def smallest() -> Workload:
 
 def step_flops(work: Workload) -> float:
   """Operations of a forward and a backward pass of the U-Net per image, as XLA counts them."""
-  model = pixel_diffusion.make_denoiser(work.config, _CLASSES, work.channels)
+  network = dataclasses.replace(work.config.unet, dtype="float32")  # conversions do not count
+  config = dataclasses.replace(work.config, unet=network)
+  model = pixel_diffusion.make_denoiser(config, _CLASSES, work.channels)
   shapes = ((1, work.side, work.side, work.channels), jnp.float32), ((1,), float), ((1,), int)
   given = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
@@ -275,11 +277,11 @@ def training_rows(times: dict[str, Timing], work: Workload, flops: float) -> lis
   rival = min(of_torch, key=lambda name: times[name].median) if of_torch else None
   rows = [Row("matrix product", f"{rounded(rate / 1e9)} GFLOP/s")]
 
-  def value(clock, methods_own=False):
-    text = f"{rounded(work.config.batch_size / clock.median)} images/s"
-    if methods_own:
-      return text
-    text += f", {flops / clock.median / rate:.0%} of it"
+  def images(clock):
+    return f"{rounded(work.config.batch_size / clock.median)} images/s"
+
+  def value(clock):
+    text = f"{images(clock)}, {flops / clock.median / rate:.0%} of it"
     return text + (f", MFU {flops / clock.median / peak:.1%}" if peak else "")
 
   plain = times[DDPM]
@@ -295,9 +297,8 @@ def training_rows(times: dict[str, Timing], work: Workload, flops: float) -> lis
       cost = speedup(times[name], plain)
       most = _MOST.get(name)
       target, met = (f"<= {most}x ddpm", cost.of_medians <= most) if most else ("", None)
-      rows.append(
-        Row(f"time over ddpm’s, {name}", value(times[name], True), str(cost), target, met)
-      )
+      row = Row(f"time over ddpm’s, {name}", images(times[name]), str(cost), target, met)
+      rows.append(row)
   return rows
 
 

@@ -106,7 +106,7 @@ class UNet(nn.Module):
       self.up.append(nn.ModuleList(blocks))
       self.attend_up.append(nn.ModuleList(attention(width, pixels) for _ in blocks))
     self.grow = nn.ModuleList(_conv(width, width) for width in reversed(widths[1:]))
-    self.norm, self.last = _norm(c), _conv(c, image_channels)
+    self.norm, self.last = _norm(now), _conv(now, image_channels)
     frequencies = torch.exp(-math.log(10_000.0) * torch.arange(c // 2) / (c // 2))
     self.register_buffer("frequencies", frequencies, persistent=False)
 
