@@ -101,7 +101,7 @@ def workload(name: str) -> Workload:
 def smallest() -> Workload:
   """What shows that everything runs."""
   work = workload("digits")
-  small = dataclasses.replace(work.config.unet, channels=4)
+  small = dataclasses.replace(work.config.unet, channels=4, multipliers=(1,), attention=())
   config = dataclasses.replace(work.config, unet=small, batch_size=4)
   return dataclasses.replace(work, config=config, steps=1, sampled=4, methods=(DDPM, "cbdm"))
 
