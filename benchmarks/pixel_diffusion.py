@@ -1,7 +1,7 @@
 """Speed of pixel diffusion: training, sampling, what every method costs, PyTorch beside it.
 
   python -m benchmarks.pixel_diffusion [--json FILE] [--config NAME ...] [--rounds N] [--compile]
-  python -m benchmarks.pixel_diffusion --smoke        tiny networks, seconds: shows that it runs
+  python -m benchmarks.pixel_diffusion --smoke        a tiny network: shows that it runs
 
 Configs: `digits` and `fashion`, the U-Nets of configs/images/digits_lt.py and fashion_mnist_lt.py;
 `cifar`, the published one of 35.7 million parameters in bfloat16, for accelerators, where it is the
