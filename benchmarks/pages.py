@@ -75,6 +75,12 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "CSL-P3 profile": lambda: speed_tables.profile(load("peers"), "CSL-P3"),
     "banks": lambda: speed_tables.banks(load("bank_scaling")),
   },
+  "docs/results/pixel_diffusion_speed.md": {
+    "machine": lambda: speed_tables.machine(load("pixel_diffusion_speed")),
+    "digits": lambda: speed_tables.measured(
+      load("pixel_diffusion_speed")["configs"]["digits"]["table"]
+    ),
+  },
   "docs/results/streaming.md": {
     "costs": lambda: streaming.cost_table(load("streaming")["costs"]),
     "throughput": lambda: streaming.throughput_table(load("streaming")["costs"]),

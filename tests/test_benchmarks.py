@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks import bank_scaling, feature_diffusion, smoke
+from benchmarks import bank_scaling, feature_diffusion, pixel_diffusion, smoke
 
 
 def test_numbers_are_found_at_every_depth_without_times():
@@ -32,6 +32,25 @@ def test_feature_diffusion_is_timed():
     assert any(name.startswith(words) for name in names), words
   assert math.isfinite(result["sampling_mmd"]["training_features"])
   json.dumps(result)
+
+
+@pytest.mark.slow
+def test_pixel_diffusion_is_timed():
+  rows, result = pixel_diffusion.measure(pixel_diffusion.smallest(), rounds=1, compiles=False)
+  names = [row.name for row in rows]
+  for words in ("training, ddpm", "time over ddpm’s, cbdm", "sampling, 20 steps"):
+    assert words in names, words
+  assert result["step_flops_per_image"] > 2 * result["parameters"]
+  assert result.get("torch_disagreement", {"output": 0})["output"] < 1e-4
+  json.dumps(result)
+
+
+def test_the_configs_of_pixel_diffusion_are_those_of_experiments():
+  published = pixel_diffusion.workload("cifar")
+  assert published.config.unet.dtype == "bfloat16" and published.config.batch_size == 128
+  assert pixel_diffusion.step_flops(published) == pytest.approx(34.96e9, rel=1e-3)
+  assert pixel_diffusion.workload("fashion").config.unet.attention == (7,)
+  assert pixel_diffusion.workload("digits").counts[0] == 122
 
 
 def test_banks_are_timed(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import pages
 
 # Pages of speed: text by hand around tables that are made.
-OF_SPEED = {"classification.md", "feature_diffusion.md", "peers.md"}
+OF_SPEED = {"classification.md", "feature_diffusion.md", "peers.md", "pixel_diffusion_speed.md"}
 RENDERED = pages.render()
 
 

@@ -84,7 +84,7 @@ class UNet(nn.Module):
       self.look_middle = cross(functools.partial(_norm, widths[-1]))
       self.look_up = [[cross(functools.partial(_norm, w)) for _ in level]
                       for w, level in zip(reversed(widths), self.up, strict=True)]  # fmt: skip
-    self.norm = _norm(c.channels)
+    self.norm = _norm(widths[0])
     self.last = conv(self.image_channels, zero=True)
 
   def condition(self, label: jax.Array, memory: ExemplarImages | Any) -> tuple[jax.Array, Any]:
