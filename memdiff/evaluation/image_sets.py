@@ -68,12 +68,17 @@ def _resized(image: Image.Image, side: int) -> Image.Image:
 
 
 def read(path: str) -> ImageSet | np.ndarray:
-  """A folder of images at any depth, or a .npz file with `images`, or features [N, D] of one.
+  """Images or their features, out of a folder or a file.
+
+  A folder holds images at any depth or, as a run leaves them, .npz files; a .npz file holds
+  `images`, or `features` [N, D] of them.
 
   Raises:
     DataError: if there is nothing of that kind, or numbers are of no known range.
   """
   place = pathlib.Path(path)
+  if place.is_dir() and (parts := sorted(place.glob("*.npz"))):
+    return _joined(path, [_arrays(part) for part in parts])
   if place.is_dir():
     files = sorted(p for p in place.rglob("*") if p.suffix.lower() in image_files.suffixes())
     if not files:
@@ -81,16 +86,33 @@ def read(path: str) -> ImageSet | np.ndarray:
     return ImageSet(path, files)
   if not place.exists():
     raise DataError(f"There is no folder or file {path}.")
+  return _joined(path, [_arrays(place)])
+
+
+def _arrays(file: pathlib.Path) -> dict[str, np.ndarray]:
+  """`images` or `features` of a .npz file, or both."""
   try:
-    with place.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-      found = {name: file[name] for name in ("images", "features") if name in file.files}
+    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+      found = {name: arrays[name] for name in ("images", "features") if name in arrays.files}
   except Exception as error:  # zipfile and zlib raise many types for torn files
-    raise DataError(f"Cannot read {path} as a .npz file ({error}).") from error
-  if "features" in found:
-    return _features(path, found["features"])
-  if "images" not in found:
-    raise DataError(f"{path} holds neither `images` [N, H, W, 1 or 3] nor `features` [N, D].")
-  return _images(path, found["images"])
+    raise DataError(f"Cannot read {file} as a .npz file ({error}).") from error
+  if not found:
+    raise DataError(f"{file} holds neither `images` [N, H, W, 1 or 3] nor `features` [N, D].")
+  return found
+
+
+def _joined(path: str, parts: list[dict[str, np.ndarray]]) -> ImageSet | np.ndarray:
+  """The parts as one set: of features, if all have them."""
+  name = "features" if all("features" in part for part in parts) else "images"
+  arrays = [part[name] for part in parts if name in part]
+  kinds = {(array.shape[1:], str(array.dtype)) for array in arrays}
+  if len(arrays) < len(parts) or len(kinds) > 1:
+    raise DataError(
+      f"The .npz files in {path} differ in what they hold; they must be images, or features, of"
+      " one shape and type."
+    )
+  whole = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+  return _features(path, whole) if name == "features" else _images(path, whole)
 
 
 def _features(path: str, features: np.ndarray) -> np.ndarray:

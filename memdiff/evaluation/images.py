@@ -4,8 +4,8 @@
     --network=efficientnet_lite0 --json=FILE
 
 A set is a folder of images at any depth, or a .npz file with `images` [N, H, W, 1 or 3] or, if the
-features are there already, `features` [N, D]. Images are resized to --side pixels by Pillow's
-bicubic filter and go through one of these networks:
+features are there already, `features` [N, D], or a folder of such files, as a run leaves them.
+Images are resized to --side pixels by Pillow's bicubic filter and go through one of these networks:
 
   efficientnet_lite0  trained on ImageNet; its weights are a package (requirements-images.txt)
   inception_fid       FID's own; images go in as they are, and it enlarges them itself

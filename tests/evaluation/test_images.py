@@ -185,3 +185,17 @@ def test_unknown_networks_are_refused_with_those_that_exist(tmp_path, monkeypatc
   assert code == 2
   words = "--network is 'resnet', but must be one of efficientnet_lite0, inception_fid, dinov2."
   assert words in capsys.readouterr().err
+
+
+def test_files_of_one_folder_are_one_set_in_order_of_names(tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1)).astype(np.uint8)
+  for name, part in (("b", images[4:]), ("a", images[:4])):
+    np.savez(tmp_path / f"{name}.npz", images=part, labels=np.zeros(len(part)))
+  (block,) = image_sets.read(str(tmp_path)).blocks(8)
+  np.testing.assert_array_equal(block, images.repeat(3, axis=-1))
+  np.savez(tmp_path / "c.npz", images=images[:, :4])
+  with pytest.raises(DataError, match="differ in what they hold"):
+    image_sets.read(str(tmp_path))
+  np.savez(tmp_path / "c.npz", features=np.ones((2, 3)))
+  with pytest.raises(DataError, match="differ in what they hold"):
+    image_sets.read(str(tmp_path))

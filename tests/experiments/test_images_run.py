@@ -94,8 +94,9 @@ def test_images_are_there_as_png_files_too(undisturbed):
 
 def test_the_evaluator_reads_the_files_of_a_run(undisturbed):
   workdir, _, _ = undisturbed
-  images = image_sets.read(str(workdir / "sampling" / "ddpm" / "scale_1" / "seed_0" / "png"))
-  assert len(images) == 10 * PER_CLASS
+  folder = workdir / "sampling" / "ddpm" / "scale_1" / "seed_0"
+  for place in (folder, folder / "png"):
+    assert len(image_sets.read(str(place))) == 10 * PER_CLASS
 
 
 def test_methods_draw_from_the_same_noise_but_differ(undisturbed):
