@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from input_pipeline import image_files
+from input_pipeline import identity, image_files
 from memdiff.errors import DataError
 
 BLOCK = 256  # images at a time
@@ -29,6 +29,12 @@ class ImageSet:
 
   def __len__(self) -> int:
     return len(self.source)
+
+  def sha256(self) -> str:
+    """Of all pixels, or of the files as they are."""
+    if isinstance(self.source, np.ndarray):
+      return identity.digest(self.source)
+    return identity.of_bytes(*(identity.of_bytes(p.read_bytes()).encode() for p in self.source))
 
   def blocks(self, side: int) -> Iterator[np.ndarray]:
     """uint8 RGB [n, side, side, 3]; other sizes are resized by Pillow's bicubic filter.

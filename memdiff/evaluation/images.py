@@ -11,9 +11,10 @@ Images are resized to --side pixels by Pillow's bicubic filter and go through on
   inception_fid       FID's own; images go in as they are, and it enlarges them itself
   dinov2              vits14, vitb14 or vitl14, trained without labels; it knows no classes
 
-The last two need their file, --weights. The Frechet distance is called `fid` for inception_fid and
-after its network otherwise (FD): that is no FID. It is comparable only with the same network, side,
-reference and number of images.
+--cache=FOLDER keeps the features of the reference, by a hash of images, network and side, for the
+next call. The last two need their file, --weights. The Frechet distance is called `fid` for
+inception_fid and after its network otherwise (FD): that is no FID. It is comparable only with the
+same network, side, reference and number of images.
 """
 
 import argparse
@@ -26,9 +27,11 @@ from typing import Any
 
 import numpy as np
 
+from input_pipeline import identity
 from memdiff.errors import ConfigError, MemdiffError
 from memdiff.evaluation import image_quality, image_sets, networks, set_metrics
 from memdiff.evaluation.networks import NETWORKS
+from memdiff.runtime.workdir import read_arrays, write_arrays, writing
 
 _SAY_EVERY = 10.0  # seconds
 
@@ -48,6 +51,38 @@ def encode(images: image_sets.ImageSet, network: Callable, side: int) -> np.ndar
   return np.concatenate(parts)
 
 
+def _real_features(
+  arguments: argparse.Namespace, images: image_sets.ImageSet, network: Callable, side: int
+) -> np.ndarray:
+  if arguments.cache is None:
+    return encode(images, network, side)
+  weights = pathlib.Path(NETWORKS[arguments.network].weights_path(arguments.weights))
+  key = f"{arguments.network} {identity.of_bytes(weights.read_bytes())}"
+  return reference_features(images, network, side, key, arguments.cache)
+
+
+def reference_features(
+  images: image_sets.ImageSet, network: Callable, side: int, key: str, cache: pathlib.Path
+) -> np.ndarray:
+  """`encode`, or what an earlier call has left in the folder `cache`.
+
+  Args:
+    images, network, side: of `encode`.
+    key: the network and its weights, as text.
+    cache: a folder, made if need be.
+  """
+  name = identity.of_bytes(images.sha256().encode(), key.encode(), str(side).encode())
+  path = cache / f"{name}.npz"
+  if path.exists():
+    print(f"features of {images.path} taken from {path}", flush=True)
+    return read_arrays(path, ("features",))["features"]
+  features = encode(images, network, side)
+  with writing(cache):
+    cache.mkdir(parents=True, exist_ok=True)
+  write_arrays(path, {"features": features})
+  return features
+
+
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
   """The metrics, and what they depend on."""
   sets = {name: image_sets.read(getattr(arguments, name)) for name in ("reference", "generated")}
@@ -62,7 +97,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     side = networks.checked_side(name, arguments.side, "--side")
     resize = networks.describe_resize(name, side)
     network, classify = networks.make_network(name, arguments.weights)
-    real, generated = (encode(images, network, side) for images in sets.values())
+    real = _real_features(arguments, sets["reference"], network, side)
+    generated = encode(sets["generated"], network, side)
     if classify is not None:
       order = np.random.default_rng(arguments.seed).permutation(len(generated))
       score, key = (
@@ -113,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--kid_size", type=int, default=1000, help="rows of a subset of KID")
   parser.add_argument("--k", type=int, default=3, help="neighbours of precision and recall")
   parser.add_argument("--seed", type=int, default=0, help="of subsets and clusterings")
+  parser.add_argument("--cache", type=pathlib.Path, help="folder: keep the reference's features")
   parser.add_argument("--json", type=pathlib.Path, help="write the result to this file too")
   arguments = parser.parse_args(argv)
   try:

@@ -199,3 +199,36 @@ def test_files_of_one_folder_are_one_set_in_order_of_names(tmp_path):
   np.savez(tmp_path / "c.npz", features=np.ones((2, 3)))
   with pytest.raises(DataError, match="differ in what they hold"):
     image_sets.read(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_features_of_the_reference_are_kept_until_it_changes(tmp_path, kind, capsys):
+  pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+  place = tmp_path / ("set" if kind == "folder" else "set.npz")
+
+  def write(pixels):
+    if kind == "file":
+      np.savez(place, images=pixels)
+      return
+    place.mkdir(exist_ok=True)
+    for number, image in enumerate(pixels):
+      Image.fromarray(image).save(place / f"{number}.png")
+
+  calls = []
+
+  def network(block):
+    calls.append(len(block))
+    return block.reshape(len(block), -1)[:, :5].astype(np.float32)
+
+  def features(key="a", side=8):
+    found = image_sets.read(str(place))
+    return images.reference_features(found, network, side, key, tmp_path / "kept")
+
+  write(pixels)
+  first = features()
+  np.testing.assert_array_equal(features(), first)
+  assert len(calls) == 1 and "taken from" in capsys.readouterr().out
+  features(key="b")
+  features(side=4)
+  write(pixels[::-1])
+  assert not np.array_equal(features(), first) and len(calls) == 4
