@@ -65,7 +65,7 @@ def _line(cells: Sequence[str]) -> str:
   return "| " + " | ".join(cells) + " |"
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table_of(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
   return "\n".join([_line(header), "|---" * len(header) + "|", *map(_line, lines)])
 
 
@@ -113,7 +113,7 @@ def accuracy_table(report: Mapping[str, Any]) -> str:
     [f"`{name}`", *(percent(rows.get(loss, {}).get(key), 2) for loss in losses)]
     for name, rows in found.items()
   ]
-  return _table([f"{name_of_score} %", *(_LOSSES.get(loss, loss) for loss in losses)], lines)
+  return table_of([f"{name_of_score} %", *(_LOSSES.get(loss, loss) for loss in losses)], lines)
 
 
 def _as_chosen(report: Mapping[str, Any], name: str) -> str:
@@ -149,7 +149,7 @@ def chosen_table(report: Mapping[str, Any]) -> str:
       ]
     )
   titles = [f"{title} %" for _, title in columns[:1]] + [title for _, title in columns[1:]]
-  return _table(["method", *titles, "gap closed %", "CV score", "settings", "setting"], lines)
+  return table_of(["method", *titles, "gap closed %", "CV score", "settings", "setting"], lines)
 
 
 def quality_table(report: Mapping[str, Any]) -> str:
@@ -165,7 +165,7 @@ def quality_table(report: Mapping[str, Any]) -> str:
     taken = report["generator_seconds"][name]
     seconds = [f"{s:.0f}" if s is not None else "–" for s in taken.values()]
     lines.append([f"`{name}`", *cells, *seconds])
-  return _table(["generator", *_QUALITY, "training s", "sampling s"], lines)
+  return table_of(["generator", *_QUALITY, "training s", "sampling s"], lines)
 
 
 def recommendation_text(report: Mapping[str, Any]) -> str:
@@ -194,7 +194,7 @@ def settings_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     "setting, score in %", "best head on real features, by cross-validation", "memdiff",
     "difference, points", "unseen exemplars", "oracle", "gap closed %",
   ]  # fmt: skip
-  return _table(header, lines)
+  return table_of(header, lines)
 
 
 def judged_table(report: Mapping[str, Any]) -> str:
@@ -214,7 +214,7 @@ def judged_table(report: Mapping[str, Any]) -> str:
     for method, entry in best.values()
   ]
   control = report["recommendation"]["control"]
-  return _table(
+  return table_of(
     ["method", "cross-validation, %", f"difference from `{control}`, points", "test, %"], lines
   )
 
@@ -241,7 +241,7 @@ def recommendations_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     "setting", "recommended", "best of those judged, on test", "points below it on test",
     "Kendall's tau", "methods judged",
   ]  # fmt: skip
-  return _table(header, lines)
+  return table_of(header, lines)
 
 
 def joint_table(report: Mapping[str, Any]) -> str:
@@ -257,7 +257,7 @@ def joint_table(report: Mapping[str, Any]) -> str:
     for row in report["classification"]
     if row["method"].startswith(("joint:", "own_head"))
   ]
-  return _table(["method", f"{name} %", "difference from `joint:real`, points"], lines)
+  return table_of(["method", f"{name} %", "difference from `joint:real`, points"], lines)
 
 
 def default_run(report: Mapping[str, Any]) -> str:
@@ -270,7 +270,7 @@ def default_run(report: Mapping[str, Any]) -> str:
   found = answer.answer(report)
   return "\n".join(
     [
-      _table([f"test %, mean ± std over {seeds} seeds", *head[1:]], named),
+      table_of([f"test %, mean ± std over {seeds} seeds", *head[1:]], named),
       "",
       "The report of this run begins:",
       "",

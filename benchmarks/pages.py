@@ -15,7 +15,15 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import aot, confidence, image_metrics, isolating, speed_tables, streaming
+from benchmarks import (
+  aot,
+  confidence,
+  generation,
+  image_metrics,
+  isolating,
+  speed_tables,
+  streaming,
+)
 from benchmarks.faults import page as faults
 from memdiff.runtime.workdir import write_atomically, write_json
 
@@ -97,6 +105,7 @@ def whole_pages() -> dict[str, Callable[[], str]]:
     pages[f"docs/results/{path.stem}.md"] = lambda path=path: isolating.page(path)
   for path in sorted(RESULTS.glob("confidence_*.json")):
     pages[f"docs/results/{path.stem}.md"] = lambda path=path: confidence.markdown(load(path.stem))
+  pages["docs/results/image_generation.md"] = lambda: generation.page(load("image_generation"))
   return pages
 
 
