@@ -21,7 +21,7 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.methods = ("ddpm", "balanced", "coral", "memdiff+balanced")
   base.small_images(config)
   config.diffusion.unet.update(channels=16, multipliers=(1, 2), num_blocks=1, attention=(4,))
-  config.diffusion.num_steps = 1000
+  config.diffusion.num_steps = 800
   config.sampling.per_class = 100
   config.evaluation.kid_size = 500
   config.encoder.backbone.name = "resnet8"
@@ -30,6 +30,7 @@ def get_config(variant: str = "default") -> ConfigDict:
 
   def full():
     config.seeds = (0, 1, 2)
+    config.diffusion.num_steps = 1000
     base.all_methods(config)
     config.sampling.guidance = (1.0, 2.0)
 
