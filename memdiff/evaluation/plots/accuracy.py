@@ -32,6 +32,12 @@ _METHOD_STYLES = {
   "real": ("#0072b2", "^", False),
   "memdiff": ("#d55e00", "D", False),
   "oracle": ("#1f2a37", "o", True),
+  "ddpm": ("#8793a0", "o", False),
+  "balanced": ("#0072b2", "^", False),
+  "coral": ("#cc79a7", "s", False),
+  "cbdm": ("#009e73", "v", False),
+  "t2h": ("#e69f00", "P", False),
+  "diffrop": ("#332288", "X", False),
 }
 _OTHER_METHOD_STYLES = tuple(
   (color, marker, False)
