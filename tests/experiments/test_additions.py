@@ -10,7 +10,7 @@ from memdiff import pipeline
 from memdiff.classifier import losses
 from memdiff.classifier.losses import Loss
 from memdiff.diffusion import terms
-from memdiff.diffusion.objectives import Term
+from memdiff.diffusion.terms import Term
 from memdiff.evaluation import scores
 from memdiff.evaluation.scores import Metric
 from memdiff.memory import exemplars as exemplars_lib

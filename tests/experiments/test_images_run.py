@@ -55,7 +55,7 @@ def run(workdir, devices=1, **changes):
   return json.loads((workdir / "report.json").read_text()), done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=support.SLOW)
 def undisturbed(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("images") / "run"
   return workdir, *run(workdir)
