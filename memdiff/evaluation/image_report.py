@@ -115,23 +115,29 @@ def answer(found: Mapping[str, Any]) -> Answer:
     _effect("All classes", fd, "fd", best, plain if compared else None),
   )
   effects = tuple(effect for effect in effects if effect)
-  title = f"{best['method']}: the best images of the rarest classes"
-  if len(rows) == 1:
-    title = f"Images by {best['method']}"
-  elif plain is best:
-    title = "No method improves on plain diffusion"
-  if compared and effects[0].verdict == "unclear":
-    title = f"No clear winner; {best['method']} is first on the rarest classes"
-  sentences = [*_content(best), *_chance(rows)]
+  verdict = effects[0].verdict if compared and effects else "unclear"
   description = best.get("description") or ""
   return Answer(
-    title=title,
+    title=_title(rows, best, verdict, "the rarest classes" if key == "fd_few" else "all classes"),
     explanation=f"{description[0].upper()}{description[1:]}." if description else "",
-    verdict=effects[0].verdict if compared and effects else "unclear",
+    verdict=verdict,
     method=best["method"],
     effects=effects,
-    sentences=tuple(sentences),
+    sentences=(*_content(best), *_chance(rows)),
   )
+
+
+def _title(
+  rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any], verdict: str, where: str
+) -> str:
+  """Claims a gain over plain diffusion only if its interval does."""
+  if len(rows) == 1:
+    return f"Images by {best['method']}"
+  if best is _plain(rows):
+    return "No method improves on plain diffusion"
+  if verdict == "better":
+    return f"{best['method']}: better images of {where} than plain diffusion"
+  return f"No clear winner; {best['method']} is first on {where}"
 
 
 def _effect(title, measure, key, best, plain) -> Effect | None:

@@ -101,10 +101,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     generated = encode(sets["generated"], network, side)
     if classify is not None:
       order = np.random.default_rng(arguments.seed).permutation(len(generated))
-      score, key = (
-        set_metrics.inception_score(classify(generated[order])),
-        networks.score_name(name),
-      )
+      score = set_metrics.inception_score(classify(generated[order]))
+      key = networks.score_name(name)
       found = {key: score[0], f"{key}_std": score[1]}
   options = {"kid_size": arguments.kid_size, "k": arguments.k, "seed": arguments.seed}
   metrics = image_quality.compare_sets(real, generated, **options)

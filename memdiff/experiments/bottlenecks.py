@@ -34,7 +34,8 @@ def _bottlenecks(
   config, mesh = image_methods.apply(method, experiment.config.diffusion), experiment.mesh
   program = pixel_diffusion.bottleneck_program(config, experiment.dataset.num_classes, mesh)
   params = trained(experiment, method, seed)
-  shared, number = device_data(experiment), config.memory.num_exemplars
+  number = config.memory.num_exemplars
+  shared = device_data(experiment) if number else None
   found = []
   for start in range(0, len(labels), _CHUNK):
     rows = [np.resize(x[start : start + _CHUNK], (_CHUNK, *x.shape[1:])) for x in (images, labels)]

@@ -1,7 +1,7 @@
 """The evaluation of generated images: metrics, tables, figures."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -14,7 +14,6 @@ from memdiff.experiments.base import Experiment, forward_images
 from memdiff.experiments.image_settings import CLASSIFIER
 from memdiff.experiments.image_store import read_samples, sample_folder
 from memdiff.runtime import results
-from memdiff.runtime.workdir import write_atomically, write_json
 from memdiff.synthesis import image_methods
 
 
@@ -125,13 +124,18 @@ class _Judging:
     return found
 
 
-def _row(judging: _Judging, experiment: Experiment, method: str, scale: float) -> dict:
+def _rows(judging: _Judging, experiment: Experiment, method: str) -> Iterator[dict]:
+  """A row of the table per guidance scale; bottlenecks do not depend on it."""
+  seeds = range(len(experiment.seeds))
+  cosines = [bottlenecks.cosines(experiment, method, seed) for seed in seeds]
+  for scale in experiment.config.sampling.guidance:
+    experiment.run.progress.say(f"judging {method} at guidance {scale:g}")
+    found = [judging.judge(method, scale, seed) | cosines[seed] for seed in seeds]
+    yield _row(experiment, method, scale, found)
+
+
+def _row(experiment: Experiment, method: str, scale: float, found: Sequence[dict]) -> dict:
   """Mean and deviation over seeds of every metric, and the single values."""
-  experiment.run.progress.say(f"judging {method} at guidance {scale:g}")
-  found = [
-    judging.judge(method, scale, seed) | bottlenecks.cosines(experiment, method, seed)
-    for seed in range(len(experiment.seeds))
-  ]
   row = {
     "method": method,
     "description": image_methods.describe(method),
@@ -149,11 +153,7 @@ def _row(judging: _Judging, experiment: Experiment, method: str, scale: float) -
 def evaluate(experiment: Experiment) -> dict:
   """Judges every method at every guidance scale, and draws."""
   config, judging = experiment.config, _Judging(experiment)
-  rows = [
-    _row(judging, experiment, method, scale)
-    for method in config.methods
-    for scale in config.sampling.guidance
-  ]
+  rows = [row for method in config.methods for row in _rows(judging, experiment, method)]
   first = [row for row in rows if row["scale"] == config.sampling.guidance[0]]
   result = record.record(experiment, []) | {
     "images": {
@@ -167,17 +167,5 @@ def evaluate(experiment: Experiment) -> dict:
       "sweep": rows if len(config.sampling.guidance) > 1 else [],
     }
   }
-  return _save(experiment, result)
-
-
-def _save(experiment: Experiment, result: Mapping) -> dict:
-  from memdiff.evaluation import plots  # matplotlib takes a second
-
-  folder = experiment.workdir.folder("evaluation")
-  figures = image_figures.draw(experiment, result)
-  pictures = {name: plots.to_png(figure, dpi=150) for name, figure in figures}
-  for name, picture in pictures.items():
-    write_atomically(folder / f"{name}.png", picture)
-  summaries.write_images(experiment, result, pictures)
-  write_json(folder / "result.json", result)
-  return {row["method"]: row["fd"] for row in result["images"]["rows"]}
+  record.save(experiment, result, image_figures.draw(experiment, result), summaries.write_images)
+  return {row["method"]: row["fd"] for row in first}

@@ -24,7 +24,7 @@ _WIDE = 5  # neighbours of density and coverage
 class ImageEvaluationConfig:
   network: str = setting(
     CLASSIFIER,
-    "whose features judge: one trained here on all real images, or ...",
+    "whose features judge; classifier: one trained here on all real images",
     one_of(NETWORKS),
   )
   weights: str = path_setting('a network from elsewhere: its file, "": of its installed package')
@@ -123,4 +123,6 @@ def _check_evaluation(settings: ImagesConfig, data: LongTailDataset) -> None:
       " config.sampling.per_class or lower config.evaluation.neighbours."
     )
   if smaller < 20:
-    raise ConfigError(f"F_8 needs 20 images on a side, but {words}; raise per_class.")
+    raise ConfigError(
+      f"F_8 needs 20 images on a side, but {words}; raise config.sampling.per_class."
+    )

@@ -100,9 +100,12 @@ def accuracy_by_class(experiment: Experiment, rows: list[dict], methods: Sequenc
 
 
 def save(
-  experiment: Experiment, result: Mapping[str, Any], figures: Iterable[tuple[str, "Figure"]]
+  experiment: Experiment,
+  result: Mapping[str, Any],
+  figures: Iterable[tuple[str, "Figure"]],
+  summarise: Callable[..., None] = summaries.write,
 ) -> dict:
-  """Writes result.json, the figures by name, and what TensorBoard shows first.
+  """Writes result.json, the figures by name, and by `summarise` what TensorBoard shows first.
 
   Returns:
     The top-1 score of every method, for the manifest.
@@ -113,7 +116,7 @@ def save(
   pictures = {name: plots.to_png(figure, dpi=150) for name, figure in figures}
   for name, picture in pictures.items():
     write_atomically(folder / f"{name}.png", picture)
-  summaries.write(experiment, result, pictures)
+  summarise(experiment, result, pictures)
   write_json(folder / "result.json", result)
   return {row["method"]: row["top1"] for row in result["classification"]}
 

@@ -86,15 +86,15 @@ class ImageData:
   """What all seeds learn from, on the devices."""
 
   images: Any  # [N, H, W, ch] uint8
-  labels: Any  # [N] int32
   by_class: ByClass
+  places: Any  # [N] int32, where each image is in `by_class.order`
 
 
 def make_data(images: np.ndarray, labels: np.ndarray, num_classes: int, mesh: Mesh) -> ImageData:
   """Images [N, H, W, ch] uint8 and labels [N] on every device."""
-  return mesh_lib.replicate(
-    mesh, ImageData(images, labels.astype(np.int32), group_by_class(labels, num_classes))
-  )
+  by_class = group_by_class(labels, num_classes)
+  places = np.argsort(by_class.order).astype(np.int32)
+  return mesh_lib.replicate(mesh, ImageData(images, by_class, places))
 
 
 def to_model(images: jax.Array) -> jax.Array:
@@ -174,7 +174,7 @@ class _Conditions:
     """(exemplars, themselves left out, and what is shown of the rows)."""
     number = self.config.memory.num_exemplars
     found, mask = pixel_memory.draw_exemplars(
-      stream(self.key, "exemplars"), self.data.by_class, label, number, itself=index
+      stream(self.key, "exemplars"), self.data.by_class, label, number, self.data.places[index]
     )
     mask = pixel_memory.thin_out(stream(self.key, "thin"), mask)
     channels = self.data.images.shape[-1]

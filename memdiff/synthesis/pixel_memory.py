@@ -15,7 +15,6 @@ import numpy as np
 
 from input_pipeline.batches import ByClass
 from memdiff.config import at_least, between, setting
-from memdiff.diffusion.exemplar_images import ExemplarImages
 from memdiff.runtime.random import stream
 
 
@@ -40,7 +39,7 @@ def draw_exemplars(
     by_class: of the training images.
     labels: [B] classes.
     number: K.
-    itself: [B] indices of images that are left out; None: nothing is.
+    itself: [B] places in `by_class.order` of images that are left out; None: nothing is.
 
   Returns:
     (index [B, K] of training images, mask [B, K] bool, False for repeats and if there is nothing).
@@ -50,8 +49,7 @@ def draw_exemplars(
   offset = jax.random.randint(key, (len(labels), number), 0, jnp.maximum(available, 1))
   starts = by_class.starts[labels][:, None]
   if itself is not None:  # counted from the image itself on, around the class
-    place = jnp.argsort(by_class.order)[itself][:, None] - starts
-    offset = (place + 1 + offset) % jnp.maximum(counts, 1)
+    offset = (itself[:, None] - starts + 1 + offset) % jnp.maximum(counts, 1)
   index = by_class.order[jnp.minimum(starts + offset, len(by_class.order) - 1)]
   earlier = jnp.tril(jnp.ones((number, number), bool), -1)
   repeated = ((index[:, :, None] == index[:, None]) & earlier[None]).any(axis=2)
@@ -138,8 +136,3 @@ def draw_shown(
   drawn = table[jax.random.randint(stream(key, "turn"), rows, 0, len(table))]
   ways = jnp.where(invented[:, None], drawn, jnp.asarray(identity(channels))[None])
   return Shown(ways, invented, hidden)
-
-
-def nothing(rows: int, number: int, shape: tuple[int, ...]) -> ExemplarImages:
-  """No exemplar at all, for `rows` rows with room for `number` of them."""
-  return ExemplarImages(jnp.zeros((rows, number, *shape)), jnp.zeros((rows, number), bool))

@@ -4,10 +4,8 @@ import ast
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -213,18 +211,8 @@ def test_a_run_killed_while_it_trains_a_head_ends_with_the_same_numbers(
   undisturbed, environment, tmp_path
 ):
   workdir = tmp_path / "run"
-  process = subprocess.Popen(
-    command(workdir), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
-    stderr=subprocess.DEVNULL,
-  )  # fmt: skip
-  deadline = time.monotonic() + 200
-  while not (workdir / "heads" / "lws" / "checkpoints" / "10").exists():
-    assert process.poll() is None, "the run ended too early"
-    assert time.monotonic() < deadline
-    time.sleep(0.002)
-  process.send_signal(signal.SIGKILL)
-  process.wait()
-  assert not json.loads((workdir / "heads" / "manifest.json").read_text())["finished"]
+  moment = "heads/lws/checkpoints/10"
+  support.kill_in_phase(command(workdir), workdir, "heads", moment, environment)
   report, result = run(workdir, environment)
   assert result.stderr.count("finished earlier") == 2
   assert re.search(rf"heads/lws resumes at step \d+/{HEAD_STEPS}", result.stderr)

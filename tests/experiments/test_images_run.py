@@ -3,10 +3,8 @@
 import importlib
 import json
 import pathlib
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -166,19 +164,7 @@ MOMENTS = {
 def test_a_run_killed_in_every_phase_ends_with_the_same_images(undisturbed, tmp_path):
   workdir = tmp_path / "run"
   for phase, moment in MOMENTS.items():
-    process = subprocess.Popen(
-      command(workdir), cwd=ROOT, env=support.environment_of_children(),
-      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not (workdir / moment).exists():
-      assert process.poll() is None, f"the run ended before {moment} was there"
-      assert time.monotonic() < deadline
-      time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    manifest = json.loads((workdir / phase / "manifest.json").read_text())
-    assert not manifest["finished"], f"{phase} was over before the kill"
+    support.kill_in_phase(command(workdir), workdir, phase, moment)
   report, _ = run(workdir)
   whole, expected, _ = undisturbed
   assert report["images"] == expected["images"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from memdiff.diffusion import terms
+from memdiff.diffusion.exemplar_images import ExemplarImages
 from memdiff.diffusion.unet import UNetConfig
 from memdiff.runtime import loop
 from memdiff.synthesis import image_methods, pixel_diffusion, pixel_memory
@@ -249,7 +250,7 @@ def test_the_unet_looks_at_exemplars_in_any_order_and_only_where_they_are(mesh):
   )
   model = pixel_diffusion.make_denoiser(config, 3, 1)
   normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
-  memory = pixel_memory.ExemplarImages(normal(0, 2, 3, 8, 8, 1), jnp.array([[1, 1, 0]] * 2) > 0)
+  memory = ExemplarImages(normal(0, 2, 3, 8, 8, 1), jnp.array([[1, 1, 0]] * 2) > 0)
   given = normal(1, 2, 8, 8, 1), jnp.full(2, 300.0), jnp.array([0, 3])
   params = jax.jit(model.init)(jax.random.key(2), *given, memory)["params"]
   leaves, structure = jax.tree.flatten(params)
@@ -267,7 +268,7 @@ def test_the_unet_looks_at_exemplars_in_any_order_and_only_where_they_are(mesh):
   forgotten = memory.forget(jnp.array([True, False]))
   gap = np.abs(np.asarray(apply(forgotten) - base)).max(axis=(1, 2, 3))
   assert gap[0] > 1e-2 and gap[1] == 0
-  nothing = pixel_memory.nothing(2, 3, (8, 8, 1))
+  nothing = memory.forget(jnp.array([True, True]))
   assert np.isfinite(np.asarray(apply(nothing))).all()
 
 
