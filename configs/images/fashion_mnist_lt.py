@@ -4,7 +4,8 @@
   python main.py --config=configs/images/fashion_mnist_lt.py --workdir=runs/fashion_images \\
     --config.dataset.data_dir=DIR
 
-Variants: default (plain diffusion), all (every method).
+A quarter of an hour per method on two cores. Variants: default (plain diffusion), all (every
+method).
 """
 
 from ml_collections import ConfigDict
@@ -18,9 +19,10 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.dataset.name = "fashion_mnist"
   base.small_images(config)
   config.diffusion.unet.update(channels=24, multipliers=(1, 2, 2), num_blocks=1, attention=(7,))
+  config.diffusion.batch_size = 32
   config.diffusion.num_steps = 2000
-  config.sampling.per_class = 200
-  config.evaluation.kid_size = 1000
+  config.sampling.per_class = 100
+  config.evaluation.kid_size = 500
   config.encoder.backbone.name = "resnet8"
   config.classifier.num_epochs = 2.0
   base.choose(variant, {"all": lambda: base.all_methods(config)})
