@@ -34,6 +34,7 @@ def _folder(config: "DatasetConfig") -> Source:
     config.skip_unreadable,
     config.test_share,
     config.test_seed,
+    config.grey,
   )
 
 
@@ -74,6 +75,7 @@ class DatasetConfig:
   image_size: int = setting(
     0, "side in pixels of large sets and folders; 0: as stored", at_least(0)
   )
+  grey: bool = setting(False, "folder: make images grey, of one channel")
   skip_unreadable: bool = setting(False, "folder: leave out images that cannot be read, and say so")
   test_share: float = setting(
     0.0, "folder: share of each class split off as the test set; 0: it has one", between(0, 0.5)
@@ -85,6 +87,8 @@ class DatasetConfig:
       raise ValueError(
         f"test_share is {self.test_share:g}, but {self.name} comes with a test set; set it to 0."
       )
+    if self.grey and self.name != "folder":
+      raise ValueError(f"grey is for folders; {self.name} is used as it is stored, leave it out.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

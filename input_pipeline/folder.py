@@ -57,7 +57,7 @@ class FolderImages:
     return identity.of_files([self._paths[i] for i in indices])
 
 
-Part = tuple[np.ndarray | LazyImages, np.ndarray]  # images [N, H, W, 3] uint8 and labels [N] int32
+Part = tuple[np.ndarray | LazyImages, np.ndarray]  # images [N, H, W, ch] uint8, labels [N] int32
 
 
 def load(
@@ -66,6 +66,7 @@ def load(
   skip_unreadable: bool,
   test_share: float = 0.0,
   test_seed: int = 0,
+  grey: bool = False,
 ) -> Source:
   """Reads a folder, and says on stderr what was taken and what was left out.
 
@@ -77,6 +78,7 @@ def load(
     test_share: of each class that is split off as the test set, if there is none; at least one
       image of classes that have two.
     test_seed: decides which images these are.
+    grey: make images grey, of one channel; only if they stay in memory.
 
   Returns:
     Classes in alphabetical order, their images too. Images in memory, or LazyImages if all
@@ -88,10 +90,16 @@ def load(
   root = pathlib.Path(data_dir).expanduser()
   folders = _layout(root, data_dir, test_share)
   names, found, left_out = _find(folders)
-  lazy = sum(len(paths) for paths, _ in found.values()) * image_size**2 * 3 > _IN_MEMORY
+  pixels = sum(len(paths) for paths, _ in found.values()) * image_size**2
+  lazy = pixels * (1 if grey else 3) > _IN_MEMORY
+  if lazy and grey:
+    raise ConfigError(
+      f"The images of {root} are too many to be kept in memory, and others cannot be made grey;"
+      " lower config.dataset.image_size or leave config.dataset.grey out."
+    )
   parts: dict[str, Part] = {}
   for part, (paths, labels) in found.items():
-    images, kept, unreadable = _read(paths, image_size, lazy, skip_unreadable)
+    images, kept, unreadable = _read(paths, image_size, lazy, skip_unreadable, grey)
     parts[part] = images, labels[kept]
     left_out += unreadable
   if "test" not in parts:
@@ -178,7 +186,9 @@ def _find(folders: Mapping[str, pathlib.Path]):
 # --- reading ---------------------------------------------------------------------------------
 
 
-def _read(paths: Sequence[pathlib.Path], image_size: int, lazy: bool, skip_unreadable: bool):
+def _read(
+  paths: Sequence[pathlib.Path], image_size: int, lazy: bool, skip_unreadable: bool, grey: bool
+):
   """(images, indices [N] of what can be read, LeftOut of the others); decodes each file once."""
   least = _DECODED * image_size
 
@@ -188,7 +198,8 @@ def _read(paths: Sequence[pathlib.Path], image_size: int, lazy: bool, skip_unrea
         image_files.decode(path, least=1)
         return None
       image = image_files.decode(path, least)
-      return resize_and_crop(image, image_size) if image_size else np.asarray(image)
+      pixels = resize_and_crop(image, image_size) if image_size else np.asarray(image)
+      return np.asarray(Image.fromarray(pixels).convert("L"))[..., None] if grey else pixels
     except UnreadableError as error:
       return error
 
@@ -214,7 +225,7 @@ def _read(paths: Sequence[pathlib.Path], image_size: int, lazy: bool, skip_unrea
 
 
 def _stack(images: Sequence[np.ndarray]) -> np.ndarray:
-  """[N, H, W, 3]."""
+  """[N, H, W, ch]."""
   shapes = {image.shape for image in images}
   if len(shapes) > 1:
     some = ", ".join(f"{w} x {h}" for h, w, _ in sorted(shapes)[:3])

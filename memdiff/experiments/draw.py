@@ -89,28 +89,47 @@ def read_exemplars(folder: pathlib.Path, shape: Sequence[int]) -> np.ndarray:
   return np.stack(images)
 
 
-def draw(workdir: pathlib.Path, exemplars: np.ndarray, arguments: argparse.Namespace) -> np.ndarray:
-  """Images of the class of `exemplars` [N, H, W, ch] uint8. [number, H, W, ch] uint8."""
+def draw(
+  workdir: pathlib.Path,
+  exemplars: np.ndarray,
+  number: int,
+  *,
+  method: str = "",
+  scale: float = 1.0,
+  seed: int = 0,
+) -> np.ndarray:
+  """Images of one class, by the U-Net of a finished run.
+
+  Args:
+    workdir: of the run.
+    exemplars: [N, H, W, ch] uint8, of the class.
+    number: of images.
+    method: of the run; "" for the first whose U-Net looks at exemplars.
+    scale: of the guidance, 1 for none.
+    seed: of the noise.
+
+  Returns:
+    [number, H, W, ch] uint8.
+  """
   report = read_report(workdir)
   settings = config_lib.build(ImagesConfig, report["config"])
-  method = choose_method(settings, arguments.method)
+  method = choose_method(settings, method)
   config, mesh = image_methods.apply(method, settings.diffusion), mesh_lib.make_mesh()
   classes, shape = report["dataset"]["num_classes"], tuple(report["images"]["image_shape"])
   params = params_of_seed(workdir / "diffusion" / method, 0, mesh)
   data = pixel_diffusion.make_data(exemplars, np.zeros(len(exemplars), np.int32), 1, mesh)
-  size = min(settings.sampling.chunk_size, arguments.number)
+  size = min(settings.sampling.chunk_size, number)
   program = pixel_diffusion.sampling_program(
-    config, settings.sampling, shape, classes, arguments.scale != 1, mesh
+    config, settings.sampling, shape, classes, scale != 1, mesh
   )
   only, unnamed = mesh_lib.replicate(mesh, (np.zeros(size, np.int32), np.full(size, classes)))
   images = []
-  for start in range(0, arguments.number, size):
-    key = stream(jax.random.key(arguments.seed), "exemplars", start)
+  for start in range(0, number, size):
+    key = stream(jax.random.key(seed), "exemplars", start)
     memory = pixel_diffusion.exemplars_of(data, only, key, config.memory.num_exemplars)
-    numbers = np.uint32(arguments.seed), np.int32(start), np.float32(arguments.scale)
-    placed = mesh_lib.replicate(mesh, numbers)
+    placed = mesh_lib.replicate(mesh, (np.uint32(seed), np.int32(start), np.float32(scale)))
     images.append(np.asarray(mesh_lib.fetch(program(params, unnamed, memory, *placed))))
-  return np.concatenate(images)[: arguments.number]
+  return np.concatenate(images)[:number]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,7 +155,14 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise ConfigError("--number must be at least 1, --scale and --seed at least 0.")
     shape = read_report(arguments.workdir)["images"]["image_shape"]
     exemplars = read_exemplars(arguments.exemplars, shape)
-    images = draw(arguments.workdir, exemplars, arguments)
+    images = draw(
+      arguments.workdir,
+      exemplars,
+      arguments.number,
+      method=arguments.method,
+      scale=arguments.scale,
+      seed=arguments.seed,
+    )
     with writing(arguments.out):
       arguments.out.mkdir(parents=True, exist_ok=True)
     for number, pixels in enumerate(images):

@@ -24,7 +24,7 @@ def judge(experiment: Experiment) -> Experiment:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Network:
+class Network:
   """What judges images.
 
   Attributes:
@@ -38,7 +38,7 @@ class _Network:
   encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
 
-def _network(experiment: Experiment) -> _Network:
+def network_of(experiment: Experiment) -> Network:
   config = experiment.config
   if config.evaluation.network == CLASSIFIER:
     judging = judge(experiment)
@@ -54,7 +54,7 @@ def _network(experiment: Experiment) -> _Network:
       f"a {config.encoder.backbone.name} trained on all {len(data.train_labels):,} real training"
       f" images; {100 * accuracy:.1f} % accuracy on the test set"
     )
-    return _Network(CLASSIFIER, words, classify)
+    return Network(CLASSIFIER, words, classify)
   name = config.evaluation.network
   side = networks.checked_side(name, config.evaluation.side, "config.evaluation.side")
   network, _ = networks.make_network(name, config.evaluation.weights)
@@ -62,7 +62,7 @@ def _network(experiment: Experiment) -> _Network:
   def encode(rows):
     return images.encode(ImageSet("images of the run", rows), network, side), None
 
-  return _Network(name, f"{name}; images: {networks.describe_resize(name, side)}", encode)
+  return Network(name, f"{name}; images: {networks.describe_resize(name, side)}", encode)
 
 
 def _reference(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +85,7 @@ class _Judging:
   def __init__(self, experiment: Experiment):
     data = experiment.dataset
     self._experiment, self._data = experiment, data
-    self.network = _network(experiment)
+    self.network = network_of(experiment)
     self.groups = scores.make_groups(data.train_counts)
     rows, labels = _reference(experiment)
     self.real = Labelled(self.network.encode(rows)[0], labels)

@@ -167,7 +167,23 @@ def test_the_smallest_random_crop_of_a_reduced_photograph_has_enough_pixels(tmp_
 
 # --- on disk ---------------------------------------------------------------------------------
 
+
+def test_images_are_made_grey_on_request(root):
+  source = load(root, image_size=6, grey=True)
+  expected = [np.asarray(Image.fromarray(noise(seed)).convert("L"))[..., None] for seed in (3, 4)]
+  assert source.train_images.shape == (5, 6, 6, 1)
+  np.testing.assert_array_equal(source.train_images[:2], expected)
+
+
 BYTES = 7 * 4 * 4 * 3  # of the seven images of `root` with image_size 4
+
+
+def test_images_that_stay_on_disk_cannot_be_made_grey(root, monkeypatch):
+  monkeypatch.setattr(folder, "_IN_MEMORY", BYTES // 3)
+  assert load(root, image_size=4, grey=True).test_images.shape == (2, 4, 4, 1)
+  monkeypatch.setattr(folder, "_IN_MEMORY", BYTES // 3 - 1)
+  with pytest.raises(ConfigError, match=r"too many to be kept in memory.*leave config"):
+    load(root, image_size=4, grey=True)
 
 
 def test_above_the_limit_images_stay_on_disk(root, monkeypatch):
