@@ -53,8 +53,8 @@ def small_images(config: ConfigDict) -> None:
 def all_methods(config: ConfigDict) -> None:
   """Every method, both readings of those whose paper and code differ, and combinations."""
   config.methods = (
-    "ddpm", "balanced", "cbdm", "cbdm_code", "coral", "coral_code", "coral_image", "t2h",
-    "t2h+balanced", "diffrop", "memdiff", "memdiff+balanced",
+    "ddpm", "balanced", "finetuned", "cbdm", "cbdm_code", "coral", "coral_code", "coral_image",
+    "t2h", "t2h+balanced", "diffrop", "cm", "cm_code", "memdiff", "memdiff+balanced",
   )  # fmt: skip
 
 

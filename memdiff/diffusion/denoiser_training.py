@@ -47,7 +47,7 @@ class TrainingConfig:
 
 @flax.struct.dataclass
 class Batch:
-  """What a denoiser is trained on; the last four fields are there if a config asks for them."""
+  """What a denoiser is trained on; the last six fields are there if a config asks for them."""
 
   x0: Any  # [B, ...]
   label: Any  # [B] int32, as the denoiser sees it: num_classes if the class is not told
@@ -56,6 +56,16 @@ class Batch:
   other_label: Any = None  # [B] int32, another class, dropped if the label is
   other_memory: Any = None  # of that class
   class_count: Any = None  # [B] training examples of the true class, 0 if it was made up
+  class_share: Any = None  # [B] of `capacity_weights`, 0 if it was made up
+  class_rarity: Any = None  # [B] of the same
+
+
+@dataclasses.dataclass(frozen=True)
+class LateBatches:
+  """Batches that training draws from step `first` on, of the same shapes."""
+
+  first: int
+  draw: Callable[[jax.Array, Any, Any], Batch]
 
 
 def loss_terms(
@@ -71,7 +81,8 @@ def loss_terms(
 
   Args:
     config: prediction and objective.
-    denoiser: Flax module (x_t, t, label, memory) -> (prediction, bottleneck [B, W]).
+    denoiser: Flax module (x_t, t, label, memory) -> (prediction, bottleneck [B, W]); if it has a
+      reserve also in two halves, `descend` and `ascend`, as the U-Net.
     params: of the denoiser and of the terms, as `init_params` makes them.
     batch: B clean samples and their conditions.
     t: [B] step indices.
@@ -97,7 +108,14 @@ def loss_terms(
     early = t < transfer.before * schedule.num_steps
     x0 = x0[jnp.where(early, source, jnp.arange(len(source)))]
     eps = (x_t - signal * x0) / noise
-  output, bottleneck = denoise(batch.label, batch.memory)
+  general = None
+  if terms.uses_reserve(config.objective):  # one way down serves both
+    time = model_time(t, schedule)
+    apply = functools.partial(denoiser.apply, {"params": params}, rngs=dropout)
+    descent, bottleneck = apply(x_t, time, batch.label, batch.memory, method="descend")
+    output, general = (apply(descent, on, method="ascend") for on in (True, False))
+  else:
+    output, bottleneck = denoise(batch.label, batch.memory)
   prediction = terms.Prediction(
     kind=config.prediction,
     batch=batch,
@@ -112,6 +130,7 @@ def loss_terms(
     output=output,
     bottleneck=bottleneck,
     denoise=lambda label, memory: denoise(label, memory)[0],
+    general=general,
   )
   wanted = terms.terms_of(config.objective)
   return {name: term.value(config.objective, prediction) for name, term in wanted.items()}
@@ -135,6 +154,7 @@ def make_stage(
   shared: Any,
   per_seed: Any,
   mesh: Mesh,
+  late: LateBatches | None = None,
 ) -> Stage:
   """Trains `denoiser` to predict the noise, or what the config names instead.
 
@@ -146,6 +166,7 @@ def make_stage(
     shared: arrays on the devices that all runs use.
     per_seed: arrays with a leading axis of runs.
     mesh: the device mesh.
+    late: batches of the end of the training, if they are others.
   """
   example = jax.eval_shape(
     lambda shared, per_seed: draw_batch(
@@ -155,7 +176,7 @@ def make_stage(
     per_seed,
   )
   leaves, structure = jax.tree.flatten(example)
-  program = _program(config, denoiser, draw_batch, structure, tuple(leaves), mesh)
+  program = _program(config, denoiser, draw_batch, structure, tuple(leaves), mesh, late)
   return Stage(
     name="diffusion",
     num_steps=config.num_steps,
@@ -186,6 +207,7 @@ def _program(
   structure: Any,
   leaves: tuple[jax.ShapeDtypeStruct, ...],
   mesh: Mesh,
+  late: LateBatches | None,
 ) -> _Program:
   """The functions of a stage; the same ones for seeds and folds, so that they compile once.
 
@@ -204,7 +226,11 @@ def _program(
 
   def noised_batch(state, shared, per_seed):
     """(batch, t [B], eps)."""
-    batch = draw_batch(stream(state.key, "batch", state.step), shared, per_seed)
+    key = stream(state.key, "batch", state.step)
+    batch = draw_batch(key, shared, per_seed)
+    if late is not None:
+      is_late, others = state.step >= late.first, late.draw(key, shared, per_seed)
+      batch = jax.tree.map(lambda now, then: jnp.where(is_late, then, now), batch, others)
     batch = mesh_lib.shard_batch(batch, mesh)
     t = jax.random.randint(stream(state.key, "time", state.step), batch.label.shape, 0, num_times)
     eps = normal(stream(state.key, "noise", state.step), batch.x0.shape)

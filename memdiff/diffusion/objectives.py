@@ -153,6 +153,21 @@ def separation(
   return jnp.maximum(margin - scale * mean_squared_error(eps_hat, other), 0)
 
 
+def capacity_weights(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """What the terms of Capacity Manipulation weigh classes by: (share, rarity), [C] each, mean 1.
+
+  With C classes and p_y the share of class y among training examples, C p_y and C q_y, q
+  proportional to 1 / p. The terms are consistency C p_y d and diversity -C q_y d, of d = |eps_hat -
+  eps_general|^2, the square averaged over dimensions: what is predicted with the reserve against
+  what is without. Hong et al., "Improving diffusion models for class-imbalanced training data via
+  capacity manipulation", 2026, as its released code has it. Classes without examples weigh nothing.
+  """
+  there = counts > 0
+  inverse = jnp.where(there, 1 / jnp.maximum(counts, 1), 0)
+  number = there.sum()
+  return number * counts / counts.sum(), number * inverse / inverse.sum()
+
+
 def other_weights(counts: jax.Array, labels: str) -> jax.Array:
   """Cumulated weights [C] by which the other class y' is drawn, one of OTHER_LABELS."""
   weights = counts if labels == "empirical" else counts > 0

@@ -84,6 +84,16 @@ class SeparationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CapacityConfig:
+  """See `capacity_weights`; for denoisers with a reserve."""
+
+  consistency: float = setting(
+    0.0, "pulls predictions with and without it together, by the share of the class", at_least(0)
+  )
+  diversity: float = setting(0.0, "pushes them apart, by the rarity of the class", at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
 class TransferConfig:
   """See `transferred`."""
 
@@ -116,6 +126,9 @@ class ObjectiveConfig:
   other_labels: str = setting(
     "empirical", "cbdm, separation: other classes, by their counts or uniform", one_of(OTHER_LABELS)
   )
+  capacity: CapacityConfig = setting(
+    CapacityConfig(), "Capacity Manipulation: what the reserve of the denoiser is for"
+  )
   transfer: TransferConfig = setting(
     TransferConfig(), "T2H: a noised sample may stand for another sample of the batch"
   )
@@ -137,6 +150,7 @@ class Prediction:
     output: [B, ...] the prediction.
     bottleneck: [B, W].
     denoise: (label, memory) -> the prediction for the same x_t under another condition.
+    general: [B, ...] the prediction without the denoiser's reserve, if a term asks for it.
   """
 
   kind: str
@@ -152,6 +166,7 @@ class Prediction:
   output: jax.Array
   bottleneck: jax.Array
   denoise: Callable[[jax.Array, Any], jax.Array]
+  general: jax.Array | None = None
 
   def as_noise(self, output: jax.Array) -> jax.Array:
     """A prediction as predicted noise. [B, ...]."""
@@ -237,6 +252,18 @@ def _cbdm(config: ObjectiveConfig, p: Prediction) -> jax.Array:
   return config.cbdm.weight * gap.mean()
 
 
+def uses_reserve(config: ObjectiveConfig) -> bool:
+  """Whether a config needs a denoiser that predicts with and without a reserve."""
+  return config.capacity.consistency > 0 or config.capacity.diversity > 0
+
+
+def _capacity(config: ObjectiveConfig, p: Prediction) -> jax.Array:
+  gap = mean_squared_error(p.as_noise(p.output), p.as_noise(p.general))
+  c, batch = config.capacity, p.batch
+  weights = c.consistency * batch.class_share - c.diversity * batch.class_rarity
+  return jnp.mean(weights * gap)
+
+
 TERMS = {
   "mse": Term(lambda config: True, _mse),
   "infonce": Term(lambda config: config.loss == "infonce", _infonce),
@@ -251,6 +278,7 @@ TERMS = {
   "separation": Term(
     lambda config: config.separation.weight > 0, _separation, needs=("other_label", "other_memory")
   ),
+  "capacity": Term(uses_reserve, _capacity, needs=("class_share", "class_rarity")),
 }
 
 

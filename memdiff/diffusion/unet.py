@@ -5,7 +5,8 @@ skips from the way down to the way up. Time and label are embedded, added, and s
 is a denoiser as the engine trains it: `condition(label, memory)` is what does not change from step
 to step, and the bottleneck is the mean over positions of the middle's output. With the defaults and
 32 x 32 pixels it has 35.75 million parameters. On request it also attends to exemplars of the class
-(`exemplar_images`), in the middle and wherever it attends to itself.
+(`exemplar_images`), in the middle and wherever it attends to itself, and the kernels of the way up
+have a low-rank part that can be left out, the reserve of Capacity Manipulation.
 """
 
 import dataclasses
@@ -13,16 +14,27 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
-from memdiff.config import at_least, between, each, each_if_any, one_of, setting
+from memdiff.config import above, at_least, between, each, each_if_any, one_of, setting
 from memdiff.convolution import conv2d
 from memdiff.diffusion.exemplar_images import CrossAttention, ExemplarEncoder, ExemplarImages
 from memdiff.diffusion.schedules import time_embedding
 
 DTYPES = ("float32", "bfloat16")
 _GROUPS, _PER_GROUP = 32, 4  # of group norm: groups at most, channels in one at least
+
+
+@dataclasses.dataclass(frozen=True)
+class ReserveConfig:
+  """The low-rank part of kernels that Capacity Manipulation keeps for rare classes."""
+
+  rank_ratio: float = setting(
+    0.0, "rank over the fewer channels of a kernel, published as 0.1; 0: none", between(0, 1)
+  )
+  scale: float = setting(1.0, "of the low-rank part in the kernel, published as 0.5", above(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +49,7 @@ class UNetConfig:
   )
   dropout: float = setting(0.1, "share of units dropped in training", between(0, 0.9))
   dtype: str = setting("float32", "of the computation; weights are float32", one_of(DTYPES))
+  reserve: ReserveConfig = setting(ReserveConfig(), "Capacity Manipulation: kept for rare classes")
 
 
 def check_side(config: UNetConfig, side: int) -> None:
@@ -47,6 +60,16 @@ def check_side(config: UNetConfig, side: int) -> None:
       f"images are {side} pixels wide, but {len(config.multipliers)} levels need a multiple of"
       f" {factor}; leave out multipliers or resize the images."
     )
+
+
+@flax.struct.dataclass
+class Descent:
+  """What the way up goes on from."""
+
+  h: Any  # of the middle
+  skips: Any  # of the way down, in order
+  told: Any  # of time and label
+  tokens: Any  # of exemplars, or None
 
 
 class UNet(nn.Module):
@@ -71,8 +94,9 @@ class UNet(nn.Module):
     self.down = [[block(width) for _ in range(c.num_blocks)] for width in widths]
     self.shrink = [conv(width, stride=2) for width in widths[:-1]]
     self.middle = [block(widths[-1]) for _ in range(2)]
-    self.up = [[block(width) for _ in range(c.num_blocks + 1)] for width in reversed(widths)]
-    self.grow = [conv(width) for width in reversed(widths[1:])]
+    risen = functools.partial(block, reserve=c.reserve)
+    self.up = [[risen(width) for _ in range(c.num_blocks + 1)] for width in reversed(widths)]
+    self.grow = [conv(width, reserve=c.reserve) for width in reversed(widths[1:])]
     self.attend_down = [[_Attention(jnp.dtype(c.dtype)) for _ in level] for level in self.down]
     self.attend_middle = _Attention(jnp.dtype(c.dtype))
     self.attend_up = [[_Attention(jnp.dtype(c.dtype)) for _ in level] for level in self.up]
@@ -97,6 +121,16 @@ class UNet(nn.Module):
 
     Each row of the context conditions B / G rows of x_t in a row.
     """
+    descent, bottleneck = self._descend(x_t, t, context)
+    return self.ascend(descent), bottleneck
+
+  def descend(
+    self, x_t: jax.Array, t: jax.Array, label: jax.Array, memory: Any
+  ) -> tuple[Descent, jax.Array]:
+    """The first half of a call: (Descent, bottleneck [B, width])."""
+    return self._descend(x_t, t, self.condition(label, memory))
+
+  def _descend(self, x_t, t, context) -> tuple[Descent, jax.Array]:
     times = x_t.shape[0] // context[0].shape[0]
     label, tokens = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), context)
     told = nn.silu(self.time_mlp(time_embedding(t, self.config.channels)) + label)
@@ -113,14 +147,18 @@ class UNet(nn.Module):
     if tokens is not None:
       h = self.look_middle(h, tokens)
     h = self.middle[1](h, told)
-    bottleneck = h.astype(jnp.float32).mean(axis=(1, 2))
+    return Descent(h, skips, told, tokens), h.astype(jnp.float32).mean(axis=(1, 2))
+
+  def ascend(self, descent: Descent, reserved: bool = True) -> jax.Array:
+    """The second half of a call: the output, with the reserve in its kernels or without."""
+    h, skips = descent.h, list(descent.skips)
     for level, blocks in enumerate(self.up):
       for number, block in enumerate(blocks):
-        h = block(jnp.concatenate([h, skips.pop()], axis=-1), told)
-        h = self._attended(h, tokens, "up", level, number)
+        h = block(jnp.concatenate([h, skips.pop()], axis=-1), descent.told, reserved)
+        h = self._attended(h, descent.tokens, "up", level, number)
       if level < len(self.grow):
-        h = self.grow[level](_doubled(h))
-    return self.last(nn.silu(self.norm(h))).astype(jnp.float32), bottleneck
+        h = self.grow[level](_doubled(h), reserved)
+    return self.last(nn.silu(self.norm(h))).astype(jnp.float32)
 
   def __call__(self, x_t: jax.Array, t: jax.Array, label: jax.Array, memory: Any):
     return self.denoise(x_t, t, self.condition(label, memory))
@@ -156,16 +194,27 @@ class _Conv(nn.Module):
   stride: int = 1
   zero: bool = False
   dtype: Any = jnp.float32
+  reserve: ReserveConfig = ReserveConfig()
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, reserved: bool = True) -> jax.Array:
     init = nn.initializers.zeros if self.zero else nn.initializers.variance_scaling(
       1.0, "fan_avg", "uniform"
     )  # fmt: skip
     kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.width))
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
+    if self.reserve.rank_ratio and reserved:
+      kernel = kernel + self.reserve.scale * self._low_rank(x.shape[-1])
     y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
     return y + bias.astype(self.dtype)[None, None, None]
+
+  def _low_rank(self, channels: int) -> jax.Array:
+    """A kernel of low rank as a matrix, (row, out) by (column, in); it begins as nothing."""
+    rank = 3 * max(int(self.reserve.rank_ratio * min(channels, self.width)), 1)
+    init = nn.initializers.variance_scaling(1 / 3, "fan_in", "normal", in_axis=(1, 2), out_axis=0)
+    inner = self.param("reserve_in", init, (rank, 3, channels))
+    outer = self.param("reserve_out", nn.initializers.zeros, (3, self.width, rank))
+    return jnp.einsum("hom,mwi->hwio", outer, inner)
 
 
 class _Block(nn.Module):
@@ -174,14 +223,16 @@ class _Block(nn.Module):
   width: int
   dropout: float
   dtype: Any
+  reserve: ReserveConfig = ReserveConfig()
 
   @nn.compact
-  def __call__(self, x: jax.Array, told: jax.Array) -> jax.Array:
-    h = _Conv(self.width, dtype=self.dtype)(nn.silu(_norm(x.shape[-1])(x)))
+  def __call__(self, x: jax.Array, told: jax.Array, reserved: bool = True) -> jax.Array:
+    conv = functools.partial(_Conv, self.width, dtype=self.dtype, reserve=self.reserve)
+    h = conv()(nn.silu(_norm(x.shape[-1])(x)), reserved)
     h = h + nn.Dense(self.width, dtype=self.dtype)(told)[:, None, None]
     h = nn.silu(_norm(self.width)(h))
     h = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(h)
-    h = _Conv(self.width, zero=True, dtype=self.dtype)(h)
+    h = conv(zero=True)(h, reserved)
     if x.shape[-1] != self.width:
       x = nn.Dense(self.width, dtype=self.dtype, name="shortcut")(x)
     return x + h

@@ -48,6 +48,10 @@ class DiffusionConfig(TrainingConfig):
   )
   batch_size: int = setting(128, "features", at_least(1))
 
+  def __post_init__(self):
+    if terms.uses_reserve(self.objective):
+      raise ValueError("objective.capacity is on, but denoisers of features have no reserve.")
+
   def learned(self) -> tuple[str, ...]:
     """The conditions that training shows the denoiser; those it can be sampled with."""
     if self.label_dropout == 1:

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from memdiff.diffusion.unet import ReserveConfig
 from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig
 
 JOINED = "+"
@@ -44,6 +45,18 @@ def _coral_code(config: PixelDiffusionConfig) -> PixelDiffusionConfig:
   return _objective(config, supcon=term)
 
 
+def _cm(config: PixelDiffusionConfig, scale: float = 0.5) -> PixelDiffusionConfig:
+  reserve = ReserveConfig(rank_ratio=0.1, scale=scale)
+  config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, reserve=reserve))
+  return _objective(config, capacity={"consistency": 1.0, "diversity": 0.2})
+
+
+def _cm_code(config: PixelDiffusionConfig) -> PixelDiffusionConfig:
+  """Its scale is configured as 0.5, but never applied, and it trains on targets of T2H."""
+  config = dataclasses.replace(_cm(config, scale=1.0), dropped_by="batch")
+  return _objective(config, transfer={"rule": "t2h"})
+
+
 def _memdiff(config: PixelDiffusionConfig) -> PixelDiffusionConfig:
   """With the configured exemplars, or four."""
   number = config.memory.num_exemplars or EXEMPLARS
@@ -56,6 +69,10 @@ METHODS = {
   "balanced": ImageMethod(
     lambda config: dataclasses.replace(config, class_exponent=0.0),
     "batches that draw every class equally often",
+  ),
+  "finetuned": ImageMethod(
+    lambda config: dataclasses.replace(config, balanced_last=1 / 3),
+    "the last third of the training draws every class equally often",
   ),
   "cbdm": ImageMethod(
     lambda config: _objective(config, cbdm={"weight": 1.0}, other_labels="uniform"),
@@ -82,6 +99,10 @@ METHODS = {
   "diffrop": ImageMethod(
     lambda config: _objective(config, separation={"weight": 1.0}, other_labels="uniform"),
     "predictions for different classes are pushed apart; DiffROP written anew from its formula",
+  ),
+  "cm": ImageMethod(_cm, "a low-rank part of the kernels is kept for rare classes"),
+  "cm_code": ImageMethod(
+    _cm_code, "CM as its released code: on T2H, its scale left out, labels dropped by batch"
   ),
   "memdiff": ImageMethod(
     _memdiff, "the U-Net looks at exemplars of the class, and learns classes that are made up too"

@@ -20,7 +20,7 @@ from input_pipeline.batches import (
 )
 from memdiff.config import at_least, between, each, one_of, setting
 from memdiff.diffusion import denoiser_training, objectives, terms
-from memdiff.diffusion.denoiser_training import Batch, TrainingConfig
+from memdiff.diffusion.denoiser_training import Batch, LateBatches, TrainingConfig
 from memdiff.diffusion.exemplar_images import ExemplarImages
 from memdiff.diffusion.sampler import SAMPLERS, Solver, guided, model_time, sample
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
@@ -56,6 +56,9 @@ class PixelDiffusionConfig(TrainingConfig):
   class_exponent: float = setting(
     1.0, "classes are drawn by count^this: 1 as they are, 0 balanced", between(0, 1)
   )
+  balanced_last: float = setting(
+    0.0, "share of the steps, the last ones, that draw every class equally often", between(0, 1)
+  )
   label_dropout: float = setting(0.1, "share of the images without label", between(0, 1))
   dropped_by: str = setting(
     "image", "whose labels are dropped together; batch: as CBDM's and CORAL's code", one_of(DROPS)
@@ -63,6 +66,12 @@ class PixelDiffusionConfig(TrainingConfig):
   mirror: bool = setting(True, "whether half of the images are flipped left to right")
   memory: PixelMemoryConfig = setting(PixelMemoryConfig(), "memdiff: exemplars as a condition")
   batch_size: int = setting(128, "images", at_least(1))
+
+  def __post_init__(self):
+    if terms.uses_reserve(self.objective) and not self.unet.reserve.rank_ratio:
+      raise ValueError(
+        "objective.capacity is on, but the U-Net has no reserve; set unet.reserve.rank_ratio."
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +151,11 @@ def draw_batch(
     batch = batch.replace(true_label=jnp.where(invented, num_classes + jnp.arange(size), label))
   if "class_count" in needed:
     batch = batch.replace(class_count=jnp.where(invented, 0, data.by_class.counts[label]))
+  if "class_share" in needed:
+    share, rarity = (w[label] for w in objectives.capacity_weights(data.by_class.counts))
+    batch = batch.replace(
+      class_share=jnp.where(invented, 0, share), class_rarity=jnp.where(invented, 0, rarity)
+    )
   if "other_label" in needed:
     weights = objectives.other_weights(data.by_class.counts, config.objective.other_labels)
     other = draw_labels(stream(key, "other"), weights, size)
@@ -215,14 +229,19 @@ def make_stage(
 ) -> Stage:
   """The stage that trains the U-Net on `data`, whose classes have `counts` [C] images."""
   denoiser = make_denoiser(config, len(counts), data.images.shape[-1])
-  draw = _draw(config, tuple(int(count) for count in counts))
-  return denoiser_training.make_stage(config, denoiser, draw, data, (), mesh)
+  numbers = tuple(int(count) for count in counts)
+  late = None
+  if config.balanced_last:
+    first = round((1 - config.balanced_last) * config.num_steps)
+    late = LateBatches(first, _draw(config, numbers, 0.0))
+  draw = _draw(config, numbers, config.class_exponent)
+  return denoiser_training.make_stage(config, denoiser, draw, data, (), mesh, late)
 
 
 @functools.lru_cache(maxsize=16)
-def _draw(config: PixelDiffusionConfig, counts: tuple[int, ...]) -> Callable:
+def _draw(config: PixelDiffusionConfig, counts: tuple[int, ...], exponent: float) -> Callable:
   """(key, data, per_seed) -> Batch; the same function for stages of one config."""
-  cumulative = np.cumsum(draw_probabilities(np.array(counts), config.class_exponent))
+  cumulative = np.cumsum(draw_probabilities(np.array(counts), exponent))
   return lambda key, data, _: draw_batch(key, data, cumulative, config)
 
 

@@ -579,6 +579,25 @@ def test_diffrops_term_equals_its_formula():
   np.testing.assert_allclose(value, 0.7 * hinge.mean(), rtol=1e-4)
 
 
+def test_the_capacity_term_equals_its_formula():
+  counts, label = np.array([60, 0, 20, 4]), np.array([0, 2, 3, 3, 0, 2])
+  p, rng = prediction(), np.random.default_rng(2)
+  share, rarity = objectives.capacity_weights(jnp.asarray(counts))
+  general = rng.normal(size=p.output.shape)
+  batch = p.batch.replace(class_share=share[label], class_rarity=rarity[label])
+  p = dataclasses.replace(p, batch=batch, general=jnp.asarray(general))
+  capacity = terms.CapacityConfig(consistency=1.5, diversity=0.2)
+  value = terms._capacity(ObjectiveConfig(capacity=capacity), p)
+  total = 0.0
+  for i, y in enumerate(label):
+    frequency = {c: counts[c] / 84 for c in (0, 2, 3)}
+    inverse = (1 / frequency[y]) / sum(1 / f for f in frequency.values())
+    gap = as_numpy_noise(p, p.output)[i] - as_numpy_noise(p, general)[i]
+    total += 3 * (1.5 * frequency[y] - 0.2 * inverse) * np.mean(gap**2)
+  np.testing.assert_allclose(value, total / 6, rtol=1e-4)
+  assert share[1] == rarity[1] == 0
+
+
 def test_diffrops_divergence_is_that_of_the_reverse_steps():
   """The KL of two Gaussians of variance beta whose means are DDPM's, eq. 11."""
   p = prediction()

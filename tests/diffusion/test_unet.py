@@ -135,6 +135,76 @@ def test_one_time_and_one_context_serve_several_images():
   np.testing.assert_allclose(jax.jit(of_groups)(params, x), expected, atol=1e-4)
 
 
+RESERVED = dataclasses.replace(TINY, reserve=unet.ReserveConfig(rank_ratio=0.5, scale=0.7))
+
+
+def test_a_reserve_adds_kernels_of_low_rank_to_the_way_up_alone():
+  _, params = make(RESERVED)
+  kernels = {
+    jax.tree_util.keystr(path): x
+    for path, x in jax.tree_util.tree_leaves_with_path(params)
+    if "reserve" in jax.tree_util.keystr(path)
+  }
+  assert {name.split("'")[1].split("_")[0] for name in kernels} == {"up", "grow"}
+  _, plain = make()
+  assert jax.tree.structure(plain) == jax.tree.structure(without_reserve(params))
+  conv = params["up_0_0"]["_Conv_0"]
+  rank = 3 * int(0.5 * 16)
+  assert conv["reserve_in"].shape == (rank, 3, 32) and conv["reserve_out"].shape == (3, 16, rank)
+
+
+def without_reserve(params):
+  return {
+    name: without_reserve(value) if isinstance(value, dict) else value
+    for name, value in params.items()
+    if not name.startswith("reserve_")
+  }
+
+
+def merged(params):
+  """With the low-rank part added to its kernel, by a loop."""
+  if "reserve_in" in params:
+    kernel = np.array(params["kernel"], np.float64)
+    inner, outer = np.asarray(params["reserve_in"]), np.asarray(params["reserve_out"])
+    for row in range(3):
+      for column in range(3):
+        kernel[row, column] += 0.7 * (outer[row] @ inner[:, column]).T
+    return {"kernel": jnp.asarray(kernel, jnp.float32), "bias": params["bias"]}
+  return {name: merged(x) if isinstance(x, dict) else x for name, x in params.items()}
+
+
+@pytest.mark.parametrize(("reserved", "expected"), [(True, merged), (False, without_reserve)])
+def test_with_its_reserve_or_without_it_is_a_network_of_plain_kernels(reserved, expected):
+  model, params = make(RESERVED)
+  given = inputs()
+
+  def halves(params):
+    descent, bottleneck = model.apply({"params": params}, *given, method="descend")
+    return model.apply({"params": params}, descent, reserved, method="ascend"), bottleneck
+
+  output, bottleneck = jax.jit(halves)(params)
+  plain = apply(UNet(CLASSES, 1, TINY), expected(params), *given)
+  np.testing.assert_allclose(output, plain[0], atol=1e-4, rtol=1e-4)
+  np.testing.assert_allclose(bottleneck, plain[1], atol=1e-5)
+
+
+def test_both_halves_drop_the_units_that_a_whole_call_drops():
+  model, params = make(RESERVED)
+  given, rngs = inputs(), {"dropout": jax.random.key(0)}
+
+  def halves(params, reserved):
+    descent, _ = model.apply({"params": params}, *given, rngs=rngs, method="descend")
+    return model.apply({"params": params}, descent, reserved, rngs=rngs, method="ascend")
+
+  whole = apply(model, params, *given, rngs=rngs)[0]
+  np.testing.assert_allclose(jax.jit(halves, static_argnums=1)(params, True), whole, atol=1e-5)
+  new = jax.jit(model.init)(jax.random.key(0), *given)["params"]
+  new = new | {"last": params["last"]}  # so that there is an output
+  on, off = (jax.jit(halves, static_argnums=1)(new, reserved) for reserved in (True, False))
+  np.testing.assert_array_equal(on, off)  # no other masks: a new reserve is nothing
+  assert np.abs(on).max() > 0
+
+
 def test_units_are_dropped_only_with_a_key():
   model, params = make()
   given = inputs()

@@ -41,7 +41,7 @@ def data(mesh):
 
 def draw(data, **changes):
   config = dataclasses.replace(CONFIG, **changes)
-  function = pixel_diffusion._draw(config, tuple(COUNTS.tolist()))
+  function = pixel_diffusion._draw(config, tuple(COUNTS.tolist()), config.class_exponent)
   return jax.jit(lambda key: function(key, data, ()))(jax.random.key(0))
 
 
@@ -69,7 +69,7 @@ def test_labels_go_with_images_and_a_share_of_them_is_dropped(data):
 
 def test_by_batch_all_labels_are_dropped_or_none(data):
   config = dataclasses.replace(CONFIG, dropped_by="batch", label_dropout=0.5)
-  function = pixel_diffusion._draw(config, tuple(COUNTS.tolist()))
+  function = pixel_diffusion._draw(config, tuple(COUNTS.tolist()), config.class_exponent)
   keys = jax.random.split(jax.random.key(1), 40)
   labels = jax.jit(jax.vmap(lambda key: function(key, data, ()).label))(keys)
   shares = (np.asarray(labels) == 3).mean(axis=1)
@@ -88,7 +88,24 @@ def test_half_of_the_images_are_mirrored_if_asked(data):
   assert (np.asarray(draw(data, mirror=False).x0)[:, 0, 0, 0] == 1).all()
 
 
-FAST = ("ddpm", "memdiff+coral+cbdm", "t2h+diffrop")  # every term between them
+def test_the_last_steps_draw_classes_alike_if_asked(mesh, data):
+  config = dataclasses.replace(CONFIG, balanced_last=0.4, num_steps=10, mirror=False)
+  stage = pixel_diffusion.make_stage(config, data, COUNTS, mesh)
+  state = jax.jit(stage.init)(jax.random.key(0), ())
+  draw = jax.jit(lambda step: stage.batch(state.replace(step=step), data, ())[0])
+  for step, expected in ((5, COUNTS / 84), (6, np.full(3, 1 / 3)), (9, np.full(3, 1 / 3))):
+    batch = draw(jnp.int32(step))
+    observed = np.bincount(LABELS[drawn_numbers(batch)], minlength=3) / 512
+    np.testing.assert_allclose(observed, expected, atol=0.07)
+
+
+def test_capacity_manipulation_needs_a_reserve():
+  objective = image_methods.apply("cm", CONFIG).objective
+  with pytest.raises(ValueError, match=r"no reserve; set unet\.reserve\.rank_ratio"):
+    dataclasses.replace(CONFIG, objective=objective)
+
+
+FAST = ("ddpm", "memdiff+coral+cbdm", "t2h+diffrop", "cm+finetuned")  # every term between them
 
 
 @pytest.mark.parametrize(
@@ -109,9 +126,9 @@ def test_what_a_method_needs_of_a_batch_is_there_and_no_more(data):
   assert terms.needed(CONFIG.objective) == set()
   for name in image_methods.METHODS:
     config = image_methods.apply(name, CONFIG)
-    batch = draw(data, objective=config.objective)
+    batch = draw(data, objective=config.objective, unet=config.unet)
     needed = terms.needed(config.objective)
-    for field in ("true_label", "class_count", "other_label"):
+    for field in ("true_label", "class_count", "other_label", "class_share", "class_rarity"):
       assert (getattr(batch, field) is not None) == (field in needed), (name, field)
 
 
@@ -128,6 +145,14 @@ def test_other_classes_and_counts_are_those_of_the_data(data):
   np.testing.assert_array_equal(kept, np.asarray(batch.label) < 3)
   observed = np.bincount(batch.other_label[kept], minlength=3) / kept.sum()
   np.testing.assert_allclose(observed, np.full(3, 1 / 3), atol=0.08)
+
+
+def test_shares_and_rarities_are_those_of_the_true_classes(data):
+  config = image_methods.apply("cm", CONFIG)
+  batch = draw(data, objective=config.objective, unet=config.unet)
+  true, inverse = LABELS[drawn_numbers(batch)], 1 / COUNTS
+  np.testing.assert_allclose(batch.class_share, 3 * COUNTS[true] / 84, rtol=1e-5)
+  np.testing.assert_allclose(batch.class_rarity, (3 * inverse / inverse.sum())[true], rtol=1e-5)
 
 
 def test_names_of_methods():
@@ -196,7 +221,7 @@ def test_exemplars_are_of_the_class_and_never_the_image_itself(data):
 def test_a_class_of_one_image_has_no_exemplar_and_keeps_its_label(mesh):
   alone = pixel_diffusion.make_data(IMAGES[[0, 1, 83]], np.array([0, 0, 1]), 2, mesh)
   config = dataclasses.replace(CONFIG, memory=MEMORY, label_dropout=0.0, mirror=False)
-  function = pixel_diffusion._draw(config, (2, 1))
+  function = pixel_diffusion._draw(config, (2, 1), 1.0)
   batch = jax.jit(lambda key: function(key, alone, ()))(jax.random.key(0))
   single = drawn_numbers(batch) == 83
   assert single.any() and not np.asarray(batch.memory.mask)[single].any()
