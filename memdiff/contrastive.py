@@ -1,4 +1,4 @@
-"""Supervised contrastive losses on unit-length embeddings."""
+"""Supervised contrastive losses on unit-length embeddings, and how far classes are apart."""
 
 import jax
 import jax.numpy as jnp
@@ -72,3 +72,28 @@ def balanced_contrastive(
   positive = same & ~itself
   of_anchor = jnp.sum(jnp.where(positive, log_all[:, None] - similarity, 0.0), axis=1)
   return jnp.mean(of_anchor / positive.sum(axis=1))
+
+
+def class_cosines(rows: jax.Array, labels: jax.Array, num_classes: int) -> dict[str, jax.Array]:
+  """Mean cosine of two rows of one class, and of different ones; every class weighs the same.
+
+  Args:
+    rows: [N, W], for example bottlenecks.
+    labels: [N] int, of two classes or more.
+    num_classes: C.
+
+  Returns:
+    {"intra_cosine", "inter_cosine"}; NaN if no class has two rows.
+  """
+  unit = unit_length(rows, 1)
+  member = (labels[None] == jnp.arange(num_classes)[:, None]).astype(unit.dtype)
+  counts, sums = member.sum(axis=1), member @ unit
+  pairs = counts * (counts - 1)
+  within = jnp.square(sums).sum(axis=1) - member @ jnp.square(unit).sum(axis=1)
+  means = sums / jnp.maximum(counts, 1)[:, None]
+  across = jnp.square(means.sum(axis=0)).sum() - jnp.square(means).sum()
+  number = (counts > 0).sum()
+  return {
+    "intra_cosine": (within / jnp.maximum(pairs, 1)).sum() / (pairs > 0).sum(),
+    "inter_cosine": across / (number * (number - 1)),
+  }

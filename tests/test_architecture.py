@@ -24,8 +24,16 @@ PARTS = {
   "evaluation": {"runtime"} | FOUNDATION,
   "memory": {"runtime"} | FOUNDATION,
   "classifier": {"contrastive", "convolution", "memory", "runtime"} | FOUNDATION,
-  "synthesis": {"diffusion", "evaluation", "memory", "runtime"} | FOUNDATION,
-  "experiments": {"classifier", "diffusion", "evaluation", "memory", "runtime", "synthesis"}
+  "synthesis": {"contrastive", "diffusion", "evaluation", "memory", "runtime"} | FOUNDATION,
+  "experiments": {
+    "classifier",
+    "contrastive",
+    "diffusion",
+    "evaluation",
+    "memory",
+    "runtime",
+    "synthesis",
+  }
   | FOUNDATION,
   "pipeline": {"classifier", "evaluation", "experiments", "runtime"} | FOUNDATION,
 }

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memdiff.contrastive import balanced_contrastive, supervised_contrastive
+from memdiff.contrastive import balanced_contrastive, class_cosines, supervised_contrastive
 
 T = 0.3
 
@@ -64,3 +64,23 @@ def test_it_pulls_classes_together():
   assert balanced_contrastive(together, y, centres, T) < balanced_contrastive(apart, y, centres, T)
   gradient = jax.grad(lambda z: balanced_contrastive(z, y, centres, 0.01))(apart)
   assert np.isfinite(gradient).all()
+
+
+def test_cosines_within_and_between_classes_equal_a_loop():
+  draw = np.random.default_rng(0)
+  labels = np.array([0, 0, 0, 1, 1, 2])  # the last class has no pair
+  rows = draw.normal(size=(6, 4))
+  unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+  of_class = [[i for i in range(6) if labels[i] == c] for c in range(3)]
+  intra = np.mean([
+    np.mean([unit[i] @ unit[j] for i in members for j in members if i != j])
+    for members in of_class[:2]
+  ])  # fmt: skip
+  inter = np.mean([
+    np.mean([unit[i] @ unit[j] for i in of_class[a] for j in of_class[b]])
+    for a in range(3) for b in range(3) if a != b
+  ])  # fmt: skip
+  found = class_cosines(jnp.asarray(rows, jnp.float32), jnp.asarray(labels), 4)  # one is empty
+  np.testing.assert_allclose(
+    [found["intra_cosine"], found["inter_cosine"]], [intra, inter], rtol=1e-5
+  )

@@ -27,6 +27,7 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.encoder.backbone.name = "resnet8"
   config.classifier.augment.padding = 1
   config.classifier.num_epochs = 20.0
+  config.loop.eval_every = 100
 
   def full():
     config.seeds = (0, 1, 2)

@@ -80,31 +80,6 @@ def _if_two(metric: Callable, real: np.ndarray, generated: np.ndarray):
   return metric(real, generated) if min(len(real), len(generated)) > 1 else np.nan
 
 
-def class_cosines(rows: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-  """Mean cosine of two rows of one class, and of different ones; every class weighs the same.
-
-  Args:
-    rows: [N, W], for example bottlenecks.
-    labels: [N] int, of two classes or more.
-
-  Returns:
-    {"intra_cosine", "inter_cosine"}; NaN if no class has two rows.
-  """
-  unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-  classes, counts = np.unique(labels, return_counts=True)
-  sums = np.stack([unit[labels == c].sum(axis=0) for c in classes])
-  squares = np.array([np.square(unit[labels == c]).sum() for c in classes])
-  pairs = counts * (counts - 1)
-  within = (np.square(sums).sum(axis=1) - squares)[pairs > 0] / pairs[pairs > 0]
-  means = sums / counts[:, None]
-  across = means @ means.T
-  number = len(classes)
-  return {
-    "intra_cosine": float(within.mean()) if len(within) else float("nan"),
-    "inter_cosine": float((across.sum() - np.trace(across)) / (number * (number - 1))),
-  }
-
-
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
   """The training image nearest to each generated one.

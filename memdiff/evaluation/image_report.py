@@ -10,7 +10,9 @@ from memdiff.evaluation.lookup import mean_of
 
 _TEMPLATE = "images.html.j2"
 _PLAIN = "ddpm"
-_FIGURES = ("kid_by_class", "guidance_sweep", "long_tail_profile", "training_curves")
+_FIGURES = (
+  "kid_by_class", "guidance_sweep", "class_cosines", "long_tail_profile", "training_curves"
+)  # fmt: skip
 _MOST_CLASSES, _MOST_METHODS = 200, 8
 
 

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
-from memdiff.evaluation import image_quality
+from memdiff.contrastive import class_cosines
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.image_store import device_data, read_samples, sample_folder, trained
 from memdiff.runtime import mesh as mesh_lib
-from memdiff.synthesis import image_methods, pixel_diffusion
+from memdiff.synthesis import image_methods, pixel_bottlenecks, pixel_diffusion
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
-NOISED = 0.25  # share of the steps of the diffusion
 _PER_CLASS, _CHUNK = 40, 256  # images that are looked at, and at a time
 
 
@@ -32,7 +31,7 @@ def _bottlenecks(
 ) -> np.ndarray:
   """[N, W] of images [N, ...] under their labels [N]."""
   config, mesh = image_methods.apply(method, experiment.config.diffusion), experiment.mesh
-  program = pixel_diffusion.bottleneck_program(config, experiment.dataset.num_classes, mesh)
+  program = pixel_bottlenecks.bottleneck_program(config, experiment.dataset.num_classes, mesh)
   params = trained(experiment, method, seed)
   number = config.memory.num_exemplars
   shared = device_data(experiment) if number else None
@@ -42,8 +41,8 @@ def _bottlenecks(
     rows, told = mesh_lib.replicate(mesh, tuple(rows))
     key = experiment.run.keys("bottlenecks")[seed]
     memory = pixel_diffusion.exemplars_of(shared, told, key, number) if number else ()
-    step = jnp.int32(NOISED * config.schedule.num_steps)
-    found.append(np.asarray(mesh_lib.fetch(program(params, rows, told, memory, key, step))))
+    probe = pixel_bottlenecks.Probe(rows, told)
+    found.append(np.asarray(mesh_lib.fetch(program(params, probe, memory, key))))
   return np.concatenate(found)[: len(labels)]
 
 
@@ -57,7 +56,9 @@ def _unseen(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
 def cosines(experiment: Experiment, method: str, seed: int) -> dict[str, float]:
   """{"intra_cosine", "inter_cosine"} of test images, each class weighing the same."""
   images, labels = _unseen(experiment)
-  return image_quality.class_cosines(_bottlenecks(experiment, method, seed, images, labels), labels)
+  rows = jnp.asarray(_bottlenecks(experiment, method, seed, images, labels))
+  found = class_cosines(rows, jnp.asarray(labels), experiment.dataset.num_classes)
+  return {name: float(value) for name, value in found.items()}
 
 
 def draw(experiment: Experiment, method: str, scale: float) -> "Figure":

@@ -1,6 +1,6 @@
 """The figures of a run that generates images."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 _REAL, _GENERATED = 5, 9  # images per class in a grid
 _MAPS = 4  # methods whose bottlenecks are drawn; t-SNE takes seconds
 _SWEPT = ("fd", "kid", "recall", "right")
+_COSINES = {
+  "test intra_cosine": "cosine of bottlenecks within a class",
+  "test inter_cosine": "cosine of bottlenecks of two classes",
+}
 
 
 def draw(experiment: Experiment, result: Mapping[str, Any]) -> Iterator[tuple[str, "Figure"]]:
@@ -49,10 +53,17 @@ def draw(experiment: Experiment, result: Mapping[str, Any]) -> Iterator[tuple[st
     ),
   )
   if found["sweep"]:
-    yield "guidance_sweep", plots.guidance_sweep(_panels(found["sweep"], found["network"]))
+    yield (
+      "guidance_sweep",
+      plots.sweep(_panels(found["sweep"], found["network"]), "guidance scale (1: none)"),
+    )
   stages = [f"diffusion/{method}" for method in experiment.config.methods]
-  if curves := record.training_curves(experiment, stages):
-    yield "training_curves", plots.training_curves(curves)
+  curves = record.training_curves(experiment, stages)
+  cosines = [curve for curve in curves if curve["metric"] in _COSINES]
+  if cosines:
+    yield "class_cosines", plots.sweep(_cosine_panels(cosines), "training step")
+  if losses := [curve for curve in curves if curve["metric"] not in _COSINES]:
+    yield "training_curves", plots.training_curves(losses)
 
 
 def _numbers(stat: Mapping[str, Any], key: str) -> np.ndarray:
@@ -75,6 +86,21 @@ def _panels(sweep, network: str) -> list:
     if rows:
       panels.append((titles[key], rows))
   return panels
+
+
+def _cosine_panels(curves: Sequence[Mapping[str, Any]]) -> list:
+  return [
+    (
+      title,
+      [
+        (curve["stage"].removeprefix("diffusion/"), np.array(curve["step"]), curve["mean"],
+         curve["std"])
+        for curve in curves
+        if curve["metric"] == metric
+      ],
+    )
+    for metric, title in _COSINES.items()
+  ]  # fmt: skip
 
 
 def _grid(experiment: Experiment, method: str, scale: float) -> "Figure":

@@ -22,7 +22,7 @@ from memdiff.runtime import loop, programs
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import stream
 from memdiff.runtime.workdir import write_arrays, write_atomically, writing
-from memdiff.synthesis import image_methods, pixel_diffusion
+from memdiff.synthesis import image_methods, pixel_bottlenecks, pixel_diffusion
 
 
 def train_network(experiment: Experiment) -> dict:
@@ -36,10 +36,20 @@ def train_network(experiment: Experiment) -> dict:
 def method_stages(experiment: Experiment) -> Iterator[tuple[str, loop.Stage]]:
   """(method, its training); all of them draw the same batches and the same noise."""
   data, mesh, shared = experiment.dataset, experiment.mesh, device_data(experiment)
+  probe = pixel_bottlenecks.make_probe(data.test_images, data.test_labels, data.train_counts, mesh)
+  shared = shared.replace(probe=probe)
   for method in experiment.config.methods:
     config = image_methods.apply(method, experiment.config.diffusion)
     stage = pixel_diffusion.make_stage(config, shared, data.train_counts, mesh)
-    yield method, dataclasses.replace(stage, name=f"diffusion/{method}", streams="diffusion")
+    yield (
+      method,
+      dataclasses.replace(
+        stage,
+        name=f"diffusion/{method}",
+        streams="diffusion",
+        evaluate=pixel_bottlenecks.evaluation(config, data.num_classes),
+      ),
+    )
 
 
 def compile_denoisers(experiment: Experiment) -> None:

@@ -22,12 +22,12 @@ from memdiff.config import at_least, between, each, one_of, setting
 from memdiff.diffusion import denoiser_training, objectives, terms
 from memdiff.diffusion.denoiser_training import Batch, LateBatches, TrainingConfig
 from memdiff.diffusion.exemplar_images import ExemplarImages
-from memdiff.diffusion.sampler import SAMPLERS, Solver, guided, model_time, sample
+from memdiff.diffusion.sampler import SAMPLERS, Solver, guided, sample
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.diffusion.unet import UNet, UNetConfig
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.loop import Stage
-from memdiff.runtime.random import normal, stream
+from memdiff.runtime.random import stream
 from memdiff.runtime.train_state import OptimizerConfig
 from memdiff.synthesis import pixel_memory
 from memdiff.synthesis.pixel_memory import PixelMemoryConfig
@@ -97,6 +97,7 @@ class ImageData:
   images: Any  # [N, H, W, ch] uint8
   by_class: ByClass
   places: Any  # [N] int32, where each image is in `by_class.order`
+  probe: Any = None  # real images to look at while training, a `pixel_bottlenecks.Probe`
 
 
 def make_data(images: np.ndarray, labels: np.ndarray, num_classes: int, mesh: Mesh) -> ImageData:
@@ -243,24 +244,6 @@ def _draw(config: PixelDiffusionConfig, counts: tuple[int, ...], exponent: float
   """(key, data, per_seed) -> Batch; the same function for stages of one config."""
   cumulative = np.cumsum(draw_probabilities(np.array(counts), exponent))
   return lambda key, data, _: draw_batch(key, data, cumulative, config)
-
-
-@functools.lru_cache(maxsize=16)
-def bottleneck_program(config: PixelDiffusionConfig, num_classes: int, mesh: Mesh) -> Callable:
-  """The jitted (params, images [B, ...] uint8, labels [B], memory, key, step) -> [B, W].
-
-  What the U-Net makes of images noised to step `step`, in its middle, averaged over positions.
-  """
-  schedule = NoiseSchedule(config.schedule)
-
-  def look(params, images, labels, memory, key, step):
-    images, labels, memory = mesh_lib.shard_batch((images, labels, memory), mesh)
-    denoiser = make_denoiser(config, num_classes, images.shape[-1])
-    t = jnp.full(labels.shape, step)
-    x_t = schedule.noise(to_model(images), t, normal(key, images.shape))
-    return denoiser.apply({"params": params}, x_t, model_time(t, schedule), labels, memory)[1]
-
-  return jax.jit(look)
 
 
 @functools.partial(jax.jit, static_argnums=3)

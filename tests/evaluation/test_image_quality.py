@@ -66,21 +66,3 @@ def test_copies_are_told_from_new_images():
   exact = np.linalg.norm(new.reshape(5, 1, -1) / 1.0 - train.reshape(1, 30, -1), axis=2)
   np.testing.assert_allclose(found.distance[2:], exact.min(axis=1), rtol=1e-4)
   np.testing.assert_array_equal(found.index[2:], exact.argmin(axis=1))
-
-
-def test_cosines_within_and_between_classes_equal_a_loop():
-  draw = np.random.default_rng(0)
-  labels = np.array([0, 0, 0, 1, 1, 2])  # the last class has no pair
-  rows = draw.normal(size=(6, 4))
-  unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-  of_class = [[i for i in range(6) if labels[i] == c] for c in range(3)]
-  intra = np.mean([
-    np.mean([unit[i] @ unit[j] for i in members for j in members if i != j])
-    for members in of_class[:2]
-  ])  # fmt: skip
-  inter = np.mean([
-    np.mean([unit[i] @ unit[j] for i in of_class[a] for j in of_class[b]])
-    for a in range(3) for b in range(3) if a != b
-  ])  # fmt: skip
-  found = image_quality.class_cosines(rows, labels)
-  np.testing.assert_allclose([found["intra_cosine"], found["inter_cosine"]], [intra, inter])

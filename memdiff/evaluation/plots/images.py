@@ -100,13 +100,15 @@ def by_class(
   return figure
 
 
-def guidance_sweep(
+def sweep(
   panels: Sequence[tuple[str, Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]]]],
+  label: str,
 ) -> Figure:
-  """Metrics against the guidance scale.
+  """Metrics of methods against a number, such as the guidance scale or the training step.
 
   Args:
-    panels: (title, rows of (method, scales [G], means [G], standard deviations [G])).
+    panels: (title, rows of (method, numbers [G], means [G], standard deviations [G])).
+    label: of the number.
   """
   with style():
     figure = Figure(figsize=(WIDTH, 3.6))
@@ -116,13 +118,13 @@ def guidance_sweep(
       styles = method_styles([method for method, *_ in rows])
       handles = [
         place.errorbar(
-          scales, means, stds, color=styles[method][0], marker=styles[method][1], markersize=5,
+          numbers, means, stds, color=styles[method][0], marker=styles[method][1], markersize=5,
           linewidth=1.4, capsize=2, label=method,
         )
-        for method, scales, means, stds in rows
+        for method, numbers, means, stds in rows
       ]  # fmt: skip
       place.set_title(title, fontsize=10.5)
-      place.set_xlabel("guidance scale (1: none)")
+      place.set_xlabel(label)
       place.xaxis.set_major_locator(MaxNLocator(5))
     legend_below(axes[0], handles)
   return figure
