@@ -6,6 +6,7 @@ row in tfds_sources.SETS).
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
@@ -47,6 +48,9 @@ SOURCES = {
   "folder": _folder,
   **{name: functools.partial(_tfds, name) for name in tfds_sources.SETS},
 }
+
+
+_IN_MEMORY = 16 * 2**30  # bytes of images that may be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +108,23 @@ class LongTailDataset(long_tail.LongTailLabels):
   def streamed(self) -> bool:
     """Whether the training images stay on disk."""
     return isinstance(self.train_images, LazyImages)
+
+
+def in_memory(data: LongTailDataset) -> LongTailDataset:
+  """The set with its images read, if they lie on disk: the largest centre square of each.
+
+  Raises:
+    ConfigError: if they would take more than 16 GiB.
+  """
+  parts = [f"{part}_images" for part in ("train", "holdout", "left_out", "test")]
+  lazy = [part for part in parts if isinstance(getattr(data, part), LazyImages)]
+  size = sum(math.prod(getattr(data, part).shape) for part in lazy)
+  if size > _IN_MEMORY:
+    raise ConfigError(
+      f"The images of {data.name} would take {size / 2**30:.0f} GiB of memory, but may take"
+      f" {_IN_MEMORY // 2**30}; lower config.dataset.image_size."
+    )
+  return dataclasses.replace(data, **{part: getattr(data, part).squares() for part in lazy})
 
 
 def uncut(data: LongTailDataset) -> LongTailDataset:

@@ -76,6 +76,12 @@ class LazyImages:
     """The image as the reader gives it, RGB."""
     return self._reader[int(self._indices[index])]
 
+  def squares(self) -> np.ndarray:
+    """The largest centre square of every image. [N, size, size, 3]."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+      squares = pool.map(lambda i: resize_and_crop(self.read(i), self._size), range(len(self)))
+      return np.stack(list(squares)) if len(self) else np.zeros(self.shape, np.uint8)
+
   def fingerprint(self) -> str:
     """SHA-256 of what is on disk, as the reader samples it."""
     return self._reader.fingerprint(self._indices)

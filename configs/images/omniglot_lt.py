@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import base
 
 
-def get_config() -> ConfigDict:
+def get_config(variant: str = "default") -> ConfigDict:
   config = base.images("omniglot_lt_images")
   config.seeds = (0,)
   config.dataset.name = "folder"
@@ -31,4 +31,5 @@ def get_config() -> ConfigDict:
   config.evaluation.kid_size = 500
   config.encoder.backbone.name = "resnet20"
   config.classifier.num_epochs = 40.0
+  base.choose(variant, {})
   return config

@@ -75,11 +75,6 @@ class ImagesConfig:
 
 def check(settings: ImagesConfig, data: LongTailDataset) -> None:
   """Raises MemdiffError if settings do not fit each other or the data."""
-  if data.streamed:
-    raise ConfigError(
-      f"{data.name} is too large to lie in memory, and images can only be generated of sets that"
-      " do; lower config.dataset.image_size."
-    )
   height, width = data.train_images.shape[1:3]
   if height != width:
     raise ConfigError(f"The images are {height} x {width} pixels, but the U-Net takes squares.")

@@ -165,9 +165,15 @@ _PHASES = (
   Phase("evaluation", "judging and drawing", image_evaluation.evaluate, ("name", "evaluation")),
 )
 
+
+def load(config: dataset_lib.DatasetConfig) -> dataset_lib.LongTailDataset:
+  """The set in memory; of sets that lie on disk, the centre squares."""
+  return dataset_lib.in_memory(dataset_lib.load(config))
+
+
 KIND = Kind(
   ImagesConfig,
-  dataset_lib.load,
+  load,
   (check,),
   _PHASES,
   image_report.render_html,

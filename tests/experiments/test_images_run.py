@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs.images import digits_lt
-from input_pipeline import dataset
+from input_pipeline import dataset, folder
 from memdiff import config as config_lib
 from memdiff import pipeline
 from memdiff.errors import ConfigError, MemdiffError
@@ -248,6 +248,25 @@ def test_few_images_per_class_are_refused_with_what_to_do(tmp_path):
   write_folder(tmp_path, 3, 1)
   with pytest.raises(ConfigError, match="batch_size is 8, but the training set has only 3"):
     pipeline.prepare(folder_settings(tmp_path, **{"dataset.image_size": 8}))
+
+
+def test_images_on_disk_are_read_unless_they_are_too_many(tmp_path, monkeypatch):
+  write_folder(tmp_path, 2, 10, (12, 9))
+  changes = {"dataset.image_size": 8}
+  _, _, expected = pipeline.prepare(folder_settings(tmp_path, **changes))
+  monkeypatch.setattr(folder, "_IN_MEMORY", 0)
+  assert dataset.load(
+    dataset.DatasetConfig("folder", str(tmp_path), "natural", image_size=8)
+  ).streamed
+  _, _, data = pipeline.prepare(folder_settings(tmp_path, **changes))
+  assert not data.streamed
+  for part in ("train", "test"):
+    np.testing.assert_array_equal(
+      getattr(data, f"{part}_images"), getattr(expected, f"{part}_images")
+    )
+  monkeypatch.setattr(dataset, "_IN_MEMORY", 100)
+  with pytest.raises(ConfigError, match=r"folder would take 0 GiB of memory.*lower config"):
+    pipeline.prepare(folder_settings(tmp_path, **changes))
 
 
 def test_grey_and_colour_are_one_set(tmp_path):

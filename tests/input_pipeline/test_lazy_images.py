@@ -47,6 +47,13 @@ def reader():
   return Reader()
 
 
+def test_squares_hold_all_of_the_shorter_side(reader):
+  images = LazyImages(reader, SIZE).take([4, 0, 7])
+  expected = [with_pillow(reader.images[i], SIZE, SIZE) for i in (4, 0, 7)]
+  np.testing.assert_array_equal(images.squares(), expected)
+  assert images.take([]).squares().shape == (0, SIZE, SIZE, 3)
+
+
 # --- resizing --------------------------------------------------------------------------------
 
 
