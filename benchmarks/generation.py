@@ -1,16 +1,18 @@
 """What methods of image generation are worth, from finished runs: a page of results.
 
-  python -m benchmarks.generation --digits=runs/digits_full/report.json
+  python -m benchmarks.generation --digits runs/digits_full/report.json
 
 keeps of every report what the page shows, in docs/results/image_generation.json, and
-`python -m benchmarks.pages` writes the page. A set that is not given stays as it is.
+`python -m benchmarks.pages` writes the page. A set that is not given stays as it is. Several
+reports of one set, of methods that were run apart, are joined.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.isolating import table_of
@@ -19,7 +21,12 @@ from memdiff.evaluation.lookup import mean_of
 from memdiff.runtime.workdir import write_json
 
 RESULT = pathlib.Path(__file__).parent.parent / "docs" / "results" / "image_generation.json"
-SETS = {"digits": "Digits, 8 x 8 pixels"}
+SETS = {
+  "digits": "Digits, 8 x 8 pixels",
+  "fashion_mnist": "Fashion-MNIST, 28 x 28 pixels",
+  "omniglot": "Omniglot, 28 x 28 pixels",
+}
+ORDER = ("coral", "cbdm", "t2h", "ddpm")  # from the best to the worst, as CORAL's paper has it
 _SHOWN = ("fd_few", "fd", "kid", "recall", "right_few", "right", "copied_few", "copied")
 
 
@@ -37,8 +44,9 @@ def reduced(report: Mapping[str, Any]) -> dict[str, Any]:
     for row in found["sweep"] or found["rows"]
   ]
   first = {key: found[key] for key in found if key not in ("rows", "sweep")}
+  command = re.sub(r"--workdir=\S+", f"--workdir=runs/{report['name']}", report["command"])
   return {
-    "command": re.sub(r"--workdir=\S+", f"--workdir=runs/{report['name']}", report["command"]),
+    "commands": [re.sub(r"(--config\.dataset\.data_dir=)\S+", r"\1DIR", command)],
     "config": {key: report["config"][key] for key in ("seeds", "sampling", "diffusion")},
     "dataset": {key: report["dataset"][key] for key in ("train_counts", "split_sha256")},
     "versions": report["versions"],
@@ -47,54 +55,117 @@ def reduced(report: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
+def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Reduced reports of one set as one.
+
+  Raises:
+    SystemExit: if they are not of the same training, samples and split.
+  """
+  first = parts[0]
+  for part in parts[1:]:
+    for key in ("config", "dataset"):
+      if part[key] != first[key]:
+        raise SystemExit(f"The reports differ in their {key}, so that their rows do not compare.")
+  rows = {(row["method"], row["scale"]): row for part in parts for row in part["images"]["rows"]}
+  commands = [command for part in parts for command in part["commands"]]
+  return first | {"commands": commands, "images": first["images"] | {"rows": list(rows.values())}}
+
+
 def _cells(row: Mapping[str, Any], keys: tuple[str, ...], columns: Mapping[str, Any]) -> list[str]:
   return [image_report.cell(row, key, columns[key]) for key in keys]
 
 
-def _name(row: Mapping[str, Any], scales: set[float]) -> str:
-  return f"`{row['method']}`" + (f", scale {row['scale']:g}" if len(scales) > 1 else "")
+def _scales(kept: Mapping[str, Any]) -> list[float]:
+  return list(dict.fromkeys(row["scale"] for row in kept["images"]["rows"]))
+
+
+def _rows(kept: Mapping[str, Any], scale: float) -> list[Mapping[str, Any]]:
+  return [row for row in kept["images"]["rows"] if row["scale"] == scale]
 
 
 def _table(kept: Mapping[str, Any]) -> str:
-  found = kept["images"]
-  columns, scales = image_report.columns(found["network"]), {r["scale"] for r in found["rows"]}
+  columns = image_report.columns(kept["images"]["network"])
   titles = ["method", *(columns[key].title for key in _SHOWN)]
-  lines = [[_name(row, scales), *_cells(row, _SHOWN, columns)] for row in found["rows"]]
+  rows = _rows(kept, _scales(kept)[0])
+  lines = [[f"`{row['method']}`", *_cells(row, _SHOWN, columns)] for row in rows]
   return table_of(titles, lines)
 
 
+def _sweep(kept: Mapping[str, Any]) -> list[str]:
+  """FD and right class of rare classes at every guidance scale, if there are several."""
+  scales, columns = _scales(kept), image_report.columns(kept["images"]["network"])
+  if len(scales) < 2:
+    return []
+  keys = ("fd_few", "fd", "right_few")
+  titles = [f"{columns[key].title}, {scale:g}" for key in keys for scale in scales]
+  by_scale = [{row["method"]: row for row in _rows(kept, scale)} for scale in scales]
+  lines = [
+    [f"`{method}`", *(image_report.cell(rows[method], key, columns[key]) for key in keys
+                      for rows in by_scale)]
+    for method in by_scale[0]
+  ]  # fmt: skip
+  return [
+    "The same by guidance scale (1 is none; papers write ω = scale − 1).",
+    table_of(["method", *titles], lines),
+  ]
+
+
 def differences(kept: Mapping[str, Any]) -> list[list[str]]:
-  """Every method over plain diffusion, at its scale: FD of rare and of all classes, paired."""
-  rows = kept["images"]["rows"]
-  lines = []
-  for row in rows:
-    plain = next((r for r in rows if r["method"] == "ddpm" and r["scale"] == row["scale"]), None)
-    if plain is None or row is plain:
-      continue
-    cells = []
-    for key in ("fd_few", "fd"):
-      estimate = image_report.paired_difference(row[key]["values"], plain[key]["values"])
-      low, high = estimate.interval()
-      ends = f"{numerals.number(low)} to {numerals.number(high)}"
-      cells.append(f"{numerals.number(estimate.mean)} ({ends})")
-    lines.append([_name(row, {r["scale"] for r in rows}), *cells])
-  return lines
+  """Every method over plain diffusion, without guidance: FD of rare and all classes, paired."""
+  rows = {row["method"]: row for row in _rows(kept, _scales(kept)[0])}
+  plain = rows.pop("ddpm")
+  return [
+    [f"`{name}`", *(_difference(row, plain, key)[0] for key in ("fd_few", "fd"))]
+    for name, row in rows.items()
+  ]
+
+
+def _difference(row, other, key: str) -> tuple[str, str]:
+  """(seed by seed with its interval, the verdict: lower, higher or unclear)."""
+  estimate = image_report.paired_difference(row[key]["values"], other[key]["values"])
+  low, high = estimate.interval()
+  verdict = "lower" if high < 0 else "higher" if low > 0 else "unclear"
+  ends = f"{numerals.number(low)} to {numerals.number(high)}"
+  return f"{numerals.number(estimate.mean)} ({ends})", verdict
+
+
+def _order(kept: Mapping[str, Any]) -> list[str]:
+  """Whether the order of CORAL's paper holds here, pair by pair."""
+  rows = {row["method"]: row for row in _rows(kept, _scales(kept)[0])}
+  if not all(name in rows for name in ORDER):
+    return []
+  words = {"lower": "yes", "higher": "no, the other way around", "unclear": "no clear difference"}
+  pairs = []
+  for better, worse in itertools.pairwise(ORDER):
+    value, verdict = _difference(rows[better], rows[worse], "fd")
+    pairs.append(f"`{better}` below `{worse}`: {words[verdict]}, {value}")
+  return [
+    "CORAL's paper finds, after 150,000 steps, FID in the order "
+    + " < ".join(f"`{name}`" for name in ORDER)
+    + f". Here, by FD of all classes: {'; '.join(pairs)}."
+  ]
 
 
 def _set(title: str, kept: Mapping[str, Any]) -> str:
   counts, found = kept["dataset"]["train_counts"], kept["images"]
   columns = image_report.columns(found["network"])
-  best = min(found["rows"], key=lambda row: mean_of(row, "fd_few"))
+  best = min(_rows(kept, _scales(kept)[0]), key=lambda row: mean_of(row, "fd_few"))
   parts = [
     f"## {title}, {max(counts)} to {min(counts)} training images per class",
-    f"`{kept['command']}`",
+    *(f"`{command}`" for command in kept["commands"]),
     f"{image_report.protocol(kept)} {kept['hardware']['device_kind']}, Python"
     f" {kept['versions']['python']}, JAX {kept['versions']['jax']}.",
     f"The lowest {columns['fd_few'].title} is that of `{best['method']}`.",
     _table(kept),
-    "Difference from `ddpm` seed by seed, with the 95 % interval over seeds; below zero is better.",
-    table_of(["method", columns["fd_few"].title, columns["fd"].title], differences(kept)),
+    *_sweep(kept),
   ]
+  if len(kept["config"]["seeds"]) > 1:
+    parts += [
+      "Difference from `ddpm` seed by seed, with the 95 % interval over seeds; below zero is"
+      " better.",
+      table_of(["method", columns["fd_few"].title, columns["fd"].title], differences(kept)),
+      *_order(kept),
+    ]
   return "\n\n".join(parts)
 
 
@@ -121,12 +192,12 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   for name in SETS:
-    parser.add_argument(f"--{name}", type=pathlib.Path, help="report.json of its run")
+    parser.add_argument(f"--{name}", type=pathlib.Path, nargs="+", help="report.json of its runs")
   arguments = vars(parser.parse_args())
   kept = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-  for name, path in arguments.items():
-    if path:
-      kept[name] = reduced(json.loads(path.read_text(encoding="utf-8")))
+  for name, paths in arguments.items():
+    if paths:
+      kept[name] = joined([reduced(json.loads(p.read_text(encoding="utf-8"))) for p in paths])
   write_json(RESULT, kept)
 
 

@@ -3,9 +3,18 @@
 import json
 import math
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import bank_scaling, feature_diffusion, pixel_diffusion, smoke
+from benchmarks import (
+  bank_scaling,
+  feature_diffusion,
+  generation,
+  pixel_diffusion,
+  smoke,
+  unseen_classes,
+)
 
 
 def test_numbers_are_found_at_every_depth_without_times():
@@ -58,3 +67,56 @@ def test_banks_are_timed(monkeypatch):
   monkeypatch.setattr(bank_scaling, "_SLOTS", 4)
   found = bank_scaling.measure(rounds=1)
   assert all(found[number][what] > 0 for number in ("10", "30") for what in ("update", "read"))
+
+
+# --- images ------------------------------------------------------------------------------------
+
+
+def reduced_report(method, scale=1.0, **config):
+  row = {"method": method, "scale": scale}
+  return {"config": {"seeds": [0]} | config, "dataset": {"split_sha256": "a"}, "commands": [method],
+          "images": {"network": "classifier", "rows": [row]}}  # fmt: skip
+
+
+def test_reports_of_one_set_are_joined_and_others_refused():
+  parts = [reduced_report("ddpm"), reduced_report("cm"), reduced_report("cm", 2.0)]
+  joined = generation.joined(parts)
+  assert [row["method"] for row in joined["images"]["rows"]] == ["ddpm", "cm", "cm"]
+  assert joined["commands"] == ["ddpm", "cm", "cm"] and joined["config"] == {"seeds": [0]}
+  with pytest.raises(SystemExit, match="differ in their config"):
+    generation.joined([reduced_report("ddpm"), reduced_report("cm", seeds=[1])])
+
+
+def test_characters_are_split_by_drawer_and_whole_alphabets_left_out(tmp_path):
+  for name in ("Greek/character01", "Latin/character02"):
+    folder = tmp_path / "raw" / name
+    folder.mkdir(parents=True)
+    for i in range(20):
+      Image.new("L", (5, 5), 10 * i).save(folder / f"0001_{i:02}.png")
+  unseen_classes.prepare(tmp_path / "raw", tmp_path / "out", ["Greek"])
+  found = {part: sorted(p.stem for p in (tmp_path / "out" / part).rglob("*.png"))
+           for part in ("train", "test", "unseen")}  # fmt: skip
+  assert [len(files) for files in found.values()] == [14, 6, 20]
+  assert found["test"][0] == "0001_14"
+  drawings = unseen_classes.read_unseen(tmp_path / "out", (5, 5, 1))
+  assert drawings.shape == (1, 20, 5, 5, 1) and drawings[0, 3, 0, 0, 0] == 30
+  (folder / "0001_19.png").unlink()
+  with pytest.raises(SystemExit, match="has 19 drawings, but 20"):
+    unseen_classes.prepare(tmp_path / "raw", tmp_path / "other", [])
+
+
+def test_drawings_are_judged_by_the_nearest_mean_and_copies_told():
+  shown = np.zeros((2, 2, 3, 3, 1), np.uint8)
+  shown[1], shown[:, 1, 0, 0] = 200, 90  # two exemplars of each, apart
+  drawn = shown.repeat(2, axis=1)
+  drawn[0, 0] = 150  # a drawing of the second character, of its own
+  drawn[1, 1, 1, 1] += 1
+
+  def encode(images):
+    return images.reshape(len(images), -1).mean(axis=1, keepdims=True).astype(float), None
+
+  found = unseen_classes.measured(drawn, shown, encode, np.array([[10.0], [180.0]]))
+  assert found["right"] == 7 / 8 and found["copied"] == 7 / 8
+  flat = drawn.reshape(2, 4, -1) / 255
+  pairs = [np.linalg.norm(c[i] - c[j]) for c in flat for i in range(4) for j in range(4) if i != j]
+  assert found["spread"] == pytest.approx(np.mean(pairs))
