@@ -1,6 +1,7 @@
 """Speed of every trained part on one accelerator, and whether it gives the same twice.
 
   python -m benchmarks.accelerator [--json FILE] [--rounds N] [--parts NAME ...] [--quick]
+                                   [--images DIR --workdir DIR --seconds N]
 
 Sizes are those of configs/cifar100_lt.py:memdiff and configs/imagenet_lt.py; images and features
 are random, nothing is read from disk. Every part runs as the training loop runs it: several steps
@@ -14,6 +15,10 @@ denoiser       the MLP on 64 features at batch 128: one seed, five as one batch,
 sampler        50 DDIM steps, 1,024 features at a time and 16,384
 repeatable     whether classifier and denoiser come to the same bits when they are trained twice
 resnet50       the ResNet-50 at batch 256 and 224 px, in bfloat16: one seed
+unet           the U-Net of 35.7 million parameters at batch 128 and 32 px, in bfloat16: training by
+               every method of `_UNET_METHODS`, sampling with guidance and without
+--images=DIR   a long-tailed folder (see benchmarks.short_budget): a DDPM trained
+               for --seconds, its samples judged; goes last
 
 Within a part the variants are timed round by round; classifier and resnet50 have the rate of an
 8192^3 matrix product in bfloat16 beside them. Run the parts in one process: many processes that
@@ -37,7 +42,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import classifier as classifier_benchmark
-from benchmarks import timing
+from benchmarks import pixel_diffusion, short_budget, timing
 from benchmarks.training import Training
 from configs import cifar100_lt, imagenet_lt
 from input_pipeline.dataset import LongTailDataset
@@ -55,6 +60,7 @@ from memdiff.synthesis import feature_diffusion, hallucination
 from memdiff.synthesis.hallucination import TrainedDenoiser
 
 _PRODUCT = "matrix product"
+_UNET_METHODS = ("ddpm", "coral", "cbdm", "t2h", "cm")
 _DIM = 64  # of the features that the denoiser sees
 _CONVOLUTIONS = {
   "grouped": convolution._conv,  # under vmap one grouped convolution
@@ -277,6 +283,14 @@ def measure_repeatable(size: Size, _: int) -> dict[str, Any]:
   return found
 
 
+def measure_unet(size: Size, rounds: int) -> dict[str, Any]:
+  work = pixel_diffusion.smallest()
+  if size is _FULL:
+    work = dataclasses.replace(pixel_diffusion.workload("cifar"), methods=_UNET_METHODS)
+  rows, found = pixel_diffusion.measure(work, rounds, compiles=False)
+  return {"table": [dataclasses.asdict(row) for row in rows]} | found
+
+
 PARTS = {
   "classifier": measure_classifier,
   "seeds_in_turn": measure_seeds_in_turn,
@@ -285,6 +299,7 @@ PARTS = {
   "sampler": measure_sampler,
   "repeatable": measure_repeatable,
   "resnet50": measure_resnet50,
+  "unet": measure_unet,
 }
 
 
@@ -292,11 +307,21 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--json", type=pathlib.Path, help="write versions, hardware and all rounds")
   parser.add_argument("--rounds", type=int, default=5, help="repeats of every measurement")
-  parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+  parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+  parser.add_argument("--images", type=pathlib.Path, help="folder of images that a DDPM learns")
+  parser.add_argument("--workdir", type=pathlib.Path, help="of that DDPM's run")
+  parser.add_argument("--seconds", type=float, default=240, help="of its training")
   parser.add_argument("--quick", action="store_true", help="show that everything runs")
   arguments = parser.parse_args()
+  if bool(arguments.images) != bool(arguments.workdir):
+    parser.error("--images and --workdir go together")
   size, rounds = (_QUICK, 1) if arguments.quick else (_FULL, arguments.rounds)
   result = timing.environment()
+
+  def save(result):
+    if arguments.json:
+      arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
   for part in arguments.parts:
     start = time.perf_counter()
     result[part] = PARTS[part](size, rounds)
@@ -306,8 +331,12 @@ def main() -> None:
       if isinstance(value, dict):
         shown = {k: v for k, v in value.items() if k != "seconds"}
       print(f"  {name}: {shown}", flush=True)
-    if arguments.json:
-      arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    save(result)
+  if arguments.images:
+    result["ddpm"] = short_budget.train(
+      arguments.images, arguments.workdir, arguments.seconds, quick=arguments.quick
+    )
+    save(result)
 
 
 if __name__ == "__main__":
