@@ -382,6 +382,7 @@ OUT_OF_RANGE = {
     "diffusion.unet.attention": [(0,)], "diffusion.unet.dropout": [0.95],
     "diffusion.unet.dtype": ["float16"], "diffusion.unet.reserve.rank_ratio": [-0.1, 1.5],
     "diffusion.unet.reserve.scale": [0.0], "diffusion.balanced_last": [-0.1, 1.5],
+    "diffusion.augmentation.probability": [-0.1, 1.5],
     "diffusion.objective.capacity.consistency": [-1.0],
     "diffusion.objective.capacity.diversity": [-0.2],
     "sampling.sampler": ["euler"], "sampling.num_steps": [1],

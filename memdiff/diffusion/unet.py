@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from memdiff.config import above, at_least, between, each, each_if_any, one_of, setting
 from memdiff.convolution import conv2d
-from memdiff.diffusion.exemplar_images import CrossAttention, ExemplarEncoder, ExemplarImages
+from memdiff.diffusion.exemplar_images import CrossAttention, ExemplarEncoder
 from memdiff.diffusion.schedules import time_embedding
 
 DTYPES = ("float32", "bfloat16")
@@ -63,6 +63,14 @@ def check_side(config: UNetConfig, side: int) -> None:
 
 
 @flax.struct.dataclass
+class Augmented:
+  """A memory and, row by row, numbers that say how the images were changed; 0 if they were not."""
+
+  memory: Any
+  vector: Any  # [G, A]
+
+
+@flax.struct.dataclass
 class Descent:
   """What the way up goes on from."""
 
@@ -75,7 +83,8 @@ class Descent:
 class UNet(nn.Module):
   """Denoises images [B, H, W, ch]; label `num_classes` means "no class".
 
-  With `sees_exemplars` its memory is an ExemplarImages, otherwise it is not looked at.
+  With `sees_exemplars` its memory is an ExemplarImages, otherwise it is not looked at. In training
+  it may be Augmented; without, images are meant that are as they were.
   """
 
   num_classes: int
@@ -90,6 +99,7 @@ class UNet(nn.Module):
     conv = functools.partial(_Conv, dtype=jnp.dtype(c.dtype))
     self.label_embedding = nn.Embed(self.num_classes + 1, 4 * c.channels)
     self.time_mlp = nn.Sequential([nn.Dense(4 * c.channels), nn.silu, nn.Dense(4 * c.channels)])
+    self.augment_embedding = nn.Dense(4 * c.channels, use_bias=False)
     self.first = conv(c.channels)
     self.down = [[block(width) for _ in range(c.num_blocks)] for width in widths]
     self.shrink = [conv(width, stride=2) for width in widths[:-1]]
@@ -111,10 +121,12 @@ class UNet(nn.Module):
     self.norm = _norm(widths[0])
     self.last = conv(self.image_channels, zero=True)
 
-  def condition(self, label: jax.Array, memory: ExemplarImages | Any) -> tuple[jax.Array, Any]:
+  def condition(self, label: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
     """label [G] int in [0, num_classes] -> ([G, 4 channels], Tokens of G rows or None)."""
-    tokens = self.encode_exemplars(memory) if self.sees_exemplars else None
-    return self.label_embedding(label), tokens
+    told = self.label_embedding(label)
+    if isinstance(memory, Augmented):
+      told, memory = told + self.augment_embedding(memory.vector), memory.memory
+    return told, self.encode_exemplars(memory) if self.sees_exemplars else None
 
   def denoise(self, x_t: jax.Array, t: jax.Array, context: tuple[jax.Array, Any]):
     """x_t [B, H, W, ch], t [B] or [1] in [0, 1000) -> (output like x_t, bottleneck [B, width]).

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from memdiff.diffusion.unet import ReserveConfig
+from memdiff.synthesis.pixel_augmentation import AugmentationConfig
 from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig
 
 JOINED = "+"
@@ -69,6 +70,10 @@ METHODS = {
   "balanced": ImageMethod(
     lambda config: dataclasses.replace(config, class_exponent=0.0),
     "batches that draw every class equally often",
+  ),
+  "ada": ImageMethod(
+    lambda config: dataclasses.replace(config, augmentation=AugmentationConfig(0.12)),
+    "images are scaled, turned and moved, and the U-Net is told how",
   ),
   "finetuned": ImageMethod(
     lambda config: dataclasses.replace(config, balanced_last=1 / 3),

@@ -24,12 +24,13 @@ from memdiff.diffusion.denoiser_training import Batch, LateBatches, TrainingConf
 from memdiff.diffusion.exemplar_images import ExemplarImages
 from memdiff.diffusion.sampler import SAMPLERS, Solver, guided, sample
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
-from memdiff.diffusion.unet import UNet, UNetConfig
+from memdiff.diffusion.unet import Augmented, UNet, UNetConfig
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.random import stream
 from memdiff.runtime.train_state import OptimizerConfig
-from memdiff.synthesis import pixel_memory
+from memdiff.synthesis import pixel_augmentation, pixel_memory
+from memdiff.synthesis.pixel_augmentation import AugmentationConfig
 from memdiff.synthesis.pixel_memory import PixelMemoryConfig
 
 DROPS = ("image", "batch")
@@ -64,6 +65,9 @@ class PixelDiffusionConfig(TrainingConfig):
     "image", "whose labels are dropped together; batch: as CBDM's and CORAL's code", one_of(DROPS)
   )
   mirror: bool = setting(True, "whether half of the images are flipped left to right")
+  augmentation: AugmentationConfig = setting(
+    AugmentationConfig(), "ADA: images are changed, and the U-Net is told how"
+  )
   memory: PixelMemoryConfig = setting(PixelMemoryConfig(), "memdiff: exemplars as a condition")
   batch_size: int = setting(128, "images", at_least(1))
 
@@ -143,8 +147,7 @@ def draw_batch(
     x0 = pixel_memory.turned(x0, shown.ways)
   else:
     memory, shown = (), None
-  if config.mirror:
-    x0 = _mirrored(stream(key, "mirror"), x0)
+  x0, vector = _changed(key, x0, config)
   batch = Batch(x0=x0, label=condition.told(label, shown), memory=memory)
   needed = terms.needed(config.objective)
   invented = jnp.zeros(size, bool) if shown is None else shown.invented
@@ -162,7 +165,19 @@ def draw_batch(
     other = draw_labels(stream(key, "other"), weights, size)
     other_memory = () if shown is None else condition.of_others(other, label, memory, shown)
     batch = batch.replace(other_label=condition.told(other, shown), other_memory=other_memory)
-  return batch
+  if vector is None:
+    return batch
+  other_memory = None if batch.other_label is None else Augmented(batch.other_memory, vector)
+  return batch.replace(memory=Augmented(batch.memory, vector), other_memory=other_memory)
+
+
+def _changed(
+  key: jax.Array, x0: jax.Array, config: PixelDiffusionConfig
+) -> tuple[jax.Array, jax.Array | None]:
+  """Images mirrored or augmented; (images, what the U-Net is told of it, or None)."""
+  if probability := config.augmentation.probability:
+    return pixel_augmentation.augment(stream(key, "augment"), x0, probability, config.mirror)
+  return (_mirrored(stream(key, "mirror"), x0) if config.mirror else x0), None
 
 
 def _mirrored(key: jax.Array, x: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from memdiff.diffusion.exemplar_images import ExemplarImages
 from memdiff.diffusion.unet import UNetConfig
 from memdiff.runtime import loop
 from memdiff.synthesis import image_methods, pixel_diffusion, pixel_memory
+from memdiff.synthesis.pixel_augmentation import AugmentationConfig
 from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig, SamplingConfig
 from tests.support import make_run
 
@@ -105,7 +106,22 @@ def test_capacity_manipulation_needs_a_reserve():
     dataclasses.replace(CONFIG, objective=objective)
 
 
-FAST = ("ddpm", "memdiff+coral+cbdm", "t2h+diffrop", "cm+finetuned")  # every term between them
+@pytest.mark.parametrize("name", ["ada", "ada+memdiff+cbdm"])
+def test_the_u_net_is_told_how_images_were_changed(data, name):
+  config = image_methods.apply(name, CONFIG)
+  config = dataclasses.replace(config, augmentation=AugmentationConfig(0.3))
+  changes = {"augmentation": config.augmentation, "memory": config.memory}
+  batch = draw(data, objective=config.objective, **changes)
+  same = ~np.asarray(batch.memory.vector).any(axis=1)
+  assert 0.02 < same.mean() < 0.3
+  if name == "ada":
+    assert drawn_numbers(batch)[same].max() < 84  # the numbers of images, nothing between
+  else:
+    np.testing.assert_array_equal(batch.memory.vector, batch.other_memory.vector)
+    assert batch.memory.memory.mask.shape == (512, 4)
+
+
+FAST = ("ddpm", "memdiff+coral+cbdm", "t2h+diffrop", "cm+finetuned+ada")  # every term between them
 
 
 @pytest.mark.parametrize(
