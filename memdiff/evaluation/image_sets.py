@@ -95,14 +95,40 @@ def read(path: str) -> ImageSet | np.ndarray:
   return _joined(path, [_arrays(place)])
 
 
+def read_labels(path: str) -> np.ndarray:
+  """Names of the classes of a set's images, in their order. [N] text.
+
+  They are `labels` in .npz files, and the first folders of a folder.
+
+  Raises:
+    DataError: if the set does not tell them.
+  """
+  place = pathlib.Path(path)
+  files = sorted(place.glob("*.npz")) if place.is_dir() else [place]
+  if files:
+    parts = [_arrays(file) for file in files]
+    if all("labels" in part and part["labels"].ndim == 1 for part in parts):
+      return np.concatenate([part["labels"] for part in parts]).astype(str)
+  else:
+    found = read(path)
+    names = [file.relative_to(place).parts for file in found.source]
+    if all(len(parts) > 1 for parts in names):
+      return np.array([parts[0] for parts in names])
+  raise DataError(
+    f"{path} does not tell the classes of its images; it needs `labels` [N] beside them, or a"
+    " folder per class."
+  )
+
+
 def _arrays(file: pathlib.Path) -> dict[str, np.ndarray]:
-  """`images` or `features` of a .npz file, or both."""
+  """`images` or `features` of a .npz file, or both, and `labels` if there are any."""
   try:
     with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-      found = {name: arrays[name] for name in ("images", "features") if name in arrays.files}
+      names = ("images", "features", "labels")
+      found = {name: arrays[name] for name in names if name in arrays.files}
   except Exception as error:  # zipfile and zlib raise many types for torn files
     raise DataError(f"Cannot read {file} as a .npz file ({error}).") from error
-  if not found:
+  if not {"images", "features"} & set(found):
     raise DataError(f"{file} holds neither `images` [N, H, W, 1 or 3] nor `features` [N, D].")
   return found
 

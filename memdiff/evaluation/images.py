@@ -11,6 +11,11 @@ Images are resized to --side pixels by Pillow's bicubic filter and go through on
   inception_fid       FID's own; images go in as they are, and it enlarges them itself
   dinov2              vits14, vitb14 or vitl14, trained without labels; it knows no classes
 
+--by_class adds the kernel distance and the diversity of every class; classes are `labels` [N] in
+.npz files, and the first folders of a folder. --train=DIR_OR_NPZ adds the share of generated images
+that nearly copy an image of that training set and, with --by_class, distances of classes with many,
+medium and few training images.
+
 --cache=FOLDER keeps the features of the reference, by a hash of images, network and side, for the
 next call. The last two need their file, --weights. The Frechet distance is called `fid` for
 inception_fid and after its network otherwise (FD): that is no FID. It is comparable only with the
@@ -29,11 +34,12 @@ import numpy as np
 
 from input_pipeline import identity
 from memdiff.errors import ConfigError, MemdiffError
-from memdiff.evaluation import image_quality, image_sets, networks, set_metrics
+from memdiff.evaluation import class_metrics, image_quality, image_sets, networks, set_metrics
 from memdiff.evaluation.networks import NETWORKS
 from memdiff.runtime.workdir import read_arrays, write_arrays, writing
 
 _SAY_EVERY = 10.0  # seconds
+_WORST = 5  # classes that the terminal shows; the file has all
 
 
 def encode(images: image_sets.ImageSet, network: Callable, side: int) -> np.ndarray:
@@ -104,6 +110,16 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
       score = set_metrics.inception_score(classify(generated[order]))
       key = networks.score_name(name)
       found = {key: score[0], f"{key}_std": score[1]}
+  classes: dict[str, Any] = {}
+  if arguments.by_class:
+    paths = {name: getattr(arguments, name) for name in sets}
+    more, classes = class_metrics.by_class(real, generated, paths, arguments.train)
+    for group in ("many", "medium", "few"):
+      if f"fd_{group}" in more:
+        more[f"{networks.distance_name(name)}_{group}"] = more.pop(f"fd_{group}")
+    found |= more
+  if arguments.train:
+    found |= class_metrics.memorisation(sets["generated"], _training_images(arguments, sets))
   options = {"kid_size": arguments.kid_size, "k": arguments.k, "seed": arguments.seed}
   metrics = image_quality.compare_sets(real, generated, **options)
   return {
@@ -113,7 +129,15 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     "generated": {"path": arguments.generated, "number": len(generated)},
     **options,
     "metrics": {networks.distance_name(name): metrics.pop("fd"), **metrics, **found},
+    "classes": classes,
   }
+
+
+def _training_images(arguments: argparse.Namespace, sets: dict) -> image_sets.ImageSet:
+  train = image_sets.read(arguments.train)
+  if isinstance(train, np.ndarray) or isinstance(sets["generated"], np.ndarray):
+    raise ConfigError("--train needs images, in it and in --generated, not features.")
+  return train
 
 
 def table(result: dict[str, Any]) -> str:
@@ -130,6 +154,15 @@ def table(result: dict[str, Any]) -> str:
     if not name.endswith("_std"):
       spread = f" ± {metrics[f'{name}_std']:.4g}" if f"{name}_std" in metrics else ""
       lines.append(f"{name:24s} {value:.4g}{spread}")
+  if result["classes"]:
+    known = {n: row for n, row in result["classes"].items() if row["kid"] is not None}
+    worst = sorted(known, key=lambda n: -known[n]["kid"])[:_WORST]
+    lines += ["", "classes farthest from real ones (kid, diversity, generated, real):"]
+    lines += [
+      f"  {name:22s} {known[name]['kid']:.4g}  {known[name]['diversity']:.3g} "
+      f" {known[name]['generated']:,}  {known[name]['real']:,}"
+      for name in worst
+    ]
   return "\n".join(lines)
 
 
@@ -147,6 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--kid_size", type=int, default=1000, help="rows of a subset of KID")
   parser.add_argument("--k", type=int, default=3, help="neighbours of precision and recall")
   parser.add_argument("--seed", type=int, default=0, help="of subsets and clusterings")
+  parser.add_argument("--by_class", action="store_true", help="metrics of every class as well")
+  parser.add_argument("--train", default="", help="folder or .npz of training images: copies")
   parser.add_argument("--cache", type=pathlib.Path, help="folder: keep the reference's features")
   parser.add_argument("--json", type=pathlib.Path, help="write the result to this file too")
   arguments = parser.parse_args(argv)

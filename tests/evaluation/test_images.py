@@ -135,6 +135,67 @@ def test_the_evaluator_sees_missing_classes_and_repeated_images(tmp_path):
     assert found[worse]["coverage"] < found["as good"]["coverage"] - 0.1
 
 
+# --- classes and copies ------------------------------------------------------------------------
+
+
+def test_classes_are_judged_one_by_one_and_copies_told(tmp_path, capsys):
+  real, train = pictures(0), pictures(2, 30)
+  made = pictures(1)
+  made[:9] = train[:9]  # copies
+  labels = np.arange(NUMBER) % 3
+  made[labels == 2] //= 3  # the third class is off
+  counts = np.repeat([0, 1, 2], [25, 3, 2])
+  options = (
+    "--by_class",
+    f"--train={npz(tmp_path / 't.npz', images=train, labels=counts)}",
+  )
+  generated = npz(tmp_path / "g.npz", images=made, labels=labels)
+  code, result = run(tmp_path, generated, folder(tmp_path / "r", real), *options)
+  assert code == 0
+  classes, metrics = result["classes"], result["metrics"]
+  assert list(classes) == ["0", "1", "2"] and classes["2"]["train"] == 2
+  assert classes["2"]["kid"] > 5 * abs(classes["0"]["kid"])
+  assert classes["2"]["diversity"] < 0.5 < classes["1"]["diversity"]
+  assert all(row["generated"] == row["real"] == 30 for row in classes.values())
+  copies = ((labels != 2) & (np.arange(NUMBER) < 9)).sum() / NUMBER
+  assert metrics["copied"] == pytest.approx(copies)
+  assert metrics["fd_efficientnet_lite0_few"] > metrics["fd_efficientnet_lite0"]
+  assert metrics["diversity"] == pytest.approx(
+    np.mean([row["diversity"] for row in classes.values()])
+  )
+  printed = capsys.readouterr().out.splitlines()
+  assert printed[-3].split()[0] == "2"  # the farthest comes first
+
+
+def test_a_folder_tells_classes_by_its_first_folders(tmp_path):
+  place = folder(tmp_path / "r", pictures(0, 6))
+  assert image_sets.read_labels(str(place)).tolist() == ["0", "0", "1", "1", "2", "2"]
+
+
+@pytest.mark.parametrize(
+  ("case", "words"),
+  [
+    ("no labels", "g.npz does not tell the classes of its images; it needs `labels`"),
+    ("unknown class", "The class '5' of"),
+    ("size", "are 16 x 16 and 32 x 32 pixels; copies can only be told among images of one size"),
+    ("features", "--train needs images, in it and in --generated, not features"),
+  ],
+)
+def test_what_is_missing_for_classes_and_copies_is_one_sentence(case, words, tmp_path, capsys):
+  side = 16 if case == "size" else SIDE
+  labels = {} if case == "no labels" else {"labels": np.arange(NUMBER) % 3}
+  if case == "unknown class":
+    labels["labels"] = labels["labels"] + 5
+  made = npz(tmp_path / "g.npz", images=pictures(1, side=side), **labels)
+  real = npz(tmp_path / "r.npz", images=pictures(0), labels=np.arange(NUMBER) % 3)
+  train = real
+  if case == "features":
+    train = npz(tmp_path / "t.npz", features=np.ones((9, 4)))
+  option = f"--train={train}" if case in ("size", "features") else "--by_class"
+  assert run(tmp_path, made, real, option)[0] != 0
+  assert words in capsys.readouterr().err
+
+
 def test_features_that_are_there_need_no_network(tmp_path):
   rng = np.random.default_rng(0)
   paths = [npz(tmp_path / f"{i}.npz", features=rng.normal(size=(60, 5))) for i in range(2)]
