@@ -26,6 +26,7 @@ SETS = {
   "fashion_mnist": "Fashion-MNIST, 28 x 28 pixels",
   "omniglot": "Omniglot, 28 x 28 pixels",
 }
+BALANCED = "digits_balanced"  # plain diffusion on the whole set
 ORDER = ("coral", "cbdm", "t2h", "ddpm")  # from the best to the worst, as CORAL's paper has it
 _SHOWN = ("fd_few", "fd", "kid", "recall", "right_few", "right", "copied_few", "copied")
 
@@ -146,6 +147,23 @@ def _order(kept: Mapping[str, Any]) -> list[str]:
   ]
 
 
+def _bottlenecks(kept: Mapping[str, Any], balanced: Mapping[str, Any]) -> list[str]:
+  """How far apart the U-Net keeps classes, beside one that was trained on a balanced set."""
+  keys = ("intra_cosine", "inter_cosine")
+  columns = image_report.columns(kept["images"]["network"])
+  rows = [(f"`{row['method']}`", row) for row in _rows(kept, _scales(kept)[0])]
+  rows += [("`ddpm`, balanced set", row) for row in balanced["images"]["rows"]]
+  lines = [[name, *_cells(row, keys, columns)] for name, row in rows]
+  counts = balanced["dataset"]["train_counts"]
+  return [
+    "CORAL's diagnosis: the mean cosine of the U-Net's bottlenecks of two test images of one class"
+    " (within), and of two classes (between); noised to a quarter of the steps, under their own"
+    f" label. The balanced set has {max(counts)} to {min(counts)} images per class"
+    f" (`{balanced['commands'][0]}`).",
+    table_of(["method", "within", "between"], lines),
+  ]
+
+
 def _set(title: str, kept: Mapping[str, Any]) -> str:
   counts, found = kept["dataset"]["train_counts"], kept["images"]
   columns = image_report.columns(found["network"])
@@ -183,6 +201,12 @@ def page(kept: Mapping[str, Any]) -> str:
     " same batches and noise. No setting was chosen by these figures."
   )
   sets = [_set(SETS[name], kept[name]) for name in SETS if name in kept]
+  if BALANCED in kept:
+    sets.append(
+      "\n\n".join(
+        ["## Do U-Nets keep rare classes apart?", *_bottlenecks(kept["digits"], kept[BALANCED])]
+      )
+    )
   head = ["# Generated images of rare classes", intro, *sets, "## Columns", "\n".join(meanings)]
   return "\n\n".join(head) + "\n"
 
@@ -191,7 +215,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  for name in SETS:
+  for name in (*SETS, BALANCED):
     parser.add_argument(f"--{name}", type=pathlib.Path, nargs="+", help="report.json of its runs")
   arguments = vars(parser.parse_args())
   kept = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
