@@ -31,6 +31,12 @@ ORDER = ("coral", "cbdm", "t2h", "ddpm")  # from the best to the worst, as CORAL
 _SHOWN = ("fd_few", "fd", "kid", "recall", "right_few", "right", "copied_few", "copied")
 
 
+def command_of(report: Mapping[str, Any]) -> str:
+  """What was typed, with folders that others have too."""
+  command = re.sub(r"--workdir=\S+", f"--workdir=runs/{report['name']}", report["command"])
+  return re.sub(r"(--config\.dataset\.data_dir=)\S+", r"\1DIR", command)
+
+
 def reduced(report: Mapping[str, Any]) -> dict[str, Any]:
   """The parts of a report that the page shows."""
   found = report["images"]
@@ -45,9 +51,8 @@ def reduced(report: Mapping[str, Any]) -> dict[str, Any]:
     for row in found["sweep"] or found["rows"]
   ]
   first = {key: found[key] for key in found if key not in ("rows", "sweep")}
-  command = re.sub(r"--workdir=\S+", f"--workdir=runs/{report['name']}", report["command"])
   return {
-    "commands": [re.sub(r"(--config\.dataset\.data_dir=)\S+", r"\1DIR", command)],
+    "commands": [command_of(report)],
     "config": {key: report["config"][key] for key in ("seeds", "sampling", "diffusion")},
     "dataset": {key: report["dataset"][key] for key in ("train_counts", "split_sha256")},
     "versions": report["versions"],
