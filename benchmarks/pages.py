@@ -23,6 +23,7 @@ from benchmarks import (
   isolating,
   speed_tables,
   streaming,
+  unseen_classes,
 )
 from benchmarks.faults import page as faults
 from memdiff.runtime.workdir import write_atomically, write_json
@@ -106,6 +107,7 @@ def whole_pages() -> dict[str, Callable[[], str]]:
   for path in sorted(RESULTS.glob("confidence_*.json")):
     pages[f"docs/results/{path.stem}.md"] = lambda path=path: confidence.markdown(load(path.stem))
   pages["docs/results/image_generation.md"] = lambda: generation.page(load("image_generation"))
+  pages["docs/results/unseen_classes.md"] = lambda: unseen_classes.page(load("unseen_classes"))
   return pages
 
 
