@@ -132,7 +132,8 @@ def test_the_page_shows_grids_of_every_method(undisturbed):
   for method in OVERRIDES["methods"]:
     assert (workdir / "evaluation" / f"samples_{method}.png").exists()
     assert f"{method.replace('+', '+<wbr>')}" in html
-  assert html.count("<img") == 8 and "nearest in pixels" in html
+  assert (workdir / "evaluation" / "class_cosines.png").exists()
+  assert html.count("<img") == 9 and "nearest in pixels" in html
 
 
 def test_a_finished_run_is_not_run_again(undisturbed):
