@@ -21,13 +21,13 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.methods = ("ddpm", "balanced", "coral", "memdiff+balanced")
   base.small_images(config)
   config.diffusion.unet.update(channels=16, multipliers=(1, 2), num_blocks=1, attention=(4,))
-  config.diffusion.num_steps = 800
+  config.diffusion.num_steps = 600
   config.sampling.per_class = 100
   config.evaluation.kid_size = 500
   config.encoder.backbone.name = "resnet8"
   config.classifier.augment.padding = 1
   config.classifier.num_epochs = 20.0
-  config.loop.eval_every = 100
+  config.loop.eval_every = 200
 
   def full():
     config.seeds = (0, 1, 2)
