@@ -1,7 +1,7 @@
 """Images of a folder generated within a given time: how good a DDPM gets in minutes.
 
-Used by `python -m benchmarks.accelerator --parts ddpm`, for CIFAR-10-LT on a GPU that is lent for
-minutes. The folder is DIR/train/CLASS/*.png and DIR/test/CLASS/*.png, long-tailed as it is.
+Used by `python -m benchmarks.accelerator --images=DIR --workdir=DIR2`. The folder is
+DIR/train/CLASS/*.png and DIR/test/CLASS/*.png, for example CIFAR-10-LT, long-tailed as it is.
 """
 
 import dataclasses

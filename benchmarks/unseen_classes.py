@@ -58,7 +58,7 @@ def read_unseen(data: pathlib.Path, shape: Sequence[int]) -> np.ndarray:
 
 
 def measured(images: np.ndarray, shown: np.ndarray, encode, means: np.ndarray) -> dict[str, float]:
-  """How good drawings [C, n, ...] of unseen characters are, who had `shown` [C, K, ...] to go by.
+  """How good drawings [C, n, ...] of unseen characters are, made from `shown` [C, K, ...].
 
   `right` is the share whose nearest of `means` [C, D] is their own, `copied` the share that are
   nearly copies of an exemplar, `spread` the mean distance in pixels of two drawings of a character.

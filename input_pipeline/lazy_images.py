@@ -78,9 +78,14 @@ class LazyImages:
 
   def squares(self) -> np.ndarray:
     """The largest centre square of every image. [N, size, size, 3]."""
+    squares = np.empty(self.shape, np.uint8)  # filled in place: no second copy of a large set
+
+    def fill(index: int) -> None:
+      squares[index] = resize_and_crop(self.read(index), self._size)
+
     with ThreadPoolExecutor(_THREADS) as pool:
-      squares = pool.map(lambda i: resize_and_crop(self.read(i), self._size), range(len(self)))
-      return np.stack(list(squares)) if len(self) else np.zeros(self.shape, np.uint8)
+      list(pool.map(fill, range(len(self))))  # raises what reading has raised
+    return squares
 
   def fingerprint(self) -> str:
     """SHA-256 of what is on disk, as the reader samples it."""

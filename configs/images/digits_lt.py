@@ -4,7 +4,7 @@
 
 A few minutes on two CPU cores. Variants, as in --config=configs/images/digits_lt.py:full:
   default  four methods, one seed
-  full     all methods, three seeds, two guidance scales: about an hour
+  full     all methods, three seeds, two guidance scales: takes far longer
   smoke    few steps of everything, for tests: seconds, learns little
 """
 

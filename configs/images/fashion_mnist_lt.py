@@ -4,8 +4,7 @@
   python main.py --config=configs/images/fashion_mnist_lt.py --workdir=runs/fashion_images \\
     --config.dataset.data_dir=DIR
 
-A quarter of an hour per method on two cores. Variants: default (plain diffusion), all (every
-method).
+Variants: default (plain diffusion), all (every method).
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,7 @@
 
 DIR holds ALPHABET/CHARACTER/*.png, as Omniglot is published. Whole alphabets are kept from
 training: what `memdiff` draws of their characters, from a few exemplars,
-`python -m benchmarks.unseen_classes judge` tells. Half an hour per method on two cores.
+`python -m benchmarks.unseen_classes judge` tells.
 """
 
 from ml_collections import ConfigDict
