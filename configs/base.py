@@ -9,6 +9,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from memdiff.experiments.augmented_settings import AugmentedConfig
 from memdiff.experiments.classification import ClassificationConfig
 from memdiff.experiments.feature_settings import FeatureConfig, MemdiffConfig
 from memdiff.experiments.image_settings import ImagesConfig
@@ -34,6 +35,11 @@ def features(name: str) -> ConfigDict:
 def images(name: str) -> ConfigDict:
   """Generated images, by one method or several."""
   return ConfigDict(dataclasses.asdict(ImagesConfig(name=name)))
+
+
+def augmented(name: str) -> ConfigDict:
+  """Classifiers that are trained on real and generated images."""
+  return ConfigDict(dataclasses.asdict(AugmentedConfig(name=name)))
 
 
 def small_images(config: ConfigDict) -> None:

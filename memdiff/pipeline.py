@@ -9,7 +9,7 @@ from typing import Any
 from input_pipeline.long_tail import LongTailLabels
 from memdiff import config as config_lib
 from memdiff.errors import ConfigError
-from memdiff.experiments import classification, features, images, record
+from memdiff.experiments import augmented, classification, features, images, record
 from memdiff.experiments.base import Experiment, Kind, Phase
 from memdiff.runtime import ahead, distributed, environment, loop
 from memdiff.runtime import mesh as mesh_lib
@@ -23,6 +23,7 @@ KINDS = {
   "features": features.EMBEDDINGS,
   "classification": classification.KIND,
   "images": images.KIND,
+  "augmented": augmented.KIND,
 }
 
 

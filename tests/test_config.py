@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import digits_lt, features
+from configs.augmented import digits_lt as digits_augmented
 from configs.images import digits_lt as digits_images
 from memdiff import config as config_lib
 from memdiff import describe, pipeline
@@ -24,6 +25,7 @@ VALID = {  # of every kind of experiment
   "features": features.get_config().to_dict(),
   "classification": digits_lt.get_config("classification").to_dict(),
   "images": digits_images.get_config().to_dict(),
+  "augmented": digits_augmented.get_config().to_dict(),
 }
 
 
@@ -389,6 +391,16 @@ OUT_OF_RANGE = {
     "sampling.guidance": [(), (-1.0,)], "sampling.per_class": [0], "sampling.chunk_size": [0],
     "evaluation.network": ["vgg"], "evaluation.side": [31], "evaluation.reference": ["all"],
     "evaluation.kid_size": [1], "evaluation.neighbours": [0],
+  },
+  "augmented": {
+    "experiment": ["images"], "seeds": [(-1,)], "methods": [("gan",)],
+    "pool.fill_to": [-1], "pool.surplus": [0.5], "pool.guidance": [-1.0],
+    "pool.filters": [(), ("sure",), ("none", "none"), ("new&new",)],
+    "pool.rejected": [0.0, 0.5], "controls": [("real", "gan"), ("real", "real")],
+    "added.way": ["late"], "added.share": [0.0], "added.warm_up": [-0.1, 1.1],
+    "added.ramp": [-0.1, 1.1], "added.weight": [0.0], "added.counts": [("none",)],
+    "losses": [("mse",)], "taus": [(-1.0,)],
+    "sampling.sampler": ["euler"], "sampling.num_steps": [1], "sampling.chunk_size": [0],
   },
 }  # fmt: skip
 

@@ -16,8 +16,9 @@ from input_pipeline import augment, batches
 from input_pipeline.augment import AugmentConfig
 from input_pipeline.dataset import LongTailDataset
 from input_pipeline.streaming import StreamConfig
-from memdiff.classifier import added, encoder, image_batches, losses, projection
+from memdiff.classifier import added, added_images, encoder, image_batches, losses, projection
 from memdiff.classifier.added import AddedRows, Pool
+from memdiff.classifier.added_images import AddedImagesConfig, Drawn
 from memdiff.classifier.encoder import EncoderConfig
 from memdiff.classifier.losses import LossConfig
 from memdiff.config import at_least, one_of, setting, some_of
@@ -90,6 +91,9 @@ class Recipe:
     bank: of the memory bank that moves along; None: there is none.
     added: how synthetic features take part; None: there are none. Needs a bank, and a loss without
       a state whose head is linear on the features that the encoder returns.
+    images: how generated images take part; None: there are none. Needs a set in memory, and a loss
+      without a state and with one view.
+    counts: of the classes, for the loss: `real`, or `effective`, generated images included.
   """
 
   classifier: ClassifierConfig
@@ -97,6 +101,8 @@ class Recipe:
   loss: str
   bank: BankConfig | None = None
   added: AddedRows | None = None
+  images: AddedImagesConfig | None = None
+  counts: str = "real"
 
 
 def make_stage(
@@ -108,7 +114,8 @@ def make_stage(
 ) -> Stage:
   """Trains encoder, head and, if there is one, memory bank.
 
-  Runs of a recipe with `added` have a pool of synthetic features, or None, as `per_seed["pool"]`.
+  Runs of a recipe with `added` have a pool of synthetic features, or None, as `per_seed["pool"]`,
+  those of one with `images` an `ImagePool` as `per_seed["images"]`.
 
   Args:
     recipe: see there.
@@ -234,22 +241,36 @@ class _Program:
   of_runs: bool
   held_out: bool
 
-  def draw(self, state: TrainState, shared: Any, per_seed: Any) -> tuple[jax.Array, jax.Array]:
+  def draw(self, state: TrainState, shared: Any, per_seed: Any) -> Drawn:
     """A batch of uint8 images and labels, split over the devices."""
     if self.streamed:
       _, batch = per_seed
-      return batch["images"], batch["labels"]
-    index = batches.epoch_indices(
-      stream(state.key, "order"), state.step, self.num_examples, self.setup.config.batch_size
-    )
+      return Drawn(batch["images"], batch["labels"])
+    config, size = self.setup.recipe.images, self.setup.config.batch_size
+    key, pool = stream(state.key, "order"), per_seed["images"] if config else None
+    if pool is not None and not config.joint:
+      places = batches.epoch_indices(key, state.step, len(pool.union), size)
+      weight = self._image_weight(state.step)
+      rows = added_images.merged(config, places, shared["images"], shared["labels"], pool, weight)
+      return mesh_lib.shard_batch(rows, self.setup.mesh)
+    index = batches.epoch_indices(key, state.step, self.num_examples, size)
     index = per_seed["rows"][index] if self.of_runs else index
-    rows = shared["images"][index], shared["labels"][index]
+    rows = Drawn(shared["images"][index], shared["labels"][index])
+    if pool is not None:
+      key = stream(state.key, "generated", state.step)
+      rows = added_images.beside(config, key, rows, pool, self._image_weight(state.step))
     return mesh_lib.shard_batch(rows, self.setup.mesh)
 
+  def _image_weight(self, step: jax.Array) -> jax.Array:
+    """Of a generated image in the loss."""
+    num_steps = self.setup.config.num_steps(self.num_examples)
+    return self.setup.recipe.images.weight_at(step, num_steps)
+
   def prepare(self, state: TrainState, shared: Any, per_seed: Any):
-    """The loss's views of a batch, one after the other, its labels, and mixup's partners."""
+    """The loss's views of a batch, one after the other, its rows, and mixup's partners."""
     config = self.setup.config
-    images, labels = self.draw(state, shared, per_seed)
+    rows = self.draw(state, shared, per_seed)
+    images, rows = rows.images, rows.replace(images=None)
     key = stream(state.key, "views", state.step)
     statistics = per_seed["statistics"] if self.of_runs else shared
     views = [
@@ -265,11 +286,18 @@ class _Program:
     partner = share = None
     if config.augment.mixup > 0:
       views[0], partner, share = augment.mixup(stream(key, "mixup"), views[0], config.augment.mixup)
-    return jnp.concatenate(views), labels, partner, share
+    return jnp.concatenate(views), rows, partner, share
 
   def step(self, state: TrainState, shared: Any, per_seed: Any):
     batch = self.prepare(state, shared, per_seed)
     counts = per_seed["counts"] if self.of_runs else shared["train_counts"]
+    if self.setup.recipe.images and self.setup.recipe.counts == "effective":
+      counts = added_images.effective_counts(
+        self.setup.recipe.images,
+        jnp.asarray(counts, jnp.float32),
+        per_seed["images"],
+        self._image_weight(state.step),
+      )
     pool = per_seed["pool"] if self.setup.recipe.added else None
     if pool is not None:
       num_steps = self.setup.config.num_steps(self.num_examples)
@@ -286,17 +314,20 @@ class _Program:
     (value, (logits, features, changes)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
       state.params
     )
-    labels = batch[1]
+    rows = batch[1]
+    real = jnp.ones(rows.labels.shape, bool) if rows.real is None else rows.real
     changes["bank"] = state.bank and memory_bank.update(
       state.bank,
       features,
-      labels,
-      jnp.ones(labels.shape, bool),
+      rows.labels,
+      real,
       stream(state.key, "reservoir", state.step),
       horizon=self.setup.recipe.bank.horizon,
       mesh=self.setup.mesh,
     )
-    metrics = {"loss": value, "accuracy": jnp.mean(logits.argmax(axis=-1) == labels)}
+    metrics = {"loss": value, "accuracy": jnp.mean(logits.argmax(axis=-1) == rows.labels)}
+    if rows.real is not None:
+      metrics["generated"] = jnp.mean(~real)
     if pool is not None:
       metrics["drift"] = added.drift(changes["bank"], pool)
     optimizer = self.setup.optimizer(self.setup.config.num_steps(self.num_examples))
@@ -304,8 +335,9 @@ class _Program:
 
   def _loss(self, params: Any, state: TrainState, batch: Any, objective: losses.Objective):
     """(loss, (logits, features, changed fields of the state)), of the first view's rows."""
-    images, labels, partner, share = batch
-    size, config = len(labels), self.setup.config.loss_parameters
+    images, rows, partner, share = batch
+    labels, config = rows.labels, self.setup.config.loss_parameters
+    size = len(labels)
     variables = {"params": params, "batch_stats": state.model_state}
     (logits, features), updates = self.setup.model.apply(
       variables, images, train=True, mutable=["batch_stats"]
@@ -316,6 +348,10 @@ class _Program:
       labels=labels,
       partner_labels=None if partner is None else labels[partner],
       share=share,
+      weight=rows.weight,
+      partner_weight=rows.weight[partner]
+      if partner is not None and rows.real is not None
+      else None,
     )
     value, loss_state = objective(seen, state.loss_state, state.step, state.bank)
     statistics = updates["batch_stats"]

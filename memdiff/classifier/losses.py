@@ -252,6 +252,8 @@ class Batch:
   labels: jax.Array  # [B] int
   partner_labels: jax.Array | None = None  # [B] int, of mixup
   share: jax.Array | None = None  # [] in [0, 1], of the own label in mixup
+  weight: jax.Array | None = None  # [B], of each image beside its class's; None: 1
+  partner_weight: jax.Array | None = None  # [B], of mixup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,12 +296,14 @@ class Objective:
       gamma = self._class_weights()
     gamma = self._deferred(gamma, step)
 
-    def of_labels(labels):
-      return average(self._rows(batch.logits, labels), gamma[labels], self.row.normalized)
+    def of_labels(labels, weight):
+      weights = gamma[labels] if weight is None else gamma[labels] * weight
+      return average(self._rows(batch.logits, labels), weights, self.row.normalized)
 
-    value = of_labels(batch.labels)
+    value = of_labels(batch.labels, batch.weight)
     if batch.partner_labels is not None:
-      value = batch.share * value + (1 - batch.share) * of_labels(batch.partner_labels)
+      partner = of_labels(batch.partner_labels, batch.partner_weight)
+      value = batch.share * value + (1 - batch.share) * partner
     if self.row.term is not None:
       tail = stateful_losses.tail_classes(self.counts, self.config.tail_share)
       added, state["term"] = stateful_losses.TERMS[self.row.term].value(

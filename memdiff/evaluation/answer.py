@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from memdiff.evaluation.lookup import description_of, is_reference, mean_of, row_of
+from memdiff.evaluation.lookup import description_of, is_reference, made_data, mean_of, row_of
 from memdiff.evaluation.numerals import bounds, is_interval, is_number, percent, place, points, to
 
 # criterion -> (name, meaning, the column of the table that holds it)
@@ -103,9 +103,7 @@ def answer(report: Mapping[str, Any]) -> Answer | None:
     verdict=overall if judged else "unclear",
     method=method,
     effects=effects,
-    synthetic=tuple(_synthetic_sentences(synthetic, headline.get("room"), judged))
-    if synthetic
-    else (),
+    synthetic=tuple(_synthetic_sentences(report, synthetic, judged)) if synthetic else (),
     synthetic_verdict=verdict(synthetic.get("overall")) if synthetic else "",
     terms=tuple(_terms(report, headline)),
   )
@@ -228,12 +226,12 @@ def _change(difference: Mapping[str, Any], interval_of: str = "95 % interval") -
 
 
 def _synthetic_sentences(
-  synthetic: Mapping[str, Any], room: Mapping[str, Any] | None, judged: bool
+  report: Mapping[str, Any], synthetic: Mapping[str, Any], judged: bool
 ) -> list[str]:
   difference = synthetic.get("overall") or {}
   if not is_number(difference.get("mean")):
     return []
-  first = _finding(bool(synthetic.get("recommended")), verdict(difference), judged)
+  first = _finding(report, bool(synthetic.get("recommended")), verdict(difference), judged)
   best = ("the best method with them, ", ", the best without") if judged else ("", "")
   sentences = [
     f"{first}: {best[0]}{synthetic['method']}{',' if judged else ''} is {place(difference['mean'])}"
@@ -245,20 +243,21 @@ def _synthetic_sentences(
   if expected and is_number(expected.get("mean")):
     words = "interval over all methods at once"
     sentences.append(f"Cross-validation expected {_change(expected, words)}.")
-  return [*sentences, *_room_sentences(room)]
+  return [*sentences, *_room_sentences((report.get("headline") or {}).get("room"))]
 
 
-def _finding(recommended: bool, side: str, judged: bool) -> str:
+def _finding(report: Mapping[str, Any], recommended: bool, side: str, judged: bool) -> str:
   """What the test set says of synthetic data, beside what cross-validation had said."""
+  made = made_data(report).capitalize()
   if recommended:
     return {
-      "better": "Synthetic features are part of this gain",
-      "unclear": "Synthetic features were better in cross-validation, but make no clear difference"
-      " on the test set",
-      "worse": "Synthetic features were better in cross-validation, but are worse on the test set",
+      "better": f"{made} are part of this gain",
+      "unclear": f"{made} were better in cross-validation, but make no clear difference on the test"
+      " set",
+      "worse": f"{made} were better in cross-validation, but are worse on the test set",
     }[side]
   surprise = "do better on the test set, although cross-validation did not predict it"
-  return "Synthetic features " + {
+  return f"{made} " + {
     "better": surprise if judged else "do better on the test set",
     "unclear": "bring no clear gain",
     "worse": "do not help",

@@ -22,6 +22,11 @@ def mean_of(row: Mapping[str, Any], key: str) -> float | None:
   return value if is_number(value) else None
 
 
+def made_data(report: Mapping[str, Any]) -> str:
+  """What the generators of a run make, in words."""
+  return "generated images" if report.get("synthetic_kind") == "images" else "synthetic features"
+
+
 def num_seeds(report: Mapping[str, Any]) -> int:
   """The seeds behind the comparison: those of its method, or the most that any method has."""
   rows = report.get("classification") or []

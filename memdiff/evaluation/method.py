@@ -4,8 +4,8 @@
 class Method(str):
   """`memdiff+csl`: what the head is trained on beside real features, and by which loss.
 
-  A string, since methods are the keys of reports. The loss of a name without one, such as
-  `own_head`, is empty.
+  A string, since methods are the keys of reports. The loss stands behind the last +; that of a
+  name without one, such as `own_head`, is empty.
   """
 
   __slots__ = ()
@@ -16,8 +16,8 @@ class Method(str):
 
   @property
   def generator(self) -> str:
-    return self.partition("+")[0]
+    return self.rpartition("+")[0] or str(self)
 
   @property
   def loss(self) -> str:
-    return self.partition("+")[2]
+    return self.rpartition("+")[2] if "+" in self else ""

@@ -17,9 +17,9 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from memdiff.evaluation import numerals, tables, wording
+from memdiff.evaluation import numerals, pool_tables, tables, wording
 from memdiff.evaluation.answer import answer
-from memdiff.evaluation.lookup import num_seeds
+from memdiff.evaluation.lookup import made_data, num_seeds
 
 _TEMPLATE = "report.html.j2"
 _LINE = 100  # characters of a line in the terminal
@@ -34,6 +34,9 @@ FIGURES = (
   "confidence_reliability",
   "training_curves",
 )
+
+
+_POOL = "pool_"  # begins the names of pictures of generated images
 
 
 def render_html(report: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
@@ -104,11 +107,17 @@ def _view(report: Mapping[str, Any], figures: Mapping[str, bytes]) -> dict[str, 
     "summary": wording.summary(report),
     "steps": wording.steps(report),
     "seeds": num_seeds(report),
+    "made": made_data(report),
+    "pools": pool_tables.pools(report),
+    "same_loss": pool_tables.same_loss(report),
     "reference": (report.get("comparison") or {}).get("reference"),
     "groups": tables.groups(report),
     "by_class": tables.by_class(report),
     "figures": {name: pictures.get(name) for name in FIGURES},
-    "further_figures": {n: p for n, p in pictures.items() if n not in FIGURES},
+    "pool_figures": {n: p for n, p in pictures.items() if n.startswith(_POOL)},
+    "further_figures": {
+      n: p for n, p in pictures.items() if n not in FIGURES and not n.startswith(_POOL)
+    },
     "metrics": tables.metric_tables(report),
   }
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memdiff.evaluation.answer import CRITERIA, verdict
-from memdiff.evaluation.lookup import description_of, mean_of, num_seeds, row_of
+from memdiff.evaluation.lookup import description_of, made_data, mean_of, num_seeds, row_of
 from memdiff.evaluation.numerals import (
   bounds,
   count,
@@ -37,8 +37,8 @@ def _gain_sentence(report: Mapping[str, Any]) -> str:
   if not is_number(gain.get("mean")):
     return ""
   finding = {
-    "better": "synthetic features help",
-    "worse": "clearly worse with synthetic features",
+    "better": f"{made_data(report)} help",
+    "worse": f"clearly worse with {made_data(report)}",
     "unclear": "no clear difference",
   }[verdict(gain)]
   described = description_of(report, compared["control"])
@@ -62,7 +62,7 @@ def _headroom_sentence(report: Mapping[str, Any]) -> str:
   closed = compared.get("gap_closed") or {}
   limits = f" (95 % interval {share_bounds(closed)})" if share_bounds(closed) else ""
   fills = f" {compared['method']} fills {share(closed)} % of it{limits}." if closed else ""
-  return f"{finding}: synthetic features could gain at most this much.{fills}"
+  return f"{finding}: {made_data(report)} could gain at most this much.{fills}"
 
 
 def _groups_sentence(report: Mapping[str, Any]) -> str:
@@ -185,7 +185,14 @@ def summary(report: Mapping[str, Any]) -> str:
       f" the smallest {min(counts):,}{factor}. A classifier trained on such a long tail learns the"
       " common classes well and neglects the rare ones."
     )
-  if synthetic:
+  if synthetic and report.get("synthetic_kind") == "images":
+    text.append(
+      f"memdiff drew {count(sum(synthetic), 'image')} for "
+      f"{_helped_classes(counts, report['synthetic_counts'])} by a diffusion model of the training "
+      "images, and trained classifiers on real and generated images together. This page shows "
+      "whether that helped."
+    )
+  elif synthetic:
     text.append(
       f"memdiff generated {count(sum(synthetic), 'synthetic example')} for "
       f"{_helped_classes(counts, report['synthetic_counts'])}. They are features, not pictures: "
@@ -217,6 +224,16 @@ def steps(report: Mapping[str, Any]) -> list[tuple[str, str]]:
   synthetic = [n for n in report.get("synthetic_counts") or [] if n]
   if not counts or not synthetic:
     return []
+  if report.get("synthetic_kind") == "images":
+    return [
+      ("Learn", f"A diffusion model learns {sum(counts):,} images of {len(counts):,} classes."),
+      ("Draw", "It turns noise into new images of the classes that lack some."),
+      ("Filter", "Classifiers of the real images look at each new one; filters keep those that show"
+       " their class."),
+      ("Train", f"A classifier is trained on real images and on {sum(synthetic):,} new ones."),
+      ("Check", "Folds of the training images, which neither generator nor classifier has seen, say"
+       " beforehand whether it is worth it."),
+    ]  # fmt: skip
   return [
     ("Encode", f"A network learns from {sum(counts):,} examples to turn each into a feature, a "
      "list of numbers that describes it."),

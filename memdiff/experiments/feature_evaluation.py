@@ -15,15 +15,11 @@ from memdiff.evaluation import quality
 from memdiff.evaluation.method import Method
 from memdiff.experiments import record, summaries
 from memdiff.experiments.base import Experiment
+from memdiff.experiments.comparison import Scored, agreement, compare, headline, mark_shown
 from memdiff.experiments.feature_scores import (
-  Scored,
-  agreement,
   classify,
-  compare,
   compare_joint,
   compared_methods,
-  headline,
-  mark_shown,
   plain_training,
 )
 from memdiff.experiments.feature_store import Space, load_selection, load_space, load_synthetic
@@ -32,6 +28,7 @@ from memdiff.experiments.methods import (
   REAL,
   REFERENCES,
   Choice,
+  methods,
   own_tau,
 )
 from memdiff.memory.feature_space import raw_head
@@ -274,9 +271,9 @@ def evaluate(experiment: Experiment) -> dict:
       export_embeddings(experiment, name, _synthetic(experiment, choices, name, loss))
     if recommendation:
       recommendation = recommendation | {"agreement": agreement(scored, recommendation)}
-    first = headline(
-      experiment, scored, plain_training(experiment, space), comparison, recommendation
-    )
+    synthetic = [m for m in methods(experiment) if m.generator != REAL]
+    plain = plain_training(experiment, space)
+    first = headline(scored, synthetic, plain, comparison, recommendation)
     mark_shown(scored, first, comparison)
     outcome = record.record(experiment, scored.rows) | {
       "criterion": scored.criterion,

@@ -1,6 +1,7 @@
 """Settings of experiments that generate images, and whether settings and data fit each other."""
 
 import dataclasses
+from typing import Any
 
 from input_pipeline.dataset import DatasetConfig, LongTailDataset, uncut
 from memdiff.classifier.encoder import EncoderConfig
@@ -18,6 +19,19 @@ CLASSIFIER = "classifier"
 NETWORKS = (CLASSIFIER, *networks.NETWORKS)
 REFERENCES = ("train", "test")
 _WIDE = 5  # neighbours of density and coverage
+
+
+def methods_field() -> Any:
+  return setting(
+    ("ddpm",),
+    "trained and compared; several joined by + are one method",
+    Allowed(
+      lambda names: (
+        len(names) > 0 and len(set(names)) == len(names) and all(map(image_methods.is_known, names))
+      ),
+      lambda: "distinct names out of " + ", ".join(image_methods.METHODS) + ", or such joined by +",
+    ),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +63,7 @@ class ImagesConfig:
   name: str = setting("images", "of the run, for its report")
   seeds: tuple[int, ...] = seeds_field()
   dataset: DatasetConfig = setting(DatasetConfig(), "images, and how they are cut to a long tail")
-  methods: tuple[str, ...] = setting(
-    ("ddpm",),
-    "trained and compared; several joined by + are one method",
-    Allowed(
-      lambda names: (
-        len(names) > 0 and len(set(names)) == len(names) and all(map(image_methods.is_known, names))
-      ),
-      lambda: "distinct names out of " + ", ".join(image_methods.METHODS) + ", or such joined by +",
-    ),
-  )
+  methods: tuple[str, ...] = methods_field()
   diffusion: PixelDiffusionConfig = setting(PixelDiffusionConfig(), "the training of DDPM")
   sampling: SamplingConfig = setting(SamplingConfig(), "how images are drawn")
   encoder: EncoderConfig = setting(EncoderConfig(), "the classifier that judges, its network")
@@ -75,6 +80,12 @@ class ImagesConfig:
 
 def check(settings: ImagesConfig, data: LongTailDataset) -> None:
   """Raises MemdiffError if settings do not fit each other or the data."""
+  check_unet(settings, data)
+  _check_evaluation(settings, data)
+
+
+def check_unet(settings: Any, data: LongTailDataset) -> None:
+  """Raises ConfigError if the U-Net or its sampler does not fit the images or each other."""
   height, width = data.train_images.shape[1:3]
   if height != width:
     raise ConfigError(f"The images are {height} x {width} pixels, but the U-Net takes squares.")
@@ -87,7 +98,6 @@ def check(settings: ImagesConfig, data: LongTailDataset) -> None:
       f"config.sampling.num_steps is {settings.sampling.num_steps}, but the diffusion has only"
       f" {settings.diffusion.schedule.num_steps} steps."
     )
-  _check_evaluation(settings, data)
 
 
 def _check_evaluation(settings: ImagesConfig, data: LongTailDataset) -> None:

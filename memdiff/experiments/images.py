@@ -16,11 +16,10 @@ from input_pipeline import dataset as dataset_lib
 from memdiff.evaluation import image_report
 from memdiff.experiments import image_evaluation
 from memdiff.experiments.base import Experiment, Kind, Phase, classifier_stage, last_metrics
+from memdiff.experiments.drawer import Drawer
 from memdiff.experiments.image_settings import CLASSIFIER, ImagesConfig, check
 from memdiff.experiments.image_store import device_data, png_bytes, sample_folder, trained
 from memdiff.runtime import loop, programs
-from memdiff.runtime import mesh as mesh_lib
-from memdiff.runtime.random import stream
 from memdiff.runtime.workdir import write_arrays, write_atomically, writing
 from memdiff.synthesis import image_methods, pixel_bottlenecks, pixel_diffusion
 
@@ -114,28 +113,19 @@ def _draw_part(
   experiment: Experiment, part: _Part, shared: pixel_diffusion.ImageData
 ) -> tuple[np.ndarray, np.ndarray]:
   """(images [n, H, W, ch] uint8, labels [n]); the noise of all methods and scales is the same."""
-  config, data, mesh = experiment.config, experiment.dataset, experiment.mesh
-  diffusion = image_methods.apply(part.method, config.diffusion)
-  program = pixel_diffusion.sampling_program(
-    diffusion,
-    config.sampling,
-    data.train_images.shape[1:],
-    data.num_classes,
-    part.scale != 1,
-    mesh,
-  )
+  config = experiment.config
   # Class after class, around and around, so that every file has all classes alike.
-  labels = (np.arange(part.start, part.stop) % data.num_classes).astype(np.int32)
-  padded = np.resize(labels, config.sampling.chunk_size)
-  params = trained(experiment, part.method, part.seed)
-  numbers = np.uint32(experiment.seeds[part.seed]), np.int32(part.start), np.float32(part.scale)
-  placed, *numbers = mesh_lib.replicate(mesh, (padded, *numbers))
-  memory = ()
-  if diffusion.memory.num_exemplars:
-    key = stream(experiment.run.keys("exemplars")[part.seed], "of_chunk", part.start)
-    memory = pixel_diffusion.exemplars_of(shared, placed, key, diffusion.memory.num_exemplars)
-  images = mesh_lib.fetch(program(params, placed, memory, *numbers))
-  return np.asarray(images)[: len(labels)], labels
+  labels = np.arange(part.start, part.stop) % experiment.dataset.num_classes
+  drawer = Drawer(
+    config=image_methods.apply(part.method, config.diffusion),
+    sampling=config.sampling,
+    data=shared,
+    mesh=experiment.mesh,
+    params=trained(experiment, part.method, part.seed),
+    seed=experiment.seeds[part.seed],
+    key=experiment.run.keys("exemplars")[part.seed],
+  )
+  return drawer.draw(labels, part.start, part.scale), labels.astype(np.int32)
 
 
 def _write_png(folder: pathlib.Path, start: int, images: np.ndarray, labels: np.ndarray) -> None:

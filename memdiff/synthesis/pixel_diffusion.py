@@ -79,18 +79,24 @@ class PixelDiffusionConfig(TrainingConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-  """How images are drawn from a trained denoiser."""
+class SolverConfig:
+  """How a trained denoiser is run backwards."""
 
   sampler: str = setting("dpm++", "the solver of the reverse process", one_of(SAMPLERS))
   num_steps: int = setting(20, "visited steps", at_least(2))
+  chunk_size: int = setting(500, "images at a time, and in a file", at_least(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig(SolverConfig):
+  """How many images are drawn, and how they are guided."""
+
   guidance: tuple[float, ...] = setting(
     (1.0,),
     "scales of the guidance, 1 + omega; the first is the one of the tables, 1: none",
     each(lambda s: s >= 0, "numbers from 0"),
   )
   per_class: int = setting(1000, "images of every class", at_least(1))
-  chunk_size: int = setting(500, "images at a time, and in a file", at_least(1))
   png: bool = setting(False, "whether every image is written as a .png file too")
 
 
@@ -111,6 +117,36 @@ def make_data(images: np.ndarray, labels: np.ndarray, num_classes: int, mesh: Me
   return mesh_lib.replicate(mesh, ImageData(images, by_class, places))
 
 
+@flax.struct.dataclass
+class Part:
+  """The training images that a run learns from if it is not all; of several runs, they lead."""
+
+  by_class: ByClass
+  places: Any  # [N] int32, as in ImageData
+  cumulative: Any  # [C] cumulated probability of drawing each class
+  late: Any  # [C] the same in balanced batches at the end of the training
+
+  def of(self, data: ImageData) -> ImageData:
+    """The images of one run."""
+    return data.replace(by_class=self.by_class, places=self.places)
+
+
+def make_parts(
+  config: PixelDiffusionConfig, labels: np.ndarray, rows: np.ndarray, num_classes: int, mesh: Mesh
+) -> Part:
+  """Of runs that learn from `rows` [R, A] of the images with `labels` [N]; -1 is no image."""
+  parts = []
+  for chosen in rows:
+    of_run = np.full(len(labels), num_classes)  # an image that does not train is of no class
+    of_run[chosen[chosen >= 0]] = labels[chosen[chosen >= 0]]
+    by_class = group_by_class(of_run, num_classes)
+    exponents = (config.class_exponent, 0.0)
+    weights = [np.cumsum(draw_probabilities(by_class.counts, e)) for e in exponents]
+    weights = np.array(weights, np.float32)
+    parts.append(Part(by_class, np.argsort(by_class.order).astype(np.int32), *weights))
+  return mesh_lib.replicate(mesh, jax.tree.map(lambda *leaves: np.stack(leaves), *parts))
+
+
 def to_model(images: jax.Array) -> jax.Array:
   """uint8 -> float32 from -1 to 1."""
   return images.astype(jnp.float32) / 127.5 - 1
@@ -124,7 +160,7 @@ def to_pixels(x: jax.Array) -> jax.Array:
 def draw_batch(
   key: jax.Array,
   data: ImageData,
-  cumulative: np.ndarray,
+  cumulative: np.ndarray | jax.Array,
   config: PixelDiffusionConfig,
 ) -> Batch:
   """A batch of images, a class first, drawn with replacement.
@@ -241,17 +277,32 @@ def make_denoiser(config: PixelDiffusionConfig, num_classes: int, channels: int)
 
 
 def make_stage(
-  config: PixelDiffusionConfig, data: ImageData, counts: np.ndarray, mesh: Mesh
+  config: PixelDiffusionConfig,
+  data: ImageData,
+  counts: np.ndarray,
+  mesh: Mesh,
+  parts: Part | None = None,
 ) -> Stage:
-  """The stage that trains the U-Net on `data`, whose classes have `counts` [C] images."""
+  """The stage that trains the U-Net.
+
+  Args:
+    config: of the training.
+    data: the images; their `by_class` is not read if there are parts.
+    counts: [C] images of the classes.
+    mesh: the device mesh.
+    parts: of `make_parts`, what each run learns from; None: all of it.
+  """
   denoiser = make_denoiser(config, len(counts), data.images.shape[-1])
   numbers = tuple(int(count) for count in counts)
+  if parts is None:
+    draw, balanced = _draw(config, numbers, config.class_exponent), _draw(config, numbers, 0.0)
+  else:
+    draw, balanced = _draw_of_part(config, late=False), _draw_of_part(config, late=True)
   late = None
   if config.balanced_last:
-    first = round((1 - config.balanced_last) * config.num_steps)
-    late = LateBatches(first, _draw(config, numbers, 0.0))
-  draw = _draw(config, numbers, config.class_exponent)
-  return denoiser_training.make_stage(config, denoiser, draw, data, (), mesh, late)
+    late = LateBatches(round((1 - config.balanced_last) * config.num_steps), balanced)
+  per_seed = () if parts is None else parts
+  return denoiser_training.make_stage(config, denoiser, draw, data, per_seed, mesh, late)
 
 
 @functools.lru_cache(maxsize=16)
@@ -259,6 +310,16 @@ def _draw(config: PixelDiffusionConfig, counts: tuple[int, ...], exponent: float
   """(key, data, per_seed) -> Batch; the same function for stages of one config."""
   cumulative = np.cumsum(draw_probabilities(np.array(counts), exponent))
   return lambda key, data, _: draw_batch(key, data, cumulative, config)
+
+
+@functools.lru_cache(maxsize=16)
+def _draw_of_part(config: PixelDiffusionConfig, *, late: bool) -> Callable:
+  """(key, data, part) -> Batch; the same function for stages of one config."""
+
+  def draw(key, data, part):
+    return draw_batch(key, part.of(data), part.late if late else part.cumulative, config)
+
+  return draw
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -271,7 +332,7 @@ def exemplars_of(data: ImageData, labels: jax.Array, key: jax.Array, number: int
 @functools.lru_cache(maxsize=16)
 def sampling_program(
   config: PixelDiffusionConfig,
-  sampling: SamplingConfig,
+  sampling: SolverConfig,
   shape: tuple[int, ...],
   num_classes: int,
   guides: bool,

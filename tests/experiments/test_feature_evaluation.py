@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from memdiff.evaluation import criteria, scores
+from memdiff.experiments import comparison as comparison_lib
 from memdiff.experiments import feature_evaluation, feature_scores, methods, summaries
-from memdiff.experiments.feature_scores import Scored
+from memdiff.experiments.comparison import Scored, agreement, mark_shown
 from memdiff.memory.feature_space import Standardizer
 
 LOSSES = ("cross_entropy", "csl")
@@ -75,8 +76,13 @@ def recommended(method="real+csl", **scores):
 # --- what is compared ------------------------------------------------------------------------
 
 
+def headline(made, *arguments):
+  generators = [m for m in methods.methods(experiment()) if m.generator != methods.REAL]
+  return comparison_lib.headline(made, generators, *arguments)
+
+
 def compare(e, made, recommendation):
-  return feature_scores.compare(made, *feature_scores.compared_methods(e, recommendation))
+  return comparison_lib.compare(made, *feature_scores.compared_methods(e, recommendation))
 
 
 def test_memdiff_is_held_against_the_control_seed_by_seed():
@@ -163,7 +169,7 @@ def test_without_an_oracle_only_the_gain_is_known():
   found = compare(experiment(), made, recommended())
   assert found["reference"] is found["headroom"] is found["gap_closed"] is None
   assert found["gain"]["mean"] == pytest.approx(0.035)
-  first = feature_scores.headline(experiment(), made, "own_head", found, recommended())
+  first = headline(made, "own_head", found, recommended())
   assert first["room"] is None
 
 
@@ -210,13 +216,13 @@ def test_on_an_imbalanced_test_set_every_number_is_one_of_the_criterion(criterio
     share = (by_hand(criterion, row["method"]) - by_hand(criterion, control)) / room
     assert row["gap_closed"]["mean"] == pytest.approx(share)
 
-  first = feature_scores.headline(experiment(), made, plain, found, advice)
+  first = headline(made, plain, found, advice)
   over_plain = by_hand(criterion, method) - by_hand(criterion, plain)
   assert first["over_plain"]["overall"]["mean"] == pytest.approx(over_plain)
   assert first["synthetic"]["overall"]["mean"] == pytest.approx(gain)
   assert first["room"]["overall"]["mean"] == pytest.approx(room)
 
-  seen = feature_scores.agreement(made, advice)
+  seen = agreement(made, advice)
   judged = [m for m in IMBALANCED if m.split("+")[0] not in methods.REFERENCES]
   scores = [by_hand(criterion, m) for m in judged]
   assert seen["test_gain"]["mean"] == pytest.approx(gain)
@@ -248,7 +254,7 @@ def test_macro_f1_decides_if_it_is_asked_for():
 def first_words(made=None, advice=None, plain="own_head", **changes):
   made = made or scored(**changes)
   comparison = compare(experiment(), made, advice)
-  return feature_scores.headline(experiment(), made, plain, comparison, advice)
+  return headline(made, plain, comparison, advice)
 
 
 def test_the_recommended_method_is_held_against_plain_training_in_every_group():
@@ -302,9 +308,9 @@ def test_without_cross_validation_nothing_is_expected_or_recommended():
 def test_rows_that_are_spoken_of_are_shown():
   made, advice = scored(), recommended(**{"duplicate+csl": 0.99})
   comparison = compare(experiment(), made, advice)
-  feature_scores.mark_shown(
+  mark_shown(
     made,
-    feature_scores.headline(experiment(), made, "own_head", comparison, advice),
+    headline(made, "own_head", comparison, advice),
     comparison,
   )
   assert {row["method"] for row in made.rows if row["shown"]} == {
@@ -334,7 +340,7 @@ def test_plain_training_is_cross_entropy_on_the_data_as_they_are(own, losses, lo
 
 
 def test_agreement_is_perfect_if_scores_are_those_of_the_test_set():
-  found = feature_scores.agreement(scored(), recommended())
+  found = agreement(scored(), recommended())
   assert found["kendall_tau"] == pytest.approx(1) and found["pairs"] == 1
   assert found["regret"] == 0
   assert found["methods"] == 7  # references are none
@@ -343,7 +349,7 @@ def test_agreement_is_perfect_if_scores_are_those_of_the_test_set():
 
 
 def test_agreement_tells_what_a_wrong_first_place_costs():
-  found = feature_scores.agreement(scored(), recommended(own_head=0.99))
+  found = agreement(scored(), recommended(own_head=0.99))
   assert found["regret"] == pytest.approx(0.81 - 0.52)
   # One method in seven moved from the last place to the first: 6 of 21 pairs are turned.
   assert found["pairs"] == pytest.approx(15 / 21)
@@ -351,7 +357,7 @@ def test_agreement_tells_what_a_wrong_first_place_costs():
 
 
 def test_a_method_that_was_not_tested_takes_no_part_in_the_agreement():
-  found = feature_scores.agreement(scored(), recommended(**{"gan+csl": 1.0}))
+  found = agreement(scored(), recommended(**{"gan+csl": 1.0}))
   assert found["methods"] == 7 and found["kendall_tau"] == pytest.approx(1)
 
 

@@ -22,15 +22,15 @@ from memdiff import pipeline
 from memdiff.classifier import heads
 from memdiff.errors import ConfigError, WorkdirError
 from memdiff.evaluation import cross_validation
-from memdiff.experiments import feature_evaluation as evaluation
 from memdiff.experiments import (
+  comparison,
   feature_heads,
-  feature_scores,
   feature_selection,
   feature_settings,
   feature_store,
   methods,
 )
+from memdiff.experiments import feature_evaluation as evaluation
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.feature_selection import Folds
 from memdiff.experiments.methods import Choice
@@ -415,7 +415,7 @@ def test_a_recommended_head_is_in_the_units_of_the_encoder(method, tmp_path):
   )
   runs = SimpleNamespace(head=inside, standardizer=jax.tree.map(lambda x: x[None], standardizer))
   trained = {"memdiff+csl": jax.tree.map(lambda x: 2 * x, inside)}
-  scored = feature_scores.Scored([], {}, trained, np.array([0]), "accuracy", ())
+  scored = comparison.Scored([], {}, trained, np.array([0]), "accuracy", ())
   choices = {"own_head+logit_adjustment": Choice(tau=0.5)}
   evaluation.save_recommended_head(e, SimpleNamespace(runs=runs), scored, method, choices)
   saved = arrays_of(tmp_path / "recommended_head.npz")

@@ -1,0 +1,57 @@
+"""What generated images are worth to a classifier of long-tailed digits; no download.
+
+  python main.py --config=configs/augmented/digits_lt.py --workdir=runs/augmented
+
+Minutes on two CPU cores. Variants, as in --config=configs/augmented/digits_lt.py:full:
+  default  one generator, two seeds, two folds
+  full     the whole table: five generators, three losses, three seeds, three folds; hours
+  smoke    few steps of everything, for tests: seconds, learns little
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(variant: str = "default") -> ConfigDict:
+  config = base.augmented("augmented_digits")
+  config.seeds = (0, 1)  # as many as folds, so that both train by one program
+  config.dataset.name = "digits"
+  config.dataset.imbalance = 50.0
+  config.methods = ("balanced",)
+  config.losses = ("balanced_softmax",)
+  config.controls = ("real", "affine")
+  config.selection.folds = 2
+  base.small_images(config)
+  config.diffusion.unet.update(channels=16, multipliers=(1, 2), num_blocks=1, attention=(4,))
+  config.diffusion.num_steps = 400
+  config.encoder.backbone.name = "resnet8"
+  config.classifier.augment.padding = 1
+  config.classifier.num_epochs = 40.0
+  config.classifier.references = ()
+
+  def full():
+    config.seeds = (0, 1, 2)
+    config.selection.folds = 3
+    config.methods = ("ddpm", "balanced", "cbdm", "coral", "t2h", "memdiff+balanced")
+    config.losses = ("cross_entropy", "balanced_softmax", "logit_adjustment")
+    config.controls = ("real", "oversampling", "affine", "strong", "mixup")
+    config.pool.filters = ("none", "confident", "diffult", "agreeing&new")
+    config.diffusion.num_steps = 1000
+
+  def smoke():
+    config.seeds = (0,)
+    config.methods = ("ddpm", "memdiff+balanced")
+    config.losses = ("cross_entropy", "logit_adjustment")
+    config.controls = ("real", "oversampling", "affine", "mixup")
+    config.pool.filters = ("none", "confident", "agreeing&new")
+    config.diffusion.unet.channels = 8
+    config.diffusion.num_steps = 20
+    config.classifier.num_epochs = 4.0
+    config.sampling.update(num_steps=3, chunk_size=100)
+    config.loop.steps_per_dispatch = 5
+    config.loop.eval_every = 10
+    config.loop.checkpoint_every = 10
+
+  base.choose(variant, {"full": full, "smoke": smoke})
+  return config

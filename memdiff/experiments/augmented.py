@@ -1,0 +1,178 @@
+"""The experiment with generated images: classifiers are trained on real and generated ones.
+
+critics      real images -> the classifiers that filters ask    critics/<part>/...
+diffusion    training images -> a U-Net, per method              diffusion/<part>/<method>
+sampling     U-Nets -> images of the classes that lack some      sampling/<part>/<method>/run_<r>
+pool         images -> what is known of each                     pool/<part>/<method>/run_<r>.npz
+classifiers  real and generated images -> classifiers, per row   classifiers/<part>/<row>/<loss>
+selection    held-out images of the folds -> what to use         selection/choices.json
+evaluation   everything -> report.json, report.html              evaluation/
+
+A part is `final`, one run per seed, or `folds`, runs of cross-validation whose generators and
+classifiers have not seen what they are judged on.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from memdiff.classifier import encoder, encoder_training
+from memdiff.classifier.encoder_training import Recipe
+from memdiff.evaluation import report
+from memdiff.experiments import augmented_evaluation, augmented_pool, images
+from memdiff.experiments.augmented_runs import (
+  PREDICTIONS,
+  Part,
+  classifier_folder,
+  critic_folder,
+  parts,
+  save,
+  second_folder,
+)
+from memdiff.experiments.augmented_selection import select
+from memdiff.experiments.augmented_settings import (
+  CRITIC_LOSS,
+  REAL,
+  AugmentedConfig,
+  Row,
+  Training,
+  augmentation_of,
+  check,
+  rows_of,
+  trainings,
+)
+from memdiff.experiments.base import Experiment, Kind, Phase, forward_images, last_metrics
+from memdiff.experiments.image_store import device_data
+from memdiff.runtime import loop, programs
+from memdiff.synthesis import image_methods, pixel_diffusion
+
+
+def classifier_stage(
+  experiment: Experiment, part: Part, row: Row, training: Training, name: str
+) -> loop.Stage:
+  """Trains a row's classifiers, all runs of a part at once; rows draw the same real images."""
+  config, data, mesh = experiment.config, experiment.dataset, experiment.mesh
+  shape = data.train_images.shape[1:]
+  recipe = Recipe(
+    dataclasses.replace(config.classifier, augment=augmentation_of(config, row.source, shape)),
+    config.encoder,
+    training.loss,
+    images=config.added if row.has_pool else None,
+    counts=training.counts,
+  )
+  shared = encoder.device_data(config.encoder.input, data, mesh)
+  stage = encoder_training.make_stage(recipe, data, shared, mesh, part.rows)
+  per_seed = stage.per_seed
+  if row.has_pool:
+    per_seed = per_seed | {"images": augmented_pool.pools(experiment, part, row)}
+  return dataclasses.replace(stage, name=name, streams="classifiers", per_seed=per_seed)
+
+
+def train_critics(experiment: Experiment) -> dict:
+  """Trains the classifiers of real images that filters ask."""
+  summary = {}
+  for part in parts(experiment):
+    names = [(critic_folder(experiment, part), "critics")]
+    if experiment.config.pool.needs_second:
+      names.append((second_folder(experiment, part), "critics/second"))
+    for folder, streams in names:
+      name = str(folder.relative_to(experiment.workdir.path))
+      stage = classifier_stage(experiment, part, Row(REAL, ""), Training(CRITIC_LOSS), name)
+      loop.train(dataclasses.replace(stage, streams=streams), part.run, folder)
+      summary[name] = last_metrics(folder)
+  return summary
+
+
+def method_stages(experiment: Experiment) -> Iterator[tuple[Part, str, loop.Stage]]:
+  """(part, method, its training); all methods draw the same noise."""
+  data, mesh, shared = experiment.dataset, experiment.mesh, device_data(experiment)
+  for part in parts(experiment):
+    for method in experiment.config.methods:
+      config = image_methods.apply(method, experiment.config.diffusion)
+      seen = pixel_diffusion.make_parts(
+        config, data.train_labels, part.rows, data.num_classes, mesh
+      )
+      stage = pixel_diffusion.make_stage(config, shared, data.train_counts, mesh, seen)
+      name = f"diffusion/{part.name}/{method}"
+      yield part, method, dataclasses.replace(stage, name=name, streams="diffusion")
+
+
+def compile_denoisers(experiment: Experiment) -> None:
+  for part, _, stage in method_stages(experiment):
+    programs.compile_ahead(stage, part.run)
+
+
+def train_denoisers(experiment: Experiment) -> dict:
+  summary = {}
+  for part, method, stage in method_stages(experiment):
+    folder = experiment.workdir.folder("diffusion") / part.name / method
+    loop.train(stage, part.run, folder)
+    summary[f"{part.name}/{method}"] = last_metrics(folder)
+  return summary
+
+
+def train_classifiers(experiment: Experiment) -> dict:
+  """Trains every row of the table, and keeps what its classifiers say of unseen images."""
+  summary = {}
+  for part in parts(experiment):
+    for row in rows_of(experiment.config, experiment.dataset):
+      if row.reference and part.held_out is not None:
+        continue  # a reference is never chosen
+      for training in trainings(experiment.config, row):
+        folder = classifier_folder(experiment, part, row, training)
+        path = folder / PREDICTIONS
+        if not path.exists():
+          save(path, _train_row(experiment, part, row, training))
+        summary[str(folder.relative_to(experiment.workdir.path))] = last_metrics(folder)
+  return summary
+
+
+def _train_row(
+  experiment: Experiment, part: Part, row: Row, training: Training
+) -> dict[str, np.ndarray]:
+  """{"logits": [R, T, C] of the test images or [R, B, C] of held-out ones, "real", "effective":
+  [R, C] counts of the classes}."""
+  folder, data = classifier_folder(experiment, part, row, training), experiment.dataset
+  name = str(folder.relative_to(experiment.workdir.path))
+  stage = classifier_stage(experiment, part, row, training, name)
+  state = loop.train(stage, part.run, folder)
+  counts = {"real": part.counts(data).astype(np.float32)}
+  if row.has_pool:
+    pools = stage.per_seed["images"]
+    counts["effective"] = augmented_pool.effective_counts(
+      experiment.config.added, counts["real"], pools
+    )
+  unseen = data.test_images if part.held_out is None else data.train_images
+  statistics = stage.per_seed["statistics"]
+  logits, _ = forward_images(experiment, training.loss, state, unseen, statistics)
+  if part.held_out is not None:
+    logits = np.stack([of_run[held] for of_run, held in zip(logits, part.held_out, strict=True)])
+  return {"logits": logits} | counts
+
+
+_PHASES = (
+  Phase(
+    "critics",
+    "training the classifiers that filters ask",
+    train_critics,
+    ("seeds", "dataset", "encoder", "classifier", "loop", "selection", "pool"),
+  ),
+  Phase(
+    "diffusion",
+    "training U-Nets on the long-tailed images",
+    train_denoisers,
+    ("diffusion", "methods"),
+    compile_ahead=compile_denoisers,
+  ),
+  Phase("sampling", "drawing images", augmented_pool.sample_pools, ("sampling",)),
+  Phase("pool", "looking at the images", augmented_pool.look_at_pools, ("controls",)),
+  Phase(
+    "classifiers", "training classifiers on real and generated images", train_classifiers,
+    ("added", "losses"),
+  ),
+  Phase("selection", "comparing the rows on held-out images", select, ("taus",)),
+  Phase("evaluation", "scoring and drawing", augmented_evaluation.evaluate, ("name",)),
+)  # fmt: skip
+
+KIND = Kind(AugmentedConfig, images.load, (check,), _PHASES, report.render_html, report.text_table)

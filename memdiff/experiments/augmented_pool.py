@@ -1,0 +1,360 @@
+"""Pools of images that classifiers are trained on beside the real ones: drawn, looked at, chosen.
+
+Every run, a seed or a fold of cross-validation, has pools of its own: its U-Net and the classifier
+that filters have seen no image but those it trains on.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from memdiff.classifier import added_images, image_batches
+from memdiff.classifier.added_images import AddedImagesConfig
+from memdiff.evaluation import image_quality
+from memdiff.experiments.augmented_runs import (
+  Part,
+  critic_folder,
+  part_of,
+  parts,
+  pool_path,
+  save,
+  second_folder,
+)
+from memdiff.experiments.augmented_settings import AFFINE, CRITIC_LOSS, ORACLE, OVERSAMPLING, Row
+from memdiff.experiments.base import Experiment, forward_images
+from memdiff.experiments.drawer import Drawer
+from memdiff.experiments.image_store import device_data, params_of_seed, read_samples
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime import results
+from memdiff.runtime.workdir import read_arrays
+from memdiff.synthesis import image_filters, image_methods, pixel_augmentation, pixel_diffusion
+from memdiff.synthesis.image_filters import Limits, Signs
+
+_SAMPLE = 500  # images by which the strength of affine maps is found
+
+
+def wanted(experiment: Experiment, part: Part) -> np.ndarray:
+  """How many images each class of each run lacks. [R, C].
+
+  In a fold, classes are filled up to the same share of the training images.
+  """
+  data, config = experiment.dataset, experiment.config.pool
+  fill = config.fill_to or int(data.train_counts.max())
+  counts = part.counts(data)
+  shares = counts.sum(axis=1) / len(data.train_labels)
+  return np.maximum(np.round(fill * shares).astype(int)[:, None] - counts, 0)
+
+
+def pool_size(experiment: Experiment) -> int:
+  """Places of a pool, enough for any run."""
+  return max(int(wanted(experiment, part).sum(axis=1).max()) for part in parts(experiment))
+
+
+# --- drawing ---------------------------------------------------------------------------------
+
+
+def sample_pools(experiment: Experiment) -> dict:
+  """Draws the images of every method and run, chunk by chunk; those that are there are kept."""
+  config, progress, total = experiment.config, experiment.run.progress, 0
+  work = [
+    (part, method, run)
+    for part in parts(experiment)
+    for method in config.methods
+    for run in range(len(part.run.seeds))
+  ]
+  progress.start_stage(0)
+  for number, (part, method, run) in enumerate(work, 1):
+    numbers = np.ceil(config.pool.surplus * wanted(experiment, part)[run]).astype(int)
+    labels = np.repeat(np.arange(len(numbers)), numbers)
+    _draw_run(experiment, part, method, run, labels)
+    total += len(labels)
+    progress.step(f"drawing {method}", number, len(work), {})
+  return {"images": total}
+
+
+def _draw_run(
+  experiment: Experiment, part: Part, method: str, run: int, labels: np.ndarray
+) -> None:
+  config, drawer = experiment.config, None
+  folder = experiment.workdir.folder("sampling") / part.name / method / f"run_{run}"
+  size = config.sampling.chunk_size
+  for start in range(0, len(labels), size):
+    experiment.run.preemption.check(f"while drawing {method}")
+    path = folder / f"{start:06d}.npz"
+    if not path.exists():
+      drawer = drawer or _drawer(experiment, part, method, run)
+      some = labels[start : start + size].astype(np.int32)
+      images = drawer.draw(some, start, config.pool.guidance)
+      save(path, {"images": images, "labels": some})
+
+
+def _drawer(experiment: Experiment, part: Part, method: str, run: int) -> Drawer:
+  data, config = experiment.dataset, experiment.config
+  diffusion = image_methods.apply(method, config.diffusion)
+  seen = pixel_diffusion.make_parts(
+    diffusion, data.train_labels, part.rows[run : run + 1], data.num_classes, experiment.mesh
+  )
+  of_run = jax.tree.map(lambda x: x[0], seen).of(device_data(experiment))
+  folder = experiment.workdir.folder("diffusion") / part.name / method
+  return Drawer(
+    config=diffusion,
+    sampling=config.sampling,
+    data=of_run,
+    mesh=experiment.mesh,
+    params=params_of_seed(folder, run, experiment.mesh),
+    seed=part.run.seeds[run],
+    key=part.run.keys("exemplars")[run],
+  )
+
+
+# --- looking ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Critic:
+  """What looks at images for one run: a classifier of its real ones, perhaps a second.
+
+  Attributes:
+    experiment: the experiment.
+    states: of one or two classifiers.
+    statistics: of the run's pixels.
+    means: [C, D] of the features of each class, of length one.
+  """
+
+  experiment: Experiment
+  states: tuple
+  statistics: Mapping[str, np.ndarray]
+  means: np.ndarray
+
+  def look(self, images: np.ndarray, labels: np.ndarray, copied: np.ndarray) -> Signs:
+    """The signs of images [M, H, W, ch], labels [M], of which some are copies [M]."""
+    views = [
+      forward_images(self.experiment, CRITIC_LOSS, state, images, self.statistics)
+      for state in self.states
+    ]
+    logits, features = (x[0].astype(np.float64) for x in views[0])
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    near = _unit(features) * self.means[labels]
+    return Signs(
+      labels=labels,
+      confidence=odds[np.arange(len(labels)), labels] / odds.sum(axis=1),
+      predicted=logits.argmax(axis=1),
+      second=views[1][0][0].argmax(axis=1) if len(views) > 1 else None,
+      distance=1 - near.sum(axis=1),
+      copied=copied,
+    )
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+  return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+
+
+def make_critic(experiment: Experiment, part: Part, run: int) -> Critic:
+  data, config = experiment.dataset, experiment.config
+  folders = [critic_folder(experiment, part)]
+  if config.pool.needs_second:
+    folders.append(second_folder(experiment, part))
+  loaded = [results.load(folder, experiment.mesh) for folder in folders]
+  states = tuple(jax.tree.map(lambda x: x[run : run + 1], state) for state in loaded)
+  known = image_batches.fold_data(config.encoder, data, part.rows[run : run + 1])
+  rows = part.rows_of(run)
+  _, features = forward_images(
+    experiment, CRITIC_LOSS, states[0], data.train_images[rows], known["statistics"]
+  )
+  sums = np.zeros((data.num_classes, features.shape[-1]))
+  np.add.at(sums, data.train_labels[rows], features[0])
+  return Critic(experiment, states, known["statistics"], _unit(sums))
+
+
+def look_at_pools(experiment: Experiment) -> dict:
+  """Writes every pool with what is known of its images."""
+  if experiment.config.pool.needs_limits:
+    _look_at_held_out(experiment)
+  summary = {}
+  for part in parts(experiment):
+    for run in range(len(part.run.seeds)):
+      critic = make_critic(experiment, part, run)
+      for method in experiment.config.methods:
+        path = pool_path(experiment, part, method, run)
+        if not path.exists():
+          save(path, _provenance(experiment, part, method, run, critic))
+        signs = signs_of(experiment, part, method, run)
+        summary[method] = {"right": float((signs.predicted == signs.labels).mean())}
+      if AFFINE in experiment.config.controls:
+        _write_moved(experiment, part, run)
+  return summary
+
+
+def _provenance(
+  experiment: Experiment, part: Part, method: str, run: int, critic: Critic
+) -> dict[str, np.ndarray]:
+  """The images of one run and where each comes from."""
+  folder = experiment.workdir.folder("sampling") / part.name / method / f"run_{run}"
+  images, labels = read_samples(folder)
+  rows = part.rows_of(run)
+  near = image_quality.nearest(images, experiment.dataset.train_images[rows])
+  signs = critic.look(images, labels, near.copied)
+  arrays = {name: value for name, value in vars(signs).items() if value is not None}
+  return arrays | {
+    "images": images,
+    "nearest_index": rows[near.index],
+    "nearest_distance": near.distance,
+    "method": np.array(method),
+    "seed": np.array(part.run.seeds[run]),
+    "guidance": np.array(experiment.config.pool.guidance),
+    "train_sha256": np.array(experiment.data_digests["split"]),
+  }
+
+
+def _signs(arrays: Mapping[str, np.ndarray]) -> Signs:
+  return Signs(**{field.name: arrays.get(field.name) for field in dataclasses.fields(Signs)})
+
+
+def signs_of(experiment: Experiment, part: Part, method: str, run: int) -> Signs:
+  """What is known of the images of a method and run."""
+  names = [field.name for field in dataclasses.fields(Signs)]
+  if not experiment.config.pool.needs_second:
+    names.remove("second")
+  return _signs(read_arrays(pool_path(experiment, part, method, run), names))
+
+
+def _held_out_path(experiment: Experiment):
+  return experiment.workdir.folder("pool") / "held_out.npz"
+
+
+def _look_at_held_out(experiment: Experiment) -> None:
+  """What the folds' critics say of the images that their fold holds out."""
+  if _held_out_path(experiment).exists():
+    return
+  part, data, found = part_of(experiment, "folds"), experiment.dataset, []
+  for run, held in enumerate(part.held_out):
+    rows = held[held >= 0]
+    nothing = np.zeros(len(rows), bool)
+    signs = make_critic(experiment, part, run).look(
+      data.train_images[rows], data.train_labels[rows], nothing
+    )
+    found.append({"confidence": signs.confidence, "distance": signs.distance, "example": rows})
+  together = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
+  save(_held_out_path(experiment), together)
+
+
+def limits_of(experiment: Experiment, part: Part, run: int) -> Limits | None:
+  """The limits of a run's filters, from held-out images that are not judged in it."""
+  if not experiment.config.pool.needs_limits:
+    return None
+  arrays = read_arrays(_held_out_path(experiment))
+  if part.held_out is not None:
+    others = ~np.isin(arrays["example"], part.held_out[run])
+    arrays = {name: values[others] for name, values in arrays.items()}
+  labels = experiment.dataset.train_labels[arrays["example"]]
+  return image_filters.limits(
+    arrays["confidence"], arrays["distance"], labels, experiment.config.pool.rejected
+  )
+
+
+# --- choosing --------------------------------------------------------------------------------
+
+
+def kept(experiment: Experiment, part: Part, row: Row, run: int):
+  """(the pool's arrays, indices of the images that are used), the first that pass, per class."""
+  arrays = read_arrays(pool_path(experiment, part, row.source, run))
+  signs = _signs(arrays)
+  passed = image_filters.keep(row.filter, signs, limits_of(experiment, part, run))
+  return arrays, first_of_class(signs.labels, passed, wanted(experiment, part)[run])
+
+
+def first_of_class(labels: np.ndarray, passed: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+  """Indices of the first rows that passed, `numbers` [C] of each class at most."""
+  chosen = [
+    np.flatnonzero(passed & (labels == c))[:number] for c, number in enumerate(numbers) if number
+  ]
+  return np.concatenate(chosen) if chosen else np.zeros(0, int)
+
+
+def pools(experiment: Experiment, part: Part, row: Row) -> added_images.ImagePool:
+  """Of every run, their axis first, on the devices."""
+  size, data = pool_size(experiment), experiment.dataset
+  made = []
+  for run in range(len(part.run.seeds)):
+    if row.source in experiment.config.methods:
+      arrays, index = kept(experiment, part, row, run)
+      chosen = [arrays[name][index] for name in ("images", "labels", "confidence")]
+      chosen[2] = np.maximum(chosen[2], 1e-6)
+    else:
+      images, labels = _REUSED[row.source](experiment, part, run)
+      chosen = [images, labels, np.ones(len(labels))]
+    rows = part.rows_of(run)
+    made.append(added_images.make_pool(*chosen, size, rows, num_train=len(data.train_labels)))
+  return mesh_lib.replicate(experiment.mesh, added_images.stack_pools(made))
+
+
+def _copies(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, np.ndarray]:
+  """Training images of the run, every one of a class as often as any other."""
+  data, numbers = experiment.dataset, wanted(experiment, part)[run]
+  rows = part.rows_of(run)
+  index = np.concatenate(
+    [np.resize(rows[data.train_labels[rows] == c], number) for c, number in enumerate(numbers)]
+  )
+  return data.train_images[index], data.train_labels[index]
+
+
+def _left_out(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, np.ndarray]:
+  data, numbers = experiment.dataset, wanted(experiment, part)[run]
+  every = np.ones(len(data.left_out_labels), bool)
+  index = first_of_class(data.left_out_labels, every, numbers)
+  return data.left_out_images[index], data.left_out_labels[index]
+
+
+_affine = jax.jit(
+  lambda key, images, strength: pixel_diffusion.to_pixels(
+    pixel_augmentation.affine(key, pixel_diffusion.to_model(images), strength)
+  )
+)
+
+
+def _write_moved(experiment: Experiment, part: Part, run: int) -> None:
+  """Copies that are moved as far as the first method's images lie from the training images."""
+  path = pool_path(experiment, part, AFFINE, run)
+  if not path.exists():
+    images, labels = _copies(experiment, part, run)
+    strength = _affine_strength(experiment, part, run)
+    moved = _affine(part.run.keys("affine")[run], images, np.float32(strength))
+    save(path, {"images": np.asarray(moved), "labels": labels, "strength": np.array(strength)})
+
+
+def _moved(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, np.ndarray]:
+  arrays = read_arrays(pool_path(experiment, part, AFFINE, run), ("images", "labels"))
+  return arrays["images"], arrays["labels"]
+
+
+def _affine_strength(experiment: Experiment, part: Part, run: int) -> float:
+  """At which moved copies lie as far from the nearest training image as those of the first method.
+
+  At most 4: beyond, little of an image is left.
+  """
+  first = experiment.config.methods[0]
+  target = read_arrays(pool_path(experiment, part, first, run))["nearest_distance"].mean()
+  images, _ = _copies(experiment, part, run)
+  some = images[np.linspace(0, len(images) - 1, min(len(images), _SAMPLE)).astype(int)]
+  rows = part.rows_of(run)
+  train, key, low, high = experiment.dataset.train_images[rows], part.run.keys("affine")[run], 0, 4
+  for _ in range(8):
+    middle = (low + high) / 2
+    moved = np.asarray(_affine(key, some, np.float32(middle)))
+    below = image_quality.nearest(moved, train).distance.mean() < target
+    low, high = (middle, high) if below else (low, middle)
+  return high
+
+
+_REUSED = {OVERSAMPLING: _copies, AFFINE: _moved, ORACLE: _left_out}
+
+
+def effective_counts(
+  config: AddedImagesConfig, real: np.ndarray, pool: added_images.ImagePool
+) -> np.ndarray:
+  """Images of the classes with generated ones, at the end of a training. [R, C]."""
+  weight = np.float32(config.weight)
+  counts = jax.vmap(lambda n, of_run: added_images.effective_counts(config, n, of_run, weight))
+  return mesh_lib.fetch(counts(real, pool))

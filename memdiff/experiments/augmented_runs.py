@@ -1,0 +1,92 @@
+"""The runs of an experiment with generated images, seeds and folds, and where their files are."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from input_pipeline.dataset import LongTailDataset
+from memdiff.evaluation import cross_validation
+from memdiff.experiments.augmented_settings import CRITIC_LOSS, REAL, Row, Training
+from memdiff.experiments.base import Experiment
+from memdiff.runtime import loop
+from memdiff.runtime.workdir import write_arrays, writing
+from memdiff.runtime.writers import TensorBoard
+
+PREDICTIONS = "predictions.npz"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+  """Runs that are trained together.
+
+  Attributes:
+    name: "final" or "folds"; names their folders.
+    run: their seeds and streams.
+    rows: [R, N] the training images of each, -1 if a run has fewer.
+    held_out: [R, B] those that a fold is judged on, -1 if it has fewer; None: the test set judges.
+  """
+
+  name: str
+  run: loop.Run
+  rows: np.ndarray
+  held_out: np.ndarray | None
+
+  def counts(self, data: LongTailDataset) -> np.ndarray:
+    """Training images of each class, [R, C]."""
+    labels = [data.train_labels[self.rows_of(run)] for run in range(len(self.rows))]
+    return np.stack([np.bincount(of_run, minlength=data.num_classes) for of_run in labels])
+
+  def rows_of(self, run: int) -> np.ndarray:
+    """The training images of one run."""
+    return self.rows[run][self.rows[run] >= 0]
+
+
+def parts(experiment: Experiment) -> tuple[Part, ...]:
+  """The folds, if there are any, and the seeds."""
+  data, config = experiment.dataset, experiment.config.selection
+  everything = np.tile(np.arange(len(data.train_labels)), (len(experiment.seeds), 1))
+  final = Part("final", experiment.run, everything, None)
+  if not config.folds:
+    return (final,)
+  train, held_out = cross_validation.fold_rows(data.train_labels, config)
+  quiet = TensorBoard(experiment.workdir.path / "tensorboard", enabled=False)
+  shown = experiment.config.execution.show_folds
+  run = dataclasses.replace(
+    experiment.run,
+    seeds=tuple(range(config.num_runs)),
+    streams="folds/",
+    tensorboard=experiment.run.tensorboard if shown else quiet,
+  )
+  return Part("folds", run, train, held_out), final
+
+
+def part_of(experiment: Experiment, name: str) -> Part:
+  return next(part for part in parts(experiment) if part.name == name)
+
+
+def classifier_folder(
+  experiment: Experiment, part: Part, row: Row, training: Training
+) -> pathlib.Path:
+  """Of a row; its file PREDICTIONS is what its classifiers say of the images that judge them."""
+  return experiment.workdir.folder("classifiers") / part.name / row.name / training.name
+
+
+def critic_folder(experiment: Experiment, part: Part) -> pathlib.Path:
+  """Of the classifier that filters ask: real images, with the class prior taken off."""
+  return experiment.workdir.folder("critics") / part.name / REAL / CRITIC_LOSS
+
+
+def second_folder(experiment: Experiment, part: Part) -> pathlib.Path:
+  return experiment.workdir.folder("critics") / part.name / "second"
+
+
+def pool_path(experiment: Experiment, part: Part, method: str, run: int) -> pathlib.Path:
+  return experiment.workdir.folder("pool") / part.name / method / f"run_{run}.npz"
+
+
+def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+  """Writes arrays into a folder that is made if it is not there."""
+  with writing(path.parent):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  write_arrays(path, arrays)

@@ -1,0 +1,251 @@
+"""Settings of experiments that train classifiers on generated images, and whether they fit."""
+
+import dataclasses
+
+from input_pipeline.augment import AugmentConfig
+from input_pipeline.dataset import DatasetConfig, LongTailDataset
+from memdiff.classifier import encoder, heads, losses
+from memdiff.classifier.added_images import AddedImagesConfig
+from memdiff.classifier.encoder import EncoderConfig
+from memdiff.classifier.encoder_training import ClassifierConfig
+from memdiff.config import Allowed, at_least, between, each, setting, some_of
+from memdiff.config import one_of as one_of_names
+from memdiff.errors import ConfigError
+from memdiff.evaluation.cross_validation import SelectionConfig
+from memdiff.experiments.base import check_classifier, check_seeds, seeds_field
+from memdiff.experiments.image_settings import check_unet, methods_field
+from memdiff.runtime.stage import ExecutionConfig, LoopConfig
+from memdiff.synthesis import image_filters, image_methods
+from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig, SolverConfig
+
+REAL = "real"
+AFFINE, OVERSAMPLING, STRONG, MIXUP = "affine", "oversampling", "strong", "mixup"
+CONTROLS = {
+  REAL: "real images only",
+  OVERSAMPLING: "real images, rare ones repeated",
+  AFFINE: "real images and copies that are scaled, turned and moved as far as generated ones lie",
+  STRONG: "real images only, under RandAugment (if they have colours) and Cutout",
+  MIXUP: "real images only, under mixup",
+}
+ORACLE = "oracle"
+REFERENCES = {
+  ORACLE: "real images that the long tail left out: the most that generated ones can reach"
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What classifiers are trained on: a control, a reference, or a generator and a filter."""
+
+  source: str
+  filter: str
+
+  @property
+  def name(self) -> str:
+    return f"{self.source}:{self.filter}" if self.filter else self.source
+
+  @property
+  def has_pool(self) -> bool:
+    """Whether there are images beside the real ones that all rows have."""
+    return self.source not in (REAL, STRONG, MIXUP)
+
+  @property
+  def reference(self) -> bool:
+    return self.source in REFERENCES
+
+  @property
+  def control(self) -> bool:
+    return self.source in CONTROLS
+
+  def describe(self) -> str:
+    if self.source in CONTROLS | REFERENCES:
+      return (CONTROLS | REFERENCES)[self.source]
+    kept = image_filters.describe(self.filter)
+    return f"real images and generated ones ({image_methods.describe(self.source)}; used: {kept})"
+
+
+CRITIC_LOSS = "balanced_softmax"  # logit adjustment with tau 1, in training
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolConfig:
+  """How many images are generated, and which of them are used."""
+
+  fill_to: int = setting(
+    0,
+    "images of a class, generated ones included; 0: as many as the largest class has",
+    at_least(0),
+  )
+  surplus: float = setting(
+    2.0, "images drawn for each that is needed, so that filters have a choice", at_least(1)
+  )
+  guidance: float = setting(1.0, "scale of the guidance, 1 + omega; 1: none", at_least(0))
+  filters: tuple[str, ...] = setting(
+    ("none", "confident"),
+    "rows of every generator; several joined by & are one filter",
+    Allowed(
+      lambda names: (
+        len(names) > 0 and len(set(names)) == len(names) and all(map(image_filters.is_known, names))
+      ),
+      lambda: "distinct names out of " + ", ".join(image_filters.FILTERS) + ", or such joined by &",
+    ),
+  )
+  rejected: float = setting(
+    0.1, "share of held-out real images beyond each limit of the filters", between(0.001, 0.499)
+  )
+
+  @property
+  def needs_limits(self) -> bool:
+    return any(part.needs_limits for name in self.filters for part in image_filters.parts_of(name))
+
+  @property
+  def needs_second(self) -> bool:
+    return any(part.needs_second for name in self.filters for part in image_filters.parts_of(name))
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentedConfig:
+  """Everything that decides a run's results."""
+
+  experiment: str = setting("augmented", "the kind of experiment", one_of_names(("augmented",)))
+  name: str = setting("augmented", "of the run, for its report")
+  seeds: tuple[int, ...] = seeds_field()
+  dataset: DatasetConfig = setting(DatasetConfig(), "images, and how they are cut to a long tail")
+  methods: tuple[str, ...] = methods_field()
+  diffusion: PixelDiffusionConfig = setting(PixelDiffusionConfig(), "the training of DDPM")
+  sampling: SolverConfig = setting(SolverConfig(), "how images are drawn")
+  pool: PoolConfig = setting(PoolConfig(), "how many images, and which are used")
+  controls: tuple[str, ...] = setting(
+    (REAL, OVERSAMPLING, AFFINE, STRONG),
+    "what generated images are held against; real has to be among them",
+    some_of(CONTROLS),
+  )
+  encoder: EncoderConfig = setting(EncoderConfig(), "the classifier's network")
+  classifier: ClassifierConfig = setting(ClassifierConfig(), "how classifiers are trained")
+  added: AddedImagesConfig = setting(AddedImagesConfig(), "how generated images enter the training")
+  losses: tuple[str, ...] = setting(
+    ("cross_entropy", "balanced_softmax", "logit_adjustment"), "rows of every source of images",
+    some_of(heads.LOSSES),
+  )  # fmt: skip
+  taus: tuple[float, ...] = setting(
+    (1.0, 0.5, 1.5),
+    "candidates; logit_adjustment: times the log of the class prior",
+    each(lambda tau: tau >= 0, "numbers from 0"),
+  )
+  selection: SelectionConfig = setting(
+    SelectionConfig(encoder="retrained"), "how the best method is chosen"
+  )
+  loop: LoopConfig = setting(LoopConfig(), "records and checkpoints")
+  execution: ExecutionConfig = setting(
+    ExecutionConfig(), "how the run is executed; may change when it is resumed"
+  )
+
+  def __post_init__(self):
+    check_seeds(self.seeds)
+    if REAL not in self.controls:
+      raise ValueError(f"controls is {self.controls}, but has to have real in it.")
+    if not self.losses:
+      raise ValueError("losses is empty, but classifiers must be trained by one.")
+    if self.pool.needs_limits and not self.selection.folds:
+      raise ValueError(
+        f"pool.filters is {self.pool.filters}, some of which compare with real images that a fold"
+        " holds out, but selection.folds is 0; set it to 2 or more, or the filters to none."
+      )
+    if self.selection.encoder != "retrained":
+      raise ValueError(
+        "selection.encoder is frozen, but here classifiers are trained from the images; set it to"
+        " retrained."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """How a row's classifiers are trained."""
+
+  loss: str
+  counts: str = "real"  # what the loss takes for the counts of the classes
+
+  @property
+  def name(self) -> str:
+    return self.loss if self.counts == "real" else f"{self.loss}_{self.counts}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """How a method is set: what cross-validation chooses."""
+
+  counts: str = "real"
+  tau: float = 0.0
+
+  def training(self, loss: str) -> Training:
+    """Cross-entropy knows no counts; those of logit adjustment come afterwards."""
+    trained = heads.trained_loss(loss)
+    return Training(trained, "real" if trained == "cross_entropy" else self.counts)
+
+
+def candidates(config: AugmentedConfig, row: Row, loss: str) -> list[Choice]:
+  """The settings of a method, the one to take without cross-validation first."""
+  counts = config.added.counts if row.has_pool and loss != "cross_entropy" else ("real",)
+  taus = config.taus if loss == "logit_adjustment" else (0.0,)
+  return [Choice(name, tau) for name in counts for tau in taus]
+
+
+def trainings(config: AugmentedConfig, row: Row) -> list[Training]:
+  """All that a row's settings need, each once."""
+  found = [c.training(loss) for loss in config.losses for c in candidates(config, row, loss)]
+  return list(dict.fromkeys(found))
+
+
+def rows_of(config: AugmentedConfig, data: LongTailDataset) -> tuple[Row, ...]:
+  """The rows of the table, for each loss: controls, generators with every filter, references."""
+  controls = [Row(name, "") for name in config.controls]
+  generated = [Row(method, name) for method in config.methods for name in config.pool.filters]
+  references = [Row(ORACLE, "")] if len(data.left_out_labels) else []
+  return (*controls, *generated, *references)
+
+
+def augmentation_of(config: AugmentedConfig, control: str, shape: tuple[int, ...]) -> AugmentConfig:
+  """How images [H, W, ch] are changed in the training of a control, or of anything else."""
+  side, _, channels = shape
+  usual = config.classifier.augment
+  if control == STRONG:
+    policy = "randaugment" if channels == 3 else usual.policy
+    return dataclasses.replace(usual, policy=policy, cutout=side // 2)
+  if control == MIXUP:
+    return dataclasses.replace(usual, mixup=usual.mixup or 0.2)
+  return usual
+
+
+def check(settings: AugmentedConfig, data: LongTailDataset) -> None:
+  """Raises ConfigError if settings do not fit each other or the data."""
+  check_classifier(settings, data)
+  check_unet(settings, data)
+  if data.train_images.shape[-1] not in (1, 3):
+    raise ConfigError(
+      f"The images have {data.train_images.shape[-1]} channels, but only grey and colour can be"
+      " generated."
+    )
+  if not settings.classifier.num_epochs:
+    raise ConfigError(
+      "config.classifier.num_epochs is 0, but generated images help only an encoder that is trained"
+      " on them."
+    )
+  for loss in settings.losses:
+    trained = heads.trained_loss(loss)
+    losses.check(trained, mixup=settings.classifier.augment.mixup > 0 or MIXUP in settings.controls)
+  if encoder.has_cosine_head(settings.encoder.backbone, CRITIC_LOSS):
+    raise ConfigError(
+      "config.encoder.backbone.head is cosine, but the class prior is added to the logits of a"
+      " linear head; set it to linear or auto."
+    )
+  if settings.selection.folds and data.train_counts.max() < 2:
+    raise ConfigError(
+      "config.selection.folds asks for cross-validation, but no class has two images; set it to 0,"
+      " and config.pool.filters to none."
+    )
+  fill = settings.pool.fill_to or int(data.train_counts.max())
+  if (data.train_counts >= fill).all():
+    raise ConfigError(
+      f"Every class has {fill} images or more, so that none would be generated; raise"
+      " config.pool.fill_to."
+    )

@@ -1,0 +1,293 @@
+"""The experiment with generated images: what is trained on what, its files, kill and resume."""
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from configs.augmented import digits_lt
+from memdiff import config as config_lib
+from memdiff import pipeline
+from memdiff.errors import MemdiffError
+from memdiff.evaluation import image_quality
+from memdiff.evaluation.method import Method
+from memdiff.experiments import augmented_pool, augmented_runs, augmented_settings
+from memdiff.experiments.augmented_settings import PoolConfig, Row
+from memdiff.synthesis import image_filters
+from tests import support
+from tests.support import ROOT
+
+OVERRIDES = {
+  "methods": ("memdiff+balanced",), "diffusion.unet.attention": (),
+  "pool.filters": ("none", "confident", "agreeing&new"),
+}  # fmt: skip
+# A network of one block that judges; the rest is main.py as it is.
+SMALL = """
+import runpy, sys
+from memdiff.classifier import backbones
+backbones.BACKBONES["resnet8"] = backbones.Architecture((1,), (16,), for_small_images=True)
+sys.argv = ["main.py", *sys.argv[1:]]
+runpy.run_path("main.py", run_name="__main__")
+"""
+PHASES = ("critics", "diffusion", "sampling", "pool", "classifiers", "selection", "evaluation")
+LOSSES = ("cross_entropy", "logit_adjustment")
+ROWS = (
+  "real", "oversampling", "affine", "mixup", "memdiff+balanced:none", "memdiff+balanced:confident",
+  "memdiff+balanced:agreeing&new", "oracle",
+)  # fmt: skip
+
+
+def command(workdir, **changes):
+  overrides = [f"--config.{name}={value!r}" for name, value in (OVERRIDES | changes).items()]
+  return [
+    *(sys.executable, "-c", SMALL, "--config=configs/augmented/digits_lt.py:smoke"),
+    *(f"--workdir={workdir}", "--notensorboard", *overrides),
+  ]
+
+
+def run(workdir, devices=1, **changes):
+  """(report, what the terminal showed) of a run that must succeed."""
+  done = subprocess.run(
+    command(workdir, **changes), cwd=ROOT, env=support.environment_of_children(devices),
+    capture_output=True, text=True, timeout=580,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads((workdir / "report.json").read_text()), done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module", params=support.SLOW)
+def undisturbed(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("augmented") / "run"
+  return workdir, *run(workdir)
+
+
+def pools(workdir):
+  """{path: arrays} of every generated pool."""
+  folder = workdir / "pool"
+  return {
+    path.relative_to(folder): dict(np.load(path)) for path in sorted(folder.rglob("run_*.npz"))
+  }
+
+
+def data_of():
+  return pipeline.prepare(settings())[2]
+
+
+# --- a run -----------------------------------------------------------------------------------
+
+
+def test_the_table_has_every_row_under_every_loss(undisturbed):
+  _, report, text = undisturbed
+  rows = {row["method"]: row for row in report["classification"]}
+  assert list(rows) == [f"{row}+{loss}" for row in ROWS for loss in LOSSES]
+  assert [m for m, row in rows.items() if row["reference"]] == [f"oracle+{x}" for x in LOSSES]
+  for row in rows.values():
+    assert 0 <= row["balanced_accuracy"]["mean"] <= 1 and row["description"]
+  assert "Use " in text and "generated images" in text.lower()
+
+
+def test_the_advice_comes_from_folds_and_knows_no_reference(undisturbed):
+  workdir, report, _ = undisturbed
+  advice = report["recommendation"]
+  judged = set(advice["scores"])
+  assert judged == {f"{row}+{loss}" for row in ROWS[:-1] for loss in LOSSES}
+  assert Method(advice["control"]).generator in augmented_settings.CONTROLS
+  assert advice["scores"]["real+logit_adjustment"]["settings"] == 3
+  saved = np.load(workdir / "selection" / "predictions.npz")
+  assert np.unique(saved["example"]).size == saved["example"].size  # each is held out once
+  assert not (workdir / "classifiers" / "folds" / "oracle").exists()
+
+
+def test_gains_are_held_against_a_control_of_the_same_loss(undisturbed):
+  _, report, _ = undisturbed
+  gains = report["same_loss"]
+  assert len(gains) == 4 * len(LOSSES)
+  for gain in gains:
+    control = Method(gain["control"])
+    assert control.loss == Method(gain["method"]).loss
+    assert control.generator in augmented_settings.CONTROLS
+
+
+def test_every_image_says_where_it_comes_from(undisturbed):
+  workdir, report, _ = undisturbed
+  data = data_of()
+  for path, arrays in pools(workdir).items():
+    if "affine" in path.parts:
+      continue
+    images, labels = arrays["images"], arrays["labels"]
+    assert len(images) == len(labels) == len(arrays["confidence"]) == len(arrays["distance"])
+    assert str(arrays["method"]) == "memdiff+balanced" and float(arrays["guidance"]) == 1.0
+    assert str(arrays["train_sha256"]) == report["dataset"]["split_sha256"]
+    gap = images.reshape(len(images), -1).astype(float) - data.train_images[
+      arrays["nearest_index"]
+    ].reshape(len(images), -1)
+    np.testing.assert_allclose(np.linalg.norm(gap, axis=1), arrays["nearest_distance"], rtol=1e-3)
+
+
+def test_folds_have_seen_nothing_of_what_they_are_judged_on(undisturbed):
+  workdir, _, _ = undisturbed
+  held = np.load(workdir / "selection" / "predictions.npz")
+  for path, arrays in pools(workdir).items():
+    if path.parts[0] == "folds" and "affine" not in path.parts:
+      of_fold = held["example"][held["run"] == int(path.stem.removeprefix("run_"))]
+      assert len(of_fold) > 100
+      assert not np.isin(arrays["nearest_index"], of_fold).any()
+
+
+def test_the_pool_is_drawn_with_a_surplus_and_used_up_to_the_largest_class(undisturbed):
+  _, report, _ = undisturbed
+  counts = np.array(report["dataset"]["train_counts"])
+  lacking = counts.max() - counts
+  for row in report["pools"]:
+    assert row["drawn"] == (2 * lacking).tolist()
+    assert (np.array(row["used"]) <= lacking).all()
+  unfiltered = next(row for row in report["pools"] if row["filter"] == "none")
+  assert unfiltered["used"] == lacking.tolist()
+
+
+def test_the_page_shows_what_is_used_and_what_is_not(undisturbed):
+  workdir, _, _ = undisturbed
+  html = (workdir / "report.html").read_text()
+  for name in OVERRIDES["pool.filters"]:
+    assert (workdir / "evaluation" / f"pool_memdiff+balanced:{name}.png").exists()
+  assert "The generated images" in html and "synthetic features" not in html.lower()
+
+
+def test_moved_copies_lie_as_far_as_generated_images(undisturbed):
+  workdir, _, _ = undisturbed
+  found, data = pools(workdir), data_of()
+  for path, arrays in found.items():
+    if "affine" in path.parts and path.parts[0] == "final":
+      other = found[path.parent.parent / "memdiff+balanced" / path.name]["nearest_distance"].mean()
+      ours = image_quality.nearest(arrays["images"], data.train_images).distance.mean()
+      assert ours == pytest.approx(other, rel=0.15) or arrays["strength"] > 3.9
+
+
+def test_a_finished_run_is_not_run_again(undisturbed):
+  workdir, report, _ = undisturbed
+  again, text = run(workdir)
+  assert text.count("finished earlier") == len(PHASES)
+  assert again["classification"] == report["classification"]
+
+
+MOMENTS = {
+  "critics": "critics/final/real/balanced_softmax/checkpoints/10",
+  "diffusion": "diffusion/folds/memdiff+balanced/checkpoints/10",
+  "sampling": "sampling/folds/memdiff+balanced/run_1/000000.npz",
+  "pool": "pool/folds/memdiff+balanced/run_0.npz",
+  "classifiers": "classifiers/folds/affine/cross_entropy/checkpoints/10",
+}
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(undisturbed, tmp_path):
+  workdir = tmp_path / "run"
+  for phase, moment in MOMENTS.items():
+    support.kill_in_phase(command(workdir), workdir, phase, moment)
+  report, _ = run(workdir)
+  whole, expected, _ = undisturbed
+  for name in ("classification", "recommendation", "pools", "same_loss"):
+    assert report[name] == expected[name]
+  ours, theirs = pools(workdir), pools(whole)
+  assert set(ours) == set(theirs)
+  for path, arrays in ours.items():
+    for name, values in arrays.items():
+      np.testing.assert_array_equal(values, theirs[path][name], err_msg=f"{path} {name}")
+
+
+# --- settings and bad input ------------------------------------------------------------------
+
+
+def settings(**changes):
+  config = digits_lt.get_config("smoke")
+  with config.unlocked():
+    config.update_from_flattened_dict(changes)
+  return config.to_dict()
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"controls": ("affine",)}, "has to have real in it"),
+    ({"losses": ()}, "must be trained by one"),
+    ({"selection.folds": 0}, "set it to 2 or more, or the filters to none"),
+    ({"selection.encoder": "frozen"}, "set it to retrained"),
+    ({"added.way": "merged", "added.ramp": 0.5}, "set warm_up and ramp to 0"),
+    ({"classifier.num_epochs": 0.0}, "not one step"),
+    ({"encoder.backbone.head": "cosine"}, "set it to linear or auto"),
+    ({"pool.fill_to": 2}, "Every class has 2 images or more"),
+    ({"losses": ("csl",), "controls": ("real", "mixup")}, ""),
+    ({"diffusion.unet.multipliers": (1, 1, 1, 1, 1)}, "need a multiple of 16"),
+    ({"sampling.num_steps": 1001}, "the diffusion has only 1000 steps"),
+    ({"methods": ("real",)}, "config.methods is ('real',)"),
+    ({"pool.filters": ("sure",)}, "such joined by &"),
+  ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_one_sentence(changes, words):
+  if not words:
+    pipeline.prepare(settings(**changes))
+    return
+  with pytest.raises(MemdiffError) as caught:
+    pipeline.prepare(settings(**changes))
+  assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_rows_of_the_table():
+  config = config_lib.build(augmented_settings.AugmentedConfig, settings(**OVERRIDES))
+  rows = augmented_settings.rows_of(config, data_of())
+  assert tuple(row.name for row in rows) == ROWS
+  assert [row.name for row in rows if not row.has_pool] == ["real", "mixup"]
+  without = dataclasses.replace(data_of(), left_out_labels=np.zeros(0, int))
+  assert augmented_settings.rows_of(config, without) == rows[:-1]
+  assert Row("ddpm", "new").describe().endswith("that are no copies of training images)")
+
+
+def test_filters_ask_for_what_they_need():
+  assert not PoolConfig(filters=("none", "new")).needs_limits
+  assert PoolConfig(filters=("new&near",)).needs_limits
+  assert PoolConfig(filters=("none", "new&agreeing")).needs_second
+  assert not PoolConfig(filters=("confident",)).needs_second
+
+
+def test_the_first_of_each_class_are_used():
+  labels, passed = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 1, 0], bool)
+  chosen = augmented_pool.first_of_class(labels, passed, np.array([1, 5, 3]))
+  assert chosen.tolist() == [1, 3, 4]
+  assert augmented_pool.first_of_class(labels, passed, np.array([0, 0, 9])).tolist() == []
+
+
+def test_methods_with_a_plus_in_their_name():
+  method = Method.of("memdiff+balanced:new", "balanced_softmax")
+  assert (method.generator, method.loss) == ("memdiff+balanced:new", "balanced_softmax")
+  assert (Method("own_head").generator, Method("own_head").loss) == ("own_head", "")
+
+
+def test_a_fold_is_filled_to_its_share_of_the_largest_class():
+  part = augmented_runs.Part("folds", None, np.array([[0, 1, 2, 3, -1, -1]]), None)
+  data = dataclasses.make_dataclass("Data", ["train_labels", "train_counts", "num_classes"])(
+    np.array([0, 0, 0, 1, 0, 1]), np.array([4, 2]), 2
+  )
+  experiment = dataclasses.make_dataclass("Experiment", ["dataset", "config"])(
+    data, dataclasses.make_dataclass("Config", ["pool"])(PoolConfig(fill_to=6))
+  )
+  assert augmented_pool.wanted(experiment, part).tolist() == [[1, 3]]  # to 6 * 4 / 6
+
+
+MODULES = sorted(p.stem for p in (ROOT / "configs" / "augmented").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_config_is_valid(name):
+  module = importlib.import_module(f"configs.augmented.{name}")
+  with pytest.raises(ValueError, match="unknown variant 'none'") as caught:
+    module.get_config("none")
+  for variant in str(caught.value).split("the variants are ")[1].rstrip(".").split(", "):
+    built = config_lib.build(
+      augmented_settings.AugmentedConfig, module.get_config(variant).to_dict()
+    )
+    assert f"configs/augmented/{name}.py" in module.__doc__
+    assert all(image_filters.is_known(f) for f in built.pool.filters)
