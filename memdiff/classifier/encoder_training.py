@@ -223,6 +223,21 @@ def _make_init(setup: _Setup, weights: str | None) -> Callable:
   return init
 
 
+def seen(logits: jax.Array, features: jax.Array, prepared: Any) -> losses.Batch:
+  """What a network says of the first view of a batch that the stage has prepared."""
+  _, rows, partner, share = prepared
+  size, mixed = len(rows.labels), partner is not None
+  return losses.Batch(
+    logits=logits[:size],
+    features=features[:size],
+    labels=rows.labels,
+    partner_labels=rows.labels[partner] if mixed else None,
+    share=share,
+    weight=rows.weight,
+    partner_weight=rows.weight[partner] if mixed and rows.weight is not None else None,
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Program:
   """The functions of a stage.
@@ -335,33 +350,22 @@ class _Program:
 
   def _loss(self, params: Any, state: TrainState, batch: Any, objective: losses.Objective):
     """(loss, (logits, features, changed fields of the state)), of the first view's rows."""
-    images, rows, partner, share = batch
-    labels, config = rows.labels, self.setup.config.loss_parameters
-    size = len(labels)
+    images, config = batch[0], self.setup.config.loss_parameters
     variables = {"params": params, "batch_stats": state.model_state}
     (logits, features), updates = self.setup.model.apply(
       variables, images, train=True, mutable=["batch_stats"]
     )
-    seen = losses.Batch(
-      logits=logits[:size],
-      features=features[:size],
-      labels=labels,
-      partner_labels=None if partner is None else labels[partner],
-      share=share,
-      weight=rows.weight,
-      partner_weight=rows.weight[partner]
-      if partner is not None and rows.real is not None
-      else None,
-    )
-    value, loss_state = objective(seen, state.loss_state, state.step, state.bank)
+    rows = seen(logits, features, batch)
+    size = len(rows.labels)
+    value, loss_state = objective(rows, state.loss_state, state.step, state.bank)
     statistics = updates["batch_stats"]
     if self.setup.row.contrastive:
       embeddings, centres, statistics = projection.project(
         params, statistics, features[size:], config
       )
-      value = value + objective.contrastive_term(embeddings, centres, labels)
+      value = value + objective.contrastive_term(embeddings, centres, rows.labels)
     changes = {"model_state": statistics, "loss_state": loss_state}
-    return value, (seen.logits, seen.features, changes)
+    return value, (rows.logits, rows.features, changes)
 
   def _added_loss(
     self, params: Any, state: TrainState, pool: Pool, objective: losses.Objective

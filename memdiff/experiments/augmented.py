@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from memdiff.classifier import encoder, encoder_training
+from memdiff.classifier import encoder, encoder_training, new_head
 from memdiff.classifier.encoder_training import Recipe
 from memdiff.evaluation import report
 from memdiff.experiments import augmented_evaluation, augmented_pool, images
@@ -44,7 +44,8 @@ from memdiff.experiments.augmented_settings import (
 )
 from memdiff.experiments.base import Experiment, Kind, Phase, forward_images, last_metrics
 from memdiff.experiments.image_store import device_data
-from memdiff.runtime import loop, programs
+from memdiff.runtime import loop, programs, results
+from memdiff.runtime.train_state import TrainState
 from memdiff.synthesis import image_methods, pixel_diffusion
 
 
@@ -66,7 +67,17 @@ def classifier_stage(
   per_seed = stage.per_seed
   if row.has_pool:
     per_seed = per_seed | {"images": augmented_pool.pools(experiment, part, row)}
-  return dataclasses.replace(stage, name=name, streams="classifiers", per_seed=per_seed)
+  stage = dataclasses.replace(stage, name=name, streams="classifiers", per_seed=per_seed)
+  if not row.head_only:
+    return stage
+  frozen = _encoders(experiment, part, training)
+  return new_head.make_stage(stage, recipe, frozen, data.num_classes, part.rows.shape[1])
+
+
+def _encoders(experiment: Experiment, part: Part, training: Training) -> TrainState:
+  """Classifiers of real images by the same loss."""
+  folder = classifier_folder(experiment, part, Row(REAL), Training(training.loss))
+  return results.load(folder, experiment.mesh)
 
 
 def train_critics(experiment: Experiment) -> dict:
@@ -78,7 +89,7 @@ def train_critics(experiment: Experiment) -> dict:
       names.append((second_folder(experiment, part), "critics/second"))
     for folder, streams in names:
       name = str(folder.relative_to(experiment.workdir.path))
-      stage = classifier_stage(experiment, part, Row(REAL, ""), Training(CRITIC_LOSS), name)
+      stage = classifier_stage(experiment, part, Row(REAL), Training(CRITIC_LOSS), name)
       loop.train(dataclasses.replace(stage, streams=streams), part.run, folder)
       summary[name] = last_metrics(folder)
   return summary
@@ -143,6 +154,8 @@ def _train_row(
     counts["effective"] = augmented_pool.effective_counts(
       experiment.config.added, counts["real"], pools
     )
+  if row.head_only:
+    state = new_head.whole(_encoders(experiment, part, training), state)
   unseen = data.test_images if part.held_out is None else data.train_images
   statistics = stage.per_seed["statistics"]
   logits, _ = forward_images(experiment, training.loss, state, unseen, statistics)

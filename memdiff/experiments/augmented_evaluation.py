@@ -163,7 +163,10 @@ def evaluate(experiment: Experiment) -> dict:
   final = part_of(experiment, "final")
   numbers = pool_numbers(experiment, final)
   shown = Method(first["synthetic"]["method"]).generator
-  used = next(n["used"] for n in numbers if Row(n["method"], n["filter"]).name == shown)
+  of_row = next(row for row in rows if row.name == shown)
+  used = next(
+    n["used"] for n in numbers if (n["method"], n["filter"]) == (of_row.source, of_row.filter)
+  )
   outcome = record.record(experiment, scored.rows) | {
     "synthetic_kind": "images",
     "criterion": scored.criterion,

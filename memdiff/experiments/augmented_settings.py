@@ -38,11 +38,13 @@ class Row:
   """What classifiers are trained on: a control, a reference, or a generator and a filter."""
 
   source: str
-  filter: str
+  filter: str = ""
+  head_only: bool = False  # whether the encoder stays that of real images
 
   @property
   def name(self) -> str:
-    return f"{self.source}:{self.filter}" if self.filter else self.source
+    parts = (self.source, self.filter, "head" if self.head_only else "")
+    return ":".join(part for part in parts if part)
 
   @property
   def has_pool(self) -> bool:
@@ -58,10 +60,11 @@ class Row:
     return self.source in CONTROLS
 
   def describe(self) -> str:
-    if self.source in CONTROLS | REFERENCES:
-      return (CONTROLS | REFERENCES)[self.source]
-    kept = image_filters.describe(self.filter)
-    return f"real images and generated ones ({image_methods.describe(self.source)}; used: {kept})"
+    words = (CONTROLS | REFERENCES).get(self.source)
+    if words is None:
+      made, kept = image_methods.describe(self.source), image_filters.describe(self.filter)
+      words = f"real images and generated ones ({made}; used: {kept})"
+    return f"{words}; a new head on the encoder of real images" if self.head_only else words
 
 
 CRITIC_LOSS = "balanced_softmax"  # logit adjustment with tau 1, in training
@@ -119,6 +122,9 @@ class AugmentedConfig:
     (REAL, OVERSAMPLING, AFFINE, STRONG),
     "what generated images are held against; real has to be among them",
     some_of(CONTROLS),
+  )
+  head_only: bool = setting(
+    True, "whether new heads on the encoders of real images are rows too; the first filter's images"
   )
   encoder: EncoderConfig = setting(EncoderConfig(), "the classifier's network")
   classifier: ClassifierConfig = setting(ClassifierConfig(), "how classifiers are trained")
@@ -198,9 +204,14 @@ def trainings(config: AugmentedConfig, row: Row) -> list[Training]:
 
 def rows_of(config: AugmentedConfig, data: LongTailDataset) -> tuple[Row, ...]:
   """The rows of the table, for each loss: controls, generators with every filter, references."""
-  controls = [Row(name, "") for name in config.controls]
+  others = [name for name in config.controls if name != REAL]
+  controls = [Row(REAL), *map(Row, others)]
   generated = [Row(method, name) for method in config.methods for name in config.pool.filters]
-  references = [Row(ORACLE, "")] if len(data.left_out_labels) else []
+  if config.head_only:  # on the encoders of the first row
+    controls.append(Row(REAL, head_only=True))
+    first = config.pool.filters[0]
+    generated += [Row(method, first, head_only=True) for method in config.methods]
+  references = [Row(ORACLE)] if len(data.left_out_labels) else []
   return (*controls, *generated, *references)
 
 

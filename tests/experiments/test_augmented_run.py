@@ -36,8 +36,9 @@ runpy.run_path("main.py", run_name="__main__")
 PHASES = ("critics", "diffusion", "sampling", "pool", "classifiers", "selection", "evaluation")
 LOSSES = ("cross_entropy", "logit_adjustment")
 ROWS = (
-  "real", "oversampling", "affine", "mixup", "memdiff+balanced:none", "memdiff+balanced:confident",
-  "memdiff+balanced:agreeing&new", "oracle",
+  "real", "oversampling", "affine", "mixup", "real:head", "memdiff+balanced:none",
+  "memdiff+balanced:confident", "memdiff+balanced:agreeing&new", "memdiff+balanced:none:head",
+  "oracle",
 )  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def test_the_advice_comes_from_folds_and_knows_no_reference(undisturbed):
   advice = report["recommendation"]
   judged = set(advice["scores"])
   assert judged == {f"{row}+{loss}" for row in ROWS[:-1] for loss in LOSSES}
-  assert Method(advice["control"]).generator in augmented_settings.CONTROLS
+  assert Method(advice["control"]).generator.split(":")[0] in augmented_settings.CONTROLS
   assert advice["scores"]["real+logit_adjustment"]["settings"] == 3
   saved = np.load(workdir / "selection" / "predictions.npz")
   assert np.unique(saved["example"]).size == saved["example"].size  # each is held out once
@@ -105,11 +106,11 @@ def test_the_advice_comes_from_folds_and_knows_no_reference(undisturbed):
 def test_gains_are_held_against_a_control_of_the_same_loss(undisturbed):
   _, report, _ = undisturbed
   gains = report["same_loss"]
-  assert len(gains) == 4 * len(LOSSES)
+  assert len(gains) == 5 * len(LOSSES)
   for gain in gains:
     control = Method(gain["control"])
     assert control.loss == Method(gain["method"]).loss
-    assert control.generator in augmented_settings.CONTROLS
+    assert control.generator.split(":")[0] in augmented_settings.CONTROLS
 
 
 def test_every_image_says_where_it_comes_from(undisturbed):
@@ -136,6 +137,17 @@ def test_folds_have_seen_nothing_of_what_they_are_judged_on(undisturbed):
       of_fold = held["example"][held["run"] == int(path.stem.removeprefix("run_"))]
       assert len(of_fold) > 100
       assert not np.isin(arrays["nearest_index"], of_fold).any()
+
+
+def test_a_new_head_stands_on_the_encoder_of_real_images(undisturbed):
+  workdir, _, _ = undisturbed
+  for part in ("final", "folds"):
+    folder = workdir / "classifiers" / part
+    head = np.load(folder / "memdiff+balanced:none:head" / "cross_entropy" / "result.npz")
+    whole = np.load(folder / "real" / "cross_entropy" / "result.npz")
+    assert sorted(head.files) == ["params/bias", "params/kernel"]
+    assert head["params/kernel"].shape == whole["params/head/kernel"].shape
+    assert not np.array_equal(head["params/kernel"], whole["params/head/kernel"])
 
 
 def test_the_pool_is_drawn_with_a_surplus_and_used_up_to_the_largest_class(undisturbed):
@@ -240,7 +252,7 @@ def test_rows_of_the_table():
   config = config_lib.build(augmented_settings.AugmentedConfig, settings(**OVERRIDES))
   rows = augmented_settings.rows_of(config, data_of())
   assert tuple(row.name for row in rows) == ROWS
-  assert [row.name for row in rows if not row.has_pool] == ["real", "mixup"]
+  assert [row.name for row in rows if not row.has_pool] == ["real", "mixup", "real:head"]
   without = dataclasses.replace(data_of(), left_out_labels=np.zeros(0, int))
   assert augmented_settings.rows_of(config, without) == rows[:-1]
   assert Row("ddpm", "new").describe().endswith("that are no copies of training images)")
