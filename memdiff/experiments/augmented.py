@@ -182,7 +182,7 @@ _PHASES = (
   Phase("pool", "looking at the images", augmented_pool.look_at_pools, ("controls",)),
   Phase(
     "classifiers", "training classifiers on real and generated images", train_classifiers,
-    ("added", "losses"),
+    ("added", "losses", "head_only"),
   ),
   Phase("selection", "comparing the rows on held-out images", select, ("taus",)),
   Phase("evaluation", "scoring and drawing", augmented_evaluation.evaluate, ("name",)),
