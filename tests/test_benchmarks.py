@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import (
+  added_images,
   bank_scaling,
   feature_diffusion,
   generation,
@@ -51,6 +52,17 @@ def test_pixel_diffusion_is_timed():
     assert words in names, words
   assert result["step_flops_per_image"] > 2 * result["parameters"]
   assert result.get("torch_disagreement", {"output": 0})["output"] < 1e-4
+  json.dumps(result)
+
+
+@pytest.mark.slow
+def test_generated_images_are_timed():
+  size = added_images.Size(train=200, pool=300, side=8, backbone="resnet8", batch_size=16)
+  rows, result = added_images.measure(size, rounds=1)
+  assert [row.name for row in rows if row.target] == [
+    "and of 16 generated ones beside them", "its largest memory"
+  ]  # fmt: skip
+  assert result["looking"]["seconds"] > 0
   json.dumps(result)
 
 
