@@ -28,6 +28,7 @@ SETS = {
 }
 BALANCED = "digits_balanced"  # plain diffusion on the whole set
 ORDER = ("coral", "cbdm", "t2h", "ddpm")  # from the best to the worst, as CORAL's paper has it
+_SWEPT = ("fd_few", "fd", "right_few", "copied_few")
 _SHOWN = ("fd_few", "fd", "kid", "recall", "right_few", "right", "copied_few", "copied")
 
 
@@ -40,16 +41,8 @@ def command_of(report: Mapping[str, Any]) -> str:
 def reduced(report: Mapping[str, Any]) -> dict[str, Any]:
   """The parts of a report that the page shows."""
   found = report["images"]
-  rows = [
-    {
-      name: {key: stat[key] for key in ("mean", "std", "values")}
-      if isinstance(stat, dict)
-      else stat
-      for name, stat in row.items()
-      if not name.startswith("per_class_")
-    }
-    for row in found["sweep"] or found["rows"]
-  ]
+  swept = found["sweep"] or found["rows"]
+  rows = [_kept_row(row, all_metrics=row["scale"] == swept[0]["scale"]) for row in swept]
   first = {key: found[key] for key in found if key not in ("rows", "sweep")}
   return {
     "commands": [command_of(report)],
@@ -58,6 +51,19 @@ def reduced(report: Mapping[str, Any]) -> dict[str, Any]:
     "versions": report["versions"],
     "hardware": report["hardware"],
     "images": first | {"rows": rows, "sweep": []},
+  }
+
+
+def _kept_row(row: Mapping[str, Any], *, all_metrics: bool) -> dict[str, Any]:
+  """A row without its values by class; of further guidance scales, what the page shows."""
+  names = [name for name in row if not name.startswith("per_class_")]
+  if not all_metrics:
+    names = ["method", "scale", "seeds", *(name for name in _SWEPT if name in row)]
+  return {
+    name: {key: row[name][key] for key in ("mean", "std", "values")}
+    if isinstance(row[name], dict)
+    else row[name]
+    for name in names
   }
 
 
@@ -98,22 +104,19 @@ def _table(kept: Mapping[str, Any]) -> str:
 
 
 def _sweep(kept: Mapping[str, Any]) -> list[str]:
-  """FD and right class of rare classes at every guidance scale, if there are several."""
+  """What guidance does to rare classes, if there are several scales: a table per metric."""
   scales, columns = _scales(kept), image_report.columns(kept["images"]["network"])
   if len(scales) < 2:
     return []
-  keys = ("fd_few", "fd", "right_few")
-  titles = [f"{columns[key].title}, {scale:g}" for key in keys for scale in scales]
   by_scale = [{row["method"]: row for row in _rows(kept, scale)} for scale in scales]
-  lines = [
-    [f"`{method}`", *(image_report.cell(rows[method], key, columns[key]) for key in keys
-                      for rows in by_scale)]
-    for method in by_scale[0]
-  ]  # fmt: skip
-  return [
-    "The same by guidance scale (1 is none; papers write ω = scale − 1).",
-    table_of(["method", *titles], lines),
-  ]
+  parts = ["By guidance scale (1 is none; papers write ω = scale − 1):"]
+  for key in _SWEPT:
+    lines = [
+      [f"`{method}`", *(image_report.cell(rows[method], key, columns[key]) for rows in by_scale)]
+      for method in by_scale[0]
+    ]
+    parts.append(table_of([columns[key].title, *(f"{scale:g}" for scale in scales)], lines))
+  return parts
 
 
 def differences(kept: Mapping[str, Any]) -> list[list[str]]:
@@ -136,19 +139,21 @@ def _difference(row, other, key: str) -> tuple[str, str]:
 
 
 def _order(kept: Mapping[str, Any]) -> list[str]:
-  """Whether the order of CORAL's paper holds here, pair by pair."""
-  rows = {row["method"]: row for row in _rows(kept, _scales(kept)[0])}
-  if not all(name in rows for name in ORDER):
+  """Whether the order of CORAL's paper holds here, pair by pair, at every guidance scale."""
+  scales, words = _scales(kept), {"lower": "yes", "higher": "no", "unclear": "unclear"}
+  by_scale = [{row["method"]: row for row in _rows(kept, scale)} for scale in scales]
+  if not all(name in by_scale[0] for name in ORDER):
     return []
-  words = {"lower": "yes", "higher": "no, the other way around", "unclear": "no clear difference"}
-  pairs = []
+  lines = []
   for better, worse in itertools.pairwise(ORDER):
-    value, verdict = _difference(rows[better], rows[worse], "fd")
-    pairs.append(f"`{better}` below `{worse}`: {words[verdict]}, {value}")
+    found = [_difference(rows[better], rows[worse], "fd") for rows in by_scale]
+    cells = [f"{words[verdict]}, {value}" for value, verdict in found]
+    lines.append([f"`{better}` below `{worse}`", *cells])
   return [
-    "CORAL's paper finds, after 150,000 steps, FID in the order "
+    "CORAL's paper finds, after 150,000 steps and with guidance, FID in the order "
     + " < ".join(f"`{name}`" for name in ORDER)
-    + f". Here, by FD of all classes: {'; '.join(pairs)}."
+    + ". Here, by FD of all classes:",
+    table_of(["by guidance scale", *(f"{scale:g}" for scale in scales)], lines),
   ]
 
 
