@@ -28,7 +28,6 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.encoder.backbone.name = "resnet8"
   config.classifier.augment.padding = 1
   config.classifier.num_epochs = 40.0
-  config.classifier.references = ()
 
   def full():
     config.seeds = (0, 1, 2)

@@ -1,6 +1,6 @@
 """The experiment with generated images: classifiers are trained on real and generated ones.
 
-critics      real images -> the classifiers that filters ask    critics/<part>/...
+critics      real images -> the classifiers that filters ask     critics/<part>/...
 diffusion    training images -> a U-Net, per method              diffusion/<part>/<method>
 sampling     U-Nets -> images of the classes that lack some      sampling/<part>/<method>/run_<r>
 pool         images -> what is known of each                     pool/<part>/<method>/run_<r>.npz
@@ -13,6 +13,7 @@ classifiers have not seen what they are judged on.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -81,18 +82,27 @@ def _encoders(experiment: Experiment, part: Part, training: Training) -> TrainSt
 
 
 def train_critics(experiment: Experiment) -> dict:
-  """Trains the classifiers of real images that filters ask."""
+  """Trains the classifier of real images that filters ask."""
   summary = {}
   for part in parts(experiment):
-    names = [(critic_folder(experiment, part), "critics")]
-    if experiment.config.pool.needs_second:
-      names.append((second_folder(experiment, part), "critics/second"))
-    for folder, streams in names:
-      name = str(folder.relative_to(experiment.workdir.path))
-      stage = classifier_stage(experiment, part, Row(REAL), Training(CRITIC_LOSS), name)
-      loop.train(dataclasses.replace(stage, streams=streams), part.run, folder)
-      summary[name] = last_metrics(folder)
+    folder = critic_folder(experiment, part)
+    _train_critic(experiment, part, folder, "critics")
+    summary[part.name] = last_metrics(folder)
   return summary
+
+
+def _train_critic(experiment: Experiment, part: Part, folder: pathlib.Path, streams: str) -> None:
+  name = str(folder.relative_to(experiment.workdir.path))
+  stage = classifier_stage(experiment, part, Row(REAL), Training(CRITIC_LOSS), name)
+  loop.train(dataclasses.replace(stage, streams=streams), part.run, folder)
+
+
+def look_at_pools(experiment: Experiment) -> dict:
+  """Writes what is known of every image; trains a second critic if a filter asks for one."""
+  if experiment.config.pool.needs_second:
+    for part in parts(experiment):
+      _train_critic(experiment, part, second_folder(experiment, part), "pool/second")
+  return augmented_pool.look_at_pools(experiment)
 
 
 def method_stages(experiment: Experiment) -> Iterator[tuple[Part, str, loop.Stage]]:
@@ -169,7 +179,7 @@ _PHASES = (
     "critics",
     "training the classifiers that filters ask",
     train_critics,
-    ("seeds", "dataset", "encoder", "classifier", "loop", "selection", "pool"),
+    ("seeds", "dataset", "encoder", "classifier", "loop", "selection.folds", "selection.repeats"),
   ),
   Phase(
     "diffusion",
@@ -178,13 +188,18 @@ _PHASES = (
     ("diffusion", "methods"),
     compile_ahead=compile_denoisers,
   ),
-  Phase("sampling", "drawing images", augmented_pool.sample_pools, ("sampling",)),
-  Phase("pool", "looking at the images", augmented_pool.look_at_pools, ("controls",)),
+  Phase(
+    "sampling",
+    "drawing images",
+    augmented_pool.sample_pools,
+    ("sampling", "pool.fill_to", "pool.surplus", "pool.guidance"),
+  ),
+  Phase("pool", "looking at the images", look_at_pools, ("pool", "controls")),
   Phase(
     "classifiers", "training classifiers on real and generated images", train_classifiers,
     ("added", "losses", "head_only"),
   ),
-  Phase("selection", "comparing the rows on held-out images", select, ("taus",)),
+  Phase("selection", "comparing the rows on held-out images", select, ("taus", "selection")),
   Phase("evaluation", "scoring and drawing", augmented_evaluation.evaluate, ("name",)),
 )  # fmt: skip
 

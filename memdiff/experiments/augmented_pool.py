@@ -181,7 +181,8 @@ def look_at_pools(experiment: Experiment) -> dict:
         if not path.exists():
           save(path, _provenance(experiment, part, method, run, critic))
         signs = signs_of(experiment, part, method, run)
-        summary[method] = {"right": float((signs.predicted == signs.labels).mean())}
+        right = float((signs.predicted == signs.labels).mean())
+        summary.setdefault(f"{part.name}/{method}", {"right": []})["right"].append(right)
       if AFFINE in experiment.config.controls:
         _write_moved(experiment, part, run)
   return summary

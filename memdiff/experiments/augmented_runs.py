@@ -78,7 +78,8 @@ def critic_folder(experiment: Experiment, part: Part) -> pathlib.Path:
 
 
 def second_folder(experiment: Experiment, part: Part) -> pathlib.Path:
-  return experiment.workdir.folder("critics") / part.name / "second"
+  """Of the other classifier that some filters ask."""
+  return experiment.workdir.folder("pool") / part.name / "second_critic"
 
 
 def pool_path(experiment: Experiment, part: Part, method: str, run: int) -> pathlib.Path:

@@ -241,6 +241,10 @@ def check(settings: AugmentedConfig, data: LongTailDataset) -> None:
       "config.classifier.num_epochs is 0, but generated images help only an encoder that is trained"
       " on them."
     )
+  if settings.classifier.loss != "cross_entropy" or settings.classifier.references:
+    raise ConfigError(
+      "config.classifier.loss and references are not read here; name the losses in config.losses."
+    )
   for loss in settings.losses:
     trained = heads.trained_loss(loss)
     losses.check(trained, mixup=settings.classifier.augment.mixup > 0 or MIXUP in settings.controls)

@@ -187,7 +187,7 @@ def test_a_finished_run_is_not_run_again(undisturbed):
 
 
 MOMENTS = {
-  "critics": "critics/final/real/balanced_softmax/checkpoints/10",
+  "critics": "critics/folds/real/balanced_softmax/checkpoints/10",
   "diffusion": "diffusion/folds/memdiff+balanced/checkpoints/10",
   "sampling": "sampling/folds/memdiff+balanced/run_1/000000.npz",
   "pool": "pool/folds/memdiff+balanced/run_0.npz",
@@ -230,6 +230,7 @@ def settings(**changes):
     ({"selection.encoder": "frozen"}, "set it to retrained"),
     ({"added.way": "merged", "added.ramp": 0.5}, "set warm_up and ramp to 0"),
     ({"classifier.num_epochs": 0.0}, "not one step"),
+    ({"classifier.loss": "csl"}, "name the losses in config.losses"),
     ({"encoder.backbone.head": "cosine"}, "set it to linear or auto"),
     ({"pool.fill_to": 2}, "Every class has 2 images or more"),
     ({"losses": ("csl",), "controls": ("real", "mixup")}, ""),
