@@ -283,6 +283,11 @@ def pools(experiment: Experiment, part: Part, row: Row) -> added_images.ImagePoo
       arrays, index = kept(experiment, part, row, run)
       chosen = [arrays[name][index] for name in ("images", "labels", "confidence")]
       chosen[2] = np.maximum(chosen[2], 1e-6)
+      if not len(index):
+        experiment.run.progress.say(
+          f"{row.name}: the filter keeps none of {len(arrays['labels']):,} images, so that this row"
+          " trains on real ones alone"
+        )
     else:
       images, labels = _REUSED[row.source](experiment, part, run)
       chosen = [images, labels, np.ones(len(labels))]

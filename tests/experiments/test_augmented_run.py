@@ -17,6 +17,9 @@ from memdiff.evaluation import image_quality
 from memdiff.evaluation.method import Method
 from memdiff.experiments import augmented_pool, augmented_runs, augmented_settings
 from memdiff.experiments.augmented_settings import PoolConfig, Row
+from memdiff.experiments.base import Experiment
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.workdir import Workdir
 from memdiff.synthesis import image_filters
 from tests import support
 from tests.support import ROOT
@@ -277,6 +280,30 @@ def test_methods_with_a_plus_in_their_name():
   method = Method.of("memdiff+balanced:new", "balanced_softmax")
   assert (method.generator, method.loss) == ("memdiff+balanced:new", "balanced_softmax")
   assert (Method("own_head").generator, Method("own_head").loss) == ("own_head", "")
+
+
+def test_a_filter_that_keeps_nothing_is_said(tmp_path):
+  """Limits that nothing reaches: the pool weighs nothing, and a line says so."""
+  said, data = [], data_of()
+  arrays = {
+    "images": np.zeros((5, 8, 8, 1), np.uint8), "labels": np.full(5, 9), "copied": np.ones(5, bool),
+    "confidence": np.ones(5), "predicted": np.full(5, 9), "distance": np.zeros(5),
+  }  # fmt: skip
+  config = config_lib.build(
+    augmented_settings.AugmentedConfig, settings(**{"methods": ("ddpm",), "pool.filters": ("new",)})
+  )
+  progress = type("Progress", (), {"say": lambda self, line: said.append(line)})()
+  run = support.make_run(mesh_lib.make_mesh(), (0,), 1, progress=progress)
+  experiment = Experiment(config, data, Workdir(str(tmp_path / "run")), run, "")
+  final = augmented_runs.part_of(experiment, "final")
+  augmented_runs.save(augmented_runs.pool_path(experiment, final, "ddpm", 0), arrays)
+  pool = augmented_pool.pools(experiment, final, Row("ddpm", "new"))
+  experiment.workdir.close()
+  assert not np.asarray(pool.trust).any()
+  assert np.unique(pool.union).tolist() == list(range(len(data.train_labels)))
+  assert said == [
+    "ddpm:new: the filter keeps none of 5 images, so that this row trains on real ones alone"
+  ]
 
 
 def test_a_fold_is_filled_to_its_share_of_the_largest_class():
