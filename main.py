@@ -8,7 +8,6 @@ import gc
 import logging
 import os
 import re
-import shlex
 import sys
 
 from absl import app, flags
@@ -105,7 +104,7 @@ def _describe() -> None:
 def main(_) -> None:
   for noisy in ("absl", "jax", "matplotlib"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
-  command = shlex.join(["python", *sys.argv])
+  command = config_flag.command_line(["python", *sys.argv])
   try:
     if _DESCRIBE.value:
       _describe()

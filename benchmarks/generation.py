@@ -12,10 +12,12 @@ import itertools
 import json
 import pathlib
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.isolating import table_of
+from memdiff import config_flag
 from memdiff.evaluation import image_report, numerals
 from memdiff.evaluation.lookup import mean_of
 from memdiff.runtime.workdir import write_json
@@ -35,7 +37,8 @@ _SHOWN = ("fd_few", "fd", "kid", "recall", "right_few", "right", "copied_few", "
 def command_of(report: Mapping[str, Any]) -> str:
   """What was typed, with folders that others have too."""
   command = re.sub(r"--workdir=\S+", f"--workdir=runs/{report['name']}", report["command"])
-  return re.sub(r"(--config\.dataset\.data_dir=)\S+", r"\1DIR", command)
+  command = re.sub(r"(--config\.dataset\.data_dir=)\S+", r"\1DIR", command)
+  return config_flag.command_line(shlex.split(command))
 
 
 def reduced(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from memdiff import config_flag
 from memdiff.evaluation import answer, tables, wording
 from memdiff.evaluation.lookup import is_reference, mean_of, row_of
 from memdiff.evaluation.method import Method
@@ -346,7 +347,7 @@ def _portable(command: str) -> str:
   for word in shlex.split(command):
     name, equals, value = word.partition("=")
     typed.append(name + equals + _portable_path(value))
-  return shlex.join(typed)
+  return config_flag.command_line(typed)
 
 
 def _portable_config(tree: Any) -> Any:

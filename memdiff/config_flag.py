@@ -1,5 +1,6 @@
 """The flag --config with its overrides, --config.FIELD=VALUE; the last one of a field counts."""
 
+import shlex
 from collections.abc import Sequence
 
 from absl import flags
@@ -19,6 +20,15 @@ class _TupleParser(flags.ArgumentParser):
 
   def flag_type(self) -> str:
     return "tuple"
+
+
+def command_line(words: Sequence[str]) -> str:
+  """Words as one would type them; in double quotes if a word has single ones, as tuples do."""
+
+  def quoted(word: str) -> str:
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
+
+  return " ".join(map(quoted, words))
 
 
 def expand_home(argv: Sequence[str]) -> list[str]:

@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import pathlib
 import re
+import shlex
+import subprocess
 import sys
 
 import pytest
@@ -17,6 +19,8 @@ FILES = {  # of each kind of experiment
   "memdiff": "configs/digits_lt.py:smoke",
   "features": "configs/features.py",
   "classification": "configs/digits_lt.py:classification",
+  "images": "configs/images/digits_lt.py:smoke",
+  "augmented": "configs/augmented/digits_lt.py:smoke",
 }
 # ml_collections loads config files so.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -155,3 +159,24 @@ def test_a_documented_value_can_be_given(kind, path, value, parse):
   if isinstance(found, list) and not isinstance(value, tuple):  # one of several candidates
     (found,) = found
   assert found == (list(value) if isinstance(value, tuple) else value)
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    ["python", "main.py", "--config.methods=('ddpm', 'cbdm')"],
+    ["--workdir=a b", "plain", ""],
+    ["it's $5", 'both \' and "', "back`tick'", "a\\'b", "wow!'"],
+  ],
+)
+def test_a_command_line_is_read_back_as_it_was(words):
+  line = config_flag.command_line(words)
+  assert shlex.split(line) == words
+  assert subprocess.run(
+    ["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True
+  ).stdout.split("\n")[:-1] == words
+
+
+def test_tuples_are_easy_to_read_in_a_command_line():
+  line = config_flag.command_line(["--config.methods=('ddpm','t2h')"])
+  assert line == "\"--config.methods=('ddpm','t2h')\""
