@@ -166,15 +166,18 @@ def test_a_documented_value_can_be_given(kind, path, value, parse):
   [
     ["python", "main.py", "--config.methods=('ddpm', 'cbdm')"],
     ["--workdir=a b", "plain", ""],
-    ["it's $5", 'both \' and "', "back`tick'", "a\\'b", "wow!'"],
+    ["it's $5", "both ' and \"", "back`tick'", "a\\'b", "wow!'"],
   ],
 )
 def test_a_command_line_is_read_back_as_it_was(words):
   line = config_flag.command_line(words)
   assert shlex.split(line) == words
-  assert subprocess.run(
-    ["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True
-  ).stdout.split("\n")[:-1] == words
+  assert (
+    subprocess.run(
+      ["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True
+    ).stdout.split("\n")[:-1]
+    == words
+  )
 
 
 def test_tuples_are_easy_to_read_in_a_command_line():

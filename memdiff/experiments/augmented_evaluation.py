@@ -8,6 +8,7 @@ import numpy as np
 
 from memdiff.classifier import heads
 from memdiff.evaluation import scores
+from memdiff.evaluation.lookup import made_data
 from memdiff.evaluation.method import Method
 from memdiff.experiments import augmented_pool, record
 from memdiff.experiments.augmented_runs import Part, part_of
@@ -197,6 +198,7 @@ def _draw(
       data.train_counts,
       np.array(outcome["synthetic_counts"]),
       record.group_of_class(experiment),
+      made_data(outcome),
     ),
   )
   named = [comparison[key] for key in ("control", "method", "reference") if comparison[key]]

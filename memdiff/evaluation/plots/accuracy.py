@@ -53,14 +53,16 @@ def long_tail_profile(
   train_counts: ArrayLike,
   synthetic_counts: ArrayLike,
   group_of_class: Sequence[str],
+  made: str = "synthetic features",
 ) -> Figure:
-  """Real training examples per class, and the synthetic features stacked on top of them.
+  """Real training examples per class, and what was made stacked on top of them.
 
   Args:
     class_names: [C].
     train_counts: [C], real training examples.
-    synthetic_counts: [C], synthetic features added.
+    synthetic_counts: [C], features or images added.
     group_of_class: [C], the group of each class, such as many, medium and few.
+    made: what was added, in words.
 
   Returns:
     One axes with two bar containers (real, synthetic), from the largest class to the smallest. The
@@ -78,7 +80,7 @@ def long_tail_profile(
     width = 0.74 if few_bars else 1.0
     axes.bar(position, real, width, color=REAL, label="real training examples", **edges)
     added = axes.bar(
-      position, synthetic, width, bottom=real, label="synthetic features added", hatch="////",
+      position, synthetic, width, bottom=real, label=f"{made} added", hatch="////",
       facecolor="#fbe3d3", edgecolor=SYNTHETIC, **edges,
     )  # fmt: skip
     for bar, height in zip(added, synthetic, strict=True):
@@ -93,9 +95,7 @@ def long_tail_profile(
     handles = [Patch(color=REAL, linewidth=0, label="real training examples")]
     if synthetic.any():
       handles.append(
-        Patch(
-          facecolor="#fbe3d3", edgecolor=SYNTHETIC, hatch="////", label="synthetic features added"
-        )
+        Patch(facecolor="#fbe3d3", edgecolor=SYNTHETIC, hatch="////", label=f"{made} added")
       )
     legend_below(axes, handles)
   return figure
