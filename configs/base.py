@@ -56,6 +56,17 @@ def small_images(config: ConfigDict) -> None:
   config.loop.checkpoint_every = 250
 
 
+def small_folder_images(config: ConfigDict) -> None:
+  """Images of a folder, 32 pixels, on CPUs."""
+  small_images(config)
+  config.diffusion.mirror = True
+  config.diffusion.unet.update(
+    channels=24, multipliers=(1, 2, 2), num_blocks=1, attention=(8,), dtype="float32"
+  )
+  config.diffusion.num_steps = 3000
+  config.classifier.batch_size = 32
+
+
 def all_methods(config: ConfigDict) -> None:
   """Every method, both readings of those whose paper and code differ, and combinations."""
   config.methods = (

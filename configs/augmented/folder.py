@@ -29,14 +29,8 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.selection.folds = 3
 
   def small():
-    base.small_images(config)
-    config.diffusion.mirror = True
-    config.diffusion.unet.update(
-      channels=24, multipliers=(1, 2, 2), num_blocks=1, attention=(8,), dtype="float32"
-    )
-    config.diffusion.num_steps = 3000
+    base.small_folder_images(config)
     config.classifier.augment.flip = True
-    config.classifier.batch_size = 32
 
   base.choose(variant, {"small": small})
   return config

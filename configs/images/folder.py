@@ -31,13 +31,7 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.classifier.num_epochs = 60.0
 
   def small():
-    base.small_images(config)
-    config.diffusion.mirror = True
-    config.diffusion.unet.update(
-      channels=24, multipliers=(1, 2, 2), num_blocks=1, attention=(8,), dtype="float32"
-    )
-    config.diffusion.num_steps = 3000
-    config.classifier.batch_size = 32
+    base.small_folder_images(config)
 
   base.choose(variant, {"small": small})
   return config

@@ -46,10 +46,10 @@ class AddedImagesConfig:
   def __post_init__(self):
     if not self.counts:
       raise ValueError('counts is empty, but the loss needs some; set it to ("real",).')
-    if self.way == "merged" and (self.warm_up or self.ramp):
+    if self.way == "merged" and (self.warm_up or self.ramp or self.share != 1):
       raise ValueError(
-        "way is merged, whose generated images take part from the start; set warm_up and ramp to 0,"
-        " or way to joint."
+        "way is merged, whose batches take what comes from the start; set warm_up and ramp to 0 and"
+        " share to 1, or way to joint."
       )
 
   @property

@@ -88,11 +88,8 @@ def same_loss_gains(
 
   The control is the best in cross-validation; without it, real images only.
   """
-  rows, known, gains = (
-    rows_of(experiment.config, experiment.dataset),
-    known_scores(recommendation),
-    [],
-  )
+  rows, gains = rows_of(experiment.config, experiment.dataset), []
+  known = known_scores(recommendation)
   for loss in experiment.config.losses:
     controls = [Method.of(row.name, loss) for row in rows if row.control]
     control = best_of(controls, known) if known else Method.of("real", loss)

@@ -8,8 +8,7 @@ from memdiff.classifier import encoder, heads, losses
 from memdiff.classifier.added_images import AddedImagesConfig
 from memdiff.classifier.encoder import EncoderConfig
 from memdiff.classifier.encoder_training import ClassifierConfig
-from memdiff.config import Allowed, at_least, between, each, setting, some_of
-from memdiff.config import one_of as one_of_names
+from memdiff.config import Allowed, at_least, between, each, one_of, setting, some_of
 from memdiff.errors import ConfigError
 from memdiff.evaluation.cross_validation import SelectionConfig
 from memdiff.experiments.base import check_classifier, check_seeds, seeds_field
@@ -110,7 +109,7 @@ class PoolConfig:
 class AugmentedConfig:
   """Everything that decides a run's results."""
 
-  experiment: str = setting("augmented", "the kind of experiment", one_of_names(("augmented",)))
+  experiment: str = setting("augmented", "the kind of experiment", one_of(("augmented",)))
   name: str = setting("augmented", "of the run, for its report")
   seeds: tuple[int, ...] = seeds_field()
   dataset: DatasetConfig = setting(DatasetConfig(), "images, and how they are cut to a long tail")

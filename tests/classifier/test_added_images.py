@@ -237,9 +237,11 @@ def test_mixup_mixes_both_kinds_with_the_weights_of_their_labels(mesh):
   assert all(np.isfinite(m["loss"]) for m in metrics)
 
 
-def test_merged_images_cannot_be_a_curriculum():
+def test_merged_images_have_no_curriculum_and_no_share():
   with pytest.raises(ValueError, match="set warm_up and ramp to 0"):
     AddedImagesConfig(way="merged", ramp=0.5)
+  with pytest.raises(ValueError, match="share to 1, or way to joint"):
+    AddedImagesConfig(way="merged", share=2.0)
 
 
 def test_more_images_than_places_are_refused():

@@ -231,7 +231,7 @@ def settings(**changes):
     ({"losses": ()}, "must be trained by one"),
     ({"selection.folds": 0}, "set it to 2 or more, or the filters to none"),
     ({"selection.encoder": "frozen"}, "set it to retrained"),
-    ({"added.way": "merged", "added.ramp": 0.5}, "set warm_up and ramp to 0"),
+    ({"added.way": "merged", "added.ramp": 0.5}, "set warm_up and ramp to 0 and"),
     ({"classifier.num_epochs": 0.0}, "not one step"),
     ({"classifier.loss": "csl"}, "name the losses in config.losses"),
     ({"encoder.backbone.head": "cosine"}, "set it to linear or auto"),
