@@ -14,6 +14,7 @@ from memdiff.evaluation.feature_metrics import at_most, diversity, squared_dista
 from memdiff.evaluation.scores import Group
 
 COPY = 1 / 3  # of the distance to the second nearest training image
+_BLOCK = 5000  # images in float at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +99,16 @@ class Neighbours:
 
 def nearest(images: np.ndarray, train_images: np.ndarray) -> Neighbours:
   """Of images [M, ...] among training images [N, ...], N at least 2; both uint8."""
-  points, references = (x.reshape(len(x), -1).astype(np.float32) for x in (images, train_images))
-  index, distance, copied = [], [], []
-  for block in set_metrics.distance_blocks(points, references):
-    two = np.argpartition(block, 1, axis=1)[:, :2]
-    first, second = np.take_along_axis(block, two, axis=1).T
-    index.append(two[:, 0])
-    distance.append(first)
-    copied.append(first < COPY * second)
-  return Neighbours(*map(np.concatenate, (index, distance, copied)))
+  from sklearn.neighbors import NearestNeighbors  # takes a second to import
+
+  search = NearestNeighbors(n_neighbors=2, algorithm="brute").fit(_points(train_images))
+  found = [
+    search.kneighbors(_points(images[start : start + _BLOCK]))
+    for start in range(0, len(images), _BLOCK)
+  ]
+  distance, index = (np.concatenate(parts) for parts in zip(*found, strict=True))
+  return Neighbours(index[:, 0], distance[:, 0], distance[:, 0] < COPY * distance[:, 1])
+
+
+def _points(images: np.ndarray) -> np.ndarray:
+  return images.reshape(len(images), -1).astype(np.float32)

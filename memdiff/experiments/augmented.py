@@ -109,7 +109,7 @@ def method_stages(experiment: Experiment) -> Iterator[tuple[Part, str, loop.Stag
   """(part, method, its training); all methods draw the same noise."""
   data, mesh, shared = experiment.dataset, experiment.mesh, device_data(experiment)
   for part in parts(experiment):
-    for method in experiment.config.methods:
+    for method in image_methods.trainings(experiment.config.methods):
       config = image_methods.apply(method, experiment.config.diffusion)
       seen = pixel_diffusion.make_parts(
         config, data.train_labels, part.rows, data.num_classes, mesh

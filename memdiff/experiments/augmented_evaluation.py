@@ -30,6 +30,7 @@ from memdiff.experiments.comparison import (
   known_scores,
   mark_shown,
 )
+from memdiff.synthesis import image_methods
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -207,7 +208,8 @@ def _draw(
       if not row["reference"]
     ]
     yield "gap_closed", plots.gap_closed(gaps)
-  stages = [f"diffusion/final/{method}" for method in experiment.config.methods]
+  trained = image_methods.trainings(experiment.config.methods)
+  stages = [f"diffusion/final/{method}" for method in trained]
   stages += [f"classifiers/final/{row}/cross_entropy" for row in ("real", "oracle")]
   stages = [s for s in stages if (experiment.workdir.path / s / "metrics.jsonl").exists()]
   yield (

@@ -97,10 +97,11 @@ def _drawer(experiment: Experiment, part: Part, method: str, run: int) -> Drawer
     diffusion, data.train_labels, part.rows[run : run + 1], data.num_classes, experiment.mesh
   )
   of_run = jax.tree.map(lambda x: x[0], seen).of(device_data(experiment))
-  folder = experiment.workdir.folder("diffusion") / part.name / method
+  trained = image_methods.trained(method)
+  folder = experiment.workdir.folder("diffusion") / part.name / trained
   return Drawer(
     config=diffusion,
-    sampling=config.sampling,
+    sampling=image_methods.apply_drawing(method, config.sampling),
     data=of_run,
     mesh=experiment.mesh,
     params=params_of_seed(folder, run, experiment.mesh),

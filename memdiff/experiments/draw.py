@@ -115,20 +115,22 @@ def draw(
   settings = config_lib.build(ImagesConfig, report["config"])
   method = choose_method(settings, method)
   config, mesh = image_methods.apply(method, settings.diffusion), mesh_lib.make_mesh()
+  sampling = image_methods.apply_drawing(method, settings.sampling)
   classes, shape = report["dataset"]["num_classes"], tuple(report["images"]["image_shape"])
-  params = params_of_seed(workdir / "diffusion" / method, 0, mesh)
+  params = params_of_seed(workdir / "diffusion" / image_methods.trained(method), 0, mesh)
   data = pixel_diffusion.make_data(exemplars, np.zeros(len(exemplars), np.int32), 1, mesh)
-  size = min(settings.sampling.chunk_size, number)
-  program = pixel_diffusion.sampling_program(
-    config, settings.sampling, shape, classes, scale != 1, mesh
-  )
+  size = min(sampling.chunk_size, number)
+  program = pixel_diffusion.sampling_program(config, sampling, shape, classes, scale != 1, mesh)
   only, unnamed = mesh_lib.replicate(mesh, (np.zeros(size, np.int32), np.full(size, classes)))
   images = []
   for start in range(0, number, size):
     key = stream(jax.random.key(seed), "exemplars", start)
     memory = pixel_diffusion.exemplars_of(data, only, key, config.memory.num_exemplars)
+    origin = ()
+    if sampling.from_images:
+      origin = pixel_diffusion.origins_of(data, only, stream(key, "origins"))
     placed = mesh_lib.replicate(mesh, (np.uint32(seed), np.int32(start), np.float32(scale)))
-    images.append(np.asarray(mesh_lib.fetch(program(params, unnamed, memory, *placed))))
+    images.append(np.asarray(mesh_lib.fetch(program(params, unnamed, memory, origin, *placed))))
   return np.concatenate(images)[:number]
 
 

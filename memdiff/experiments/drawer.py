@@ -19,12 +19,12 @@ class Drawer:
 
   Attributes:
     config: of its training.
-    sampling: solver, and the size of a chunk.
-    data: the images it was trained on, whose exemplars it may look at.
+    sampling: how images are drawn, and the size of a chunk.
+    data: the images it was trained on, whose exemplars it may look at or begin from.
     mesh: the device mesh.
     params: its averaged weights.
     seed: of the noise.
-    key: of the choice of exemplars.
+    key: of the choice of exemplars, and of images to begin from.
   """
 
   config: PixelDiffusionConfig
@@ -57,9 +57,12 @@ class Drawer:
     padded = np.resize(labels, self.sampling.chunk_size).astype(np.int32)
     numbers = np.uint32(self.seed), np.int32(start), np.float32(scale)
     placed, *numbers = mesh_lib.replicate(self.mesh, (padded, *numbers))
+    key = stream(self.key, "of_chunk", start)
     memory, number = (), self.config.memory.num_exemplars
     if number:
-      key = stream(self.key, "of_chunk", start)
       memory = pixel_diffusion.exemplars_of(self.data, placed, key, number)
-    images = mesh_lib.fetch(program(self.params, placed, memory, *numbers))
+    origin = ()
+    if self.sampling.from_images:
+      origin = pixel_diffusion.origins_of(self.data, placed, stream(key, "origins"))
+    images = mesh_lib.fetch(program(self.params, placed, memory, origin, *numbers))
     return np.asarray(images)[: len(labels)]

@@ -9,6 +9,7 @@ from memdiff.evaluation import image_quality, networks
 from memdiff.experiments import bottlenecks, record
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.image_store import read_samples, sample_folder
+from memdiff.synthesis import image_methods
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -57,7 +58,8 @@ def draw(experiment: Experiment, result: Mapping[str, Any]) -> Iterator[tuple[st
       "guidance_sweep",
       plots.sweep(_panels(found["sweep"], found["network"]), "guidance scale (1: none)"),
     )
-  stages = [f"diffusion/{method}" for method in experiment.config.methods]
+  trained = image_methods.trainings(experiment.config.methods)
+  stages = [f"diffusion/{method}" for method in trained]
   curves = record.training_curves(experiment, stages)
   cosines = [curve for curve in curves if curve["metric"] in _COSINES]
   if cosines:

@@ -13,7 +13,7 @@ from PIL import Image
 from memdiff.experiments.base import Experiment
 from memdiff.runtime import results
 from memdiff.runtime.workdir import read_arrays
-from memdiff.synthesis import pixel_diffusion
+from memdiff.synthesis import image_methods, pixel_diffusion
 
 
 def sample_folder(experiment: Experiment, method: str, scale: float, seed: int) -> pathlib.Path:
@@ -30,7 +30,7 @@ def read_samples(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 
 def trained(experiment: Experiment, method: str, seed: int) -> Any:
   """The averaged weights of a method's U-Net, of the `seed`-th seed."""
-  folder = experiment.workdir.folder("diffusion") / method
+  folder = experiment.workdir.folder("diffusion") / image_methods.trained(method)
   return params_of_seed(folder, seed, experiment.mesh)
 
 

@@ -33,11 +33,11 @@ def train_network(experiment: Experiment) -> dict:
 
 
 def method_stages(experiment: Experiment) -> Iterator[tuple[str, loop.Stage]]:
-  """(method, its training); all of them draw the same batches and the same noise."""
+  """(method, its training); all of them see the same batches and the same noise."""
   data, mesh, shared = experiment.dataset, experiment.mesh, device_data(experiment)
   probe = pixel_bottlenecks.make_probe(data.test_images, data.test_labels, data.train_counts, mesh)
   shared = shared.replace(probe=probe)
-  for method in experiment.config.methods:
+  for method in image_methods.trainings(experiment.config.methods):
     config = image_methods.apply(method, experiment.config.diffusion)
     stage = pixel_diffusion.make_stage(config, shared, data.train_counts, mesh)
     yield (
@@ -118,7 +118,7 @@ def _draw_part(
   labels = np.arange(part.start, part.stop) % experiment.dataset.num_classes
   drawer = Drawer(
     config=image_methods.apply(part.method, config.diffusion),
-    sampling=config.sampling,
+    sampling=image_methods.apply_drawing(part.method, config.sampling),
     data=shared,
     mesh=experiment.mesh,
     params=trained(experiment, part.method, part.seed),

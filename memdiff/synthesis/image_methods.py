@@ -1,27 +1,36 @@
 """Methods of long-tailed image generation by name: what each changes in the training of DDPM.
 
 A name may join several with +, as in `t2h+balanced`; changes are made from left to right. To add a
-method: a function of the config, and a row in METHODS.
+method: a function of the config, and a row in METHODS. Methods that change only how images are
+drawn share the U-Net of the rest of their name.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from memdiff.diffusion.unet import ReserveConfig
 from memdiff.synthesis.pixel_augmentation import AugmentationConfig
-from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig
+from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig, SolverConfig
 
-JOINED = "+"
+JOINED, PLAIN = "+", "ddpm"
 EXEMPLARS = 4
+T = TypeVar("T", bound=SolverConfig)
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageMethod:
-  """What is changed in the config of DDPM, and what that is in words."""
+  """What is changed in the config of DDPM, and what that is in words.
+
+  Attributes:
+    change: of the training.
+    description: for reports.
+    drawn: how images are drawn; None: as configured.
+  """
 
   change: Callable[[PixelDiffusionConfig], PixelDiffusionConfig]
   description: str
+  drawn: Callable[[SolverConfig], SolverConfig] | None = None
 
 
 def _objective(config: PixelDiffusionConfig, **groups: Any) -> PixelDiffusionConfig:
@@ -66,7 +75,7 @@ def _memdiff(config: PixelDiffusionConfig) -> PixelDiffusionConfig:
 
 
 METHODS = {
-  "ddpm": ImageMethod(lambda config: config, "plain conditional diffusion"),
+  PLAIN: ImageMethod(lambda config: config, "plain conditional diffusion"),
   "balanced": ImageMethod(
     lambda config: dataclasses.replace(config, class_exponent=0.0),
     "batches that draw every class equally often",
@@ -112,6 +121,12 @@ METHODS = {
   "memdiff": ImageMethod(
     _memdiff, "the U-Net looks at exemplars of the class, and learns classes that are made up too"
   ),
+  # SDEdit (Meng et al. 2022) as DA-Fusion (Trabucco et al. 2024) uses it for rare classes.
+  "varied": ImageMethod(
+    lambda config: config,
+    "images are drawn from training images of the class, half noised",
+    lambda sampling: dataclasses.replace(sampling, strength=0.5),
+  ),
 }
 
 
@@ -125,6 +140,24 @@ def apply(name: str, config: PixelDiffusionConfig) -> PixelDiffusionConfig:
   for part in name.split(JOINED):
     config = METHODS[part].change(config)
   return config
+
+
+def apply_drawing(name: str, sampling: T) -> T:
+  """How a method's images are drawn."""
+  for part in name.split(JOINED):
+    if drawn := METHODS[part].drawn:
+      sampling = drawn(sampling)
+  return sampling
+
+
+def trained(name: str) -> str:
+  """The method whose training this one shares: itself, if it changes the training."""
+  return JOINED.join(part for part in name.split(JOINED) if not METHODS[part].drawn) or PLAIN
+
+
+def trainings(names: Sequence[str]) -> list[str]:
+  """The methods that are trained for these, each once."""
+  return list(dict.fromkeys(map(trained, names)))
 
 
 def describe(name: str) -> str:

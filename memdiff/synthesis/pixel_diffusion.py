@@ -85,6 +85,16 @@ class SolverConfig:
   sampler: str = setting("dpm++", "the solver of the reverse process", one_of(SAMPLERS))
   num_steps: int = setting(20, "visited steps", at_least(2))
   chunk_size: int = setting(500, "images at a time, and in a file", at_least(1))
+  strength: float = setting(
+    1.0,
+    "how far training images of the class are noised to begin with, as a share of the steps; 1:"
+    " noise alone (SDEdit)",
+    between(0.01, 1),
+  )
+
+  @property
+  def from_images(self) -> bool:
+    return self.strength < 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,6 +339,12 @@ def exemplars_of(data: ImageData, labels: jax.Array, key: jax.Array, number: int
   return ExemplarImages(to_model(data.images[index]), mask)
 
 
+@jax.jit
+def origins_of(data: ImageData, labels: jax.Array, key: jax.Array) -> jax.Array:
+  """Images of `labels` [B] to begin from, drawn at random. uint8 [B, H, W, ch]."""
+  return data.images[draw_members(key, data.by_class, labels)]
+
+
 @functools.lru_cache(maxsize=16)
 def sampling_program(
   config: PixelDiffusionConfig,
@@ -338,10 +354,11 @@ def sampling_program(
   guides: bool,
   mesh: Mesh,
 ) -> Callable:
-  """The jitted (params, labels [B], memory, seed, chunk, scale) -> uint8 images [B, H, W, ch].
+  """The jitted (params, labels [B], memory, origin, seed, chunk, scale) -> uint8 [B, H, W, ch].
 
   Memory is () or, for a U-Net that looks at exemplars, ExemplarImages of B rows; label C with
-  exemplars is a class that training need not have seen. Seed and chunk, whole numbers, decide the
+  exemplars is a class that training need not have seen. Origin is () or, if the solver starts from
+  images, uint8 [B, H, W, ch]. Seed and chunk, whole numbers, decide the
   noise; it is the same for all methods and scales.
 
   Args:
@@ -354,9 +371,10 @@ def sampling_program(
   """
   denoiser = make_denoiser(config, num_classes, shape[-1])
   solver = Solver(sampling.sampler, sampling.num_steps, config.prediction, x0_limit=1.0)
+  from_images = sampling.from_images
   schedule = NoiseSchedule(config.schedule)
 
-  def draw(params, labels, memory, seed, chunk, scale):
+  def draw(params, labels, memory, origin, seed, chunk, scale):
     key = stream(jax.random.key(seed), "sampling", chunk)
 
     def condition(label, memory):
@@ -373,6 +391,7 @@ def sampling_program(
 
     context = condition(labels, memory)
     predict = guided(call, context, unconditional, scale if guides else 1.0)
-    return to_pixels(sample(predict, schedule, (len(labels), *shape), key, solver))
+    begin = {"origin": to_model(origin), "start": sampling.strength} if from_images else {}
+    return to_pixels(sample(predict, schedule, (len(labels), *shape), key, solver, **begin))
 
   return jax.jit(draw)

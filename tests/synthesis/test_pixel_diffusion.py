@@ -13,7 +13,7 @@ from memdiff.diffusion.unet import UNetConfig
 from memdiff.runtime import loop
 from memdiff.synthesis import image_methods, pixel_diffusion, pixel_memory
 from memdiff.synthesis.pixel_augmentation import AugmentationConfig
-from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig, SamplingConfig
+from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig, SamplingConfig, SolverConfig
 from tests.support import make_run
 
 TINY = UNetConfig(channels=8, multipliers=(1, 2), num_blocks=1, attention=(), dropout=0.1)
@@ -130,7 +130,7 @@ FAST = ("ddpm", "memdiff+coral+cbdm", "t2h+diffrop", "cm+finetuned+ada")  # ever
 def test_every_method_trains(mesh, data, name, tmp_path):
   base = dataclasses.replace(CONFIG, batch_size=16)
   config = image_methods.apply(name, base)
-  assert config != base or name == "ddpm"
+  assert config != base or image_methods.trained(name) == "ddpm"
   stage = pixel_diffusion.make_stage(config, data, COUNTS, mesh)
   run = make_run(mesh, (0,), 2)
   state = loop.train(stage, run, tmp_path)
@@ -202,13 +202,50 @@ def test_samples_of_a_known_denoiser_are_its_images(mesh, monkeypatch):
   ):
     sampling = SamplingConfig(num_steps=10)
     program = pixel_diffusion.sampling_program(CONFIG, sampling, (4, 4, 1), 3, guides, mesh)
-    images = np.asarray(program(0.0, labels, (), np.uint32(0), 0, scale))
+    images = np.asarray(program(0.0, labels, (), (), np.uint32(0), 0, scale))
     assert images.shape == (6, 4, 4, 1) and images.dtype == np.uint8
     shown = np.asarray(pixel_diffusion.to_pixels(expected)).repeat(2)
     np.testing.assert_allclose(images.astype(int), shown[:, None, None, None].repeat(4, 1).repeat(
       4, 2
     ), atol=1)  # fmt: skip
   pixel_diffusion.sampling_program.cache_clear()
+
+
+def test_samples_that_begin_from_images_keep_what_noise_leaves_of_them(mesh, monkeypatch):
+  class Still:
+    """Sees no noise, so that samples are their first state over its signal."""
+
+    def apply(self, params, *arguments, method):
+      first = arguments[0]
+      return (jnp.zeros_like(first), None) if method == "denoise" else first
+
+  monkeypatch.setattr(pixel_diffusion, "make_denoiser", lambda *_: Still())
+  pixel_diffusion.sampling_program.cache_clear()
+  origin = np.random.default_rng(0).integers(60, 200, (6, 4, 4, 1)).astype(np.uint8)
+  labels, distance = jnp.zeros(6, int), []
+  for strength in (0.01, 0.3, 0.6):
+    sampling = SolverConfig(num_steps=10, strength=strength)
+    program = pixel_diffusion.sampling_program(CONFIG, sampling, (4, 4, 1), 3, False, mesh)
+    images = np.asarray(program(0.0, labels, (), origin, np.uint32(0), 0, 1.0))
+    distance.append(np.abs(images.astype(float) - origin).mean())
+  pixel_diffusion.sampling_program.cache_clear()
+  assert distance[0] < 4 < distance[1] < distance[2]
+
+
+def test_images_to_begin_from_are_of_the_class_and_all_come_up(data):
+  labels = jnp.arange(2000) % 3
+  found = np.asarray(pixel_diffusion.origins_of(data, labels, jax.random.key(0)))
+  for c in range(3):
+    own = {image.tobytes() for image in IMAGES[c == LABELS]}
+    assert {image.tobytes() for image in found[np.asarray(labels) == c]} == own
+
+
+def test_methods_that_only_draw_differently_share_a_training():
+  names = ("ddpm", "varied", "varied+balanced", "balanced", "t2h")
+  assert image_methods.trainings(names) == ["ddpm", "balanced", "t2h"]
+  assert image_methods.apply("varied", CONFIG) == CONFIG
+  assert image_methods.apply_drawing("varied+balanced", SolverConfig()).strength == 0.5
+  assert image_methods.apply_drawing("t2h+balanced", SolverConfig()) == SolverConfig()
 
 
 # --- memory ----------------------------------------------------------------------------------
