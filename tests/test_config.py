@@ -395,7 +395,7 @@ OUT_OF_RANGE = {
   "augmented": {
     "experiment": ["images"], "seeds": [(-1,)], "methods": [("gan",)],
     "pool.fill_to": [-1], "pool.surplus": [0.5], "pool.guidance": [-1.0],
-    "pool.filters": [(), ("sure",), ("none", "none"), ("new&new",)],
+    "pool.filters": [(), ("sure",), ("none", "none"), ("new&new",), ("new@0",), ("new@much",)],
     "pool.rejected": [0.0, 0.5], "controls": [("real", "gan"), ("real", "real")],
     "added.way": ["late"], "added.share": [0.0], "added.warm_up": [-0.1, 1.1],
     "added.ramp": [-0.1, 1.1], "added.weight": [0.0], "added.counts": [("none",)],

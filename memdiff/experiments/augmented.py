@@ -38,6 +38,7 @@ from memdiff.experiments.augmented_settings import (
   AugmentedConfig,
   Row,
   Training,
+  added_of,
   augmentation_of,
   check,
   rows_of,
@@ -60,7 +61,7 @@ def classifier_stage(
     dataclasses.replace(config.classifier, augment=augmentation_of(config, row.source, shape)),
     config.encoder,
     training.loss,
-    images=config.added if row.has_pool else None,
+    images=added_of(config, row) if row.has_pool else None,
     counts=training.counts,
   )
   shared = encoder.device_data(config.encoder.input, data, mesh)
@@ -161,9 +162,8 @@ def _train_row(
   counts = {"real": part.counts(data).astype(np.float32)}
   if row.has_pool:
     pools = stage.per_seed["images"]
-    counts["effective"] = augmented_pool.effective_counts(
-      experiment.config.added, counts["real"], pools
-    )
+    added = added_of(experiment.config, row)
+    counts["effective"] = augmented_pool.effective_counts(added, counts["real"], pools)
   if row.head_only:
     state = new_head.whole(_encoders(experiment, part, training), state)
   unseen = data.test_images if part.held_out is None else data.train_images

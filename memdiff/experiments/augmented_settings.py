@@ -46,6 +46,11 @@ class Row:
     return ":".join(part for part in parts if part)
 
   @property
+  def weight(self) -> float:
+    """Of its images in the loss, times `added.weight`."""
+    return image_filters.weight_of(self.filter)
+
+  @property
   def has_pool(self) -> bool:
     """Whether there are images beside the real ones that all rows have."""
     return self.source not in (REAL, STRONG, MIXUP)
@@ -84,12 +89,16 @@ class PoolConfig:
   guidance: float = setting(1.0, "scale of the guidance, 1 + omega; 1: none", at_least(0))
   filters: tuple[str, ...] = setting(
     ("none", "confident"),
-    "rows of every generator; several joined by & are one filter",
+    "rows of every generator; several joined by & are one filter, and @0.3 at its end is what its"
+    " images weigh",
     Allowed(
       lambda names: (
         len(names) > 0 and len(set(names)) == len(names) and all(map(image_filters.is_known, names))
       ),
-      lambda: "distinct names out of " + ", ".join(image_filters.FILTERS) + ", or such joined by &",
+      lambda: (
+        "distinct names out of " + ", ".join(image_filters.FILTERS) + ", or such joined by &, with"
+        " @ and a weight behind them or not"
+      ),
     ),
   )
   rejected: float = setting(
@@ -212,6 +221,11 @@ def rows_of(config: AugmentedConfig, data: LongTailDataset) -> tuple[Row, ...]:
     generated += [Row(method, first, head_only=True) for method in config.methods]
   references = [Row(ORACLE)] if len(data.left_out_labels) else []
   return (*controls, *generated, *references)
+
+
+def added_of(config: AugmentedConfig, row: Row) -> AddedImagesConfig:
+  """How a row's images take part in the training."""
+  return dataclasses.replace(config.added, weight=config.added.weight * row.weight)
 
 
 def augmentation_of(config: AugmentedConfig, control: str, shape: tuple[int, ...]) -> AugmentConfig:

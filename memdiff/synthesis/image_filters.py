@@ -1,6 +1,7 @@
 """Which generated images are kept: filters by name, and what they look at.
 
-A name may join several with &, as in `confident&new`; an image is kept if all of them keep it.
+A name may join several with &, as in `confident&new`; an image is kept if all of them keep it. At
+its end may stand what a kept image weighs in the loss, as in `diffult@0.3`.
 Limits are quantiles over held-out training images, every class alike, so that a filter lets most
 real images pass that its classifier has not seen. To add a filter: a function of the signs, and a
 row in FILTERS.
@@ -11,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-JOINED = "&"
+JOINED, WEIGHING = "&", "@"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +90,30 @@ FILTERS = {
 
 
 def is_known(name: str) -> bool:
-  parts = name.split(JOINED)
-  return all(part in FILTERS for part in parts) and len(set(parts)) == len(parts)
+  try:
+    weight = weight_of(name)
+  except ValueError:
+    return False
+  parts = _names(name)
+  return (
+    0 < weight < float("inf")
+    and all(part in FILTERS for part in parts)
+    and len(set(parts)) == len(parts)
+  )
+
+
+def _names(name: str) -> list[str]:
+  return name.partition(WEIGHING)[0].split(JOINED)
+
+
+def weight_of(name: str) -> float:
+  """What an image that a filter keeps weighs in the loss, times what the config says."""
+  _, sign, number = name.partition(WEIGHING)
+  return float(number) if sign else 1.0
 
 
 def parts_of(name: str) -> list[Filter]:
-  return [FILTERS[part] for part in name.split(JOINED)]
+  return [FILTERS[part] for part in _names(name)]
 
 
 def keep(name: str, signs: Signs, limits: Limits | None) -> np.ndarray:
@@ -103,7 +122,8 @@ def keep(name: str, signs: Signs, limits: Limits | None) -> np.ndarray:
 
 
 def describe(name: str) -> str:
-  return ", of these ".join(part.description for part in parts_of(name))
+  words, weight = ", of these ".join(part.description for part in parts_of(name)), weight_of(name)
+  return words if weight == 1 else f"{words}; each weighs {weight:g}"
 
 
 def limits(

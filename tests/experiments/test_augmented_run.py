@@ -81,6 +81,17 @@ def data_of():
   return pipeline.prepare(settings())[2]
 
 
+def test_a_filter_may_say_what_its_images_weigh():
+  changes = {"added.weight": 0.5, "pool.filters": ("none", "diffult@0.3")}
+  config = config_lib.build(augmented_settings.AugmentedConfig, settings(**changes))
+  weights = {
+    row.name: augmented_settings.added_of(config, row).weight
+    for row in augmented_settings.rows_of(config, data_of())
+  }
+  assert weights["ddpm:diffult@0.3"] == 0.15
+  assert {weights[name] for name in ("ddpm:none", "ddpm:none:head", "oracle")} == {0.5}
+
+
 # --- a run -----------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ SIGNS = Signs(
     ("confident", [0, 2, 3]),
     ("near", [0, 1, 2, 4]),
     ("diffult", [1, 2, 4]),
+    ("diffult@0.3", [1, 2, 4]),
     ("agreeing", [0, 2, 4]),
     ("new", [1, 2, 3]),
     ("confident&new", [2, 3]),
@@ -35,7 +36,19 @@ def test_what_is_kept(name, kept):
   assert image_filters.is_known(name) and image_filters.describe(name)
 
 
-@pytest.mark.parametrize("name", ["", "new&new", "confident&", "certain", "none & new"])
+def test_a_weight_may_stand_at_the_end():
+  assert image_filters.weight_of("new&near@0.25") == 0.25
+  assert image_filters.weight_of("new&near") == 1
+  assert "weighs 0.25" in image_filters.describe("new&near@0.25")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    *("", "new&new", "confident&", "certain", "none & new"),
+    *("@0.3", "none@", "none@0", "none@-1", "none@inf", "none@nan", "none@half", "near@1&new"),
+  ],
+)
 def test_unknown_names(name):
   assert not image_filters.is_known(name)
 
