@@ -35,7 +35,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.methods = ("ddpm", "balanced", "cbdm", "coral", "t2h", "memdiff+balanced")
     config.losses = ("cross_entropy", "balanced_softmax", "logit_adjustment")
     config.controls = ("real", "oversampling", "affine", "strong", "mixup")
-    config.pool.filters = ("none", "confident", "diffult", "agreeing&new")
+    config.pool.filters = ("none", "confident", "diffult@0.3")
     config.diffusion.num_steps = 1000
 
   def smoke():
