@@ -36,9 +36,9 @@ def setting(default: Any, meaning: str, allowed: Allowed | None = None) -> Any:
   return dataclasses.field(default=default, metadata={"meaning": meaning, "allowed": allowed})
 
 
-def path_setting(meaning: str) -> Any:
-  """A path, "" by default. In others, ~ at the beginning becomes the home folder."""
-  return dataclasses.field(default="", metadata={"meaning": meaning, "is_path": True})
+def path_setting(meaning: str, default: str | tuple = "") -> Any:
+  """A path, or several if `default` is (). In them, ~ at the beginning becomes the home folder."""
+  return dataclasses.field(default=default, metadata={"meaning": meaning, "is_path": True})
 
 
 def at_least(low: float) -> Allowed:
@@ -113,7 +113,9 @@ def _field_value(path: str, field: dataclasses.Field, value: Any) -> Any:
   except TypeError as error:
     raise ConfigError(f"config.{path} is {value!r}, but must be {error}.") from None
   if field.metadata.get("is_path"):
-    value = paths.expand_home(value, f"config.{path}")
+    several = isinstance(value, tuple)
+    found = tuple(paths.expand_home(p, f"config.{path}") for p in (value if several else (value,)))
+    value = found if several else found[0]
   allowed = field.metadata.get("allowed")
   if allowed is not None and not allowed.accepts(value):
     raise ConfigError(f"config.{path} is {value!r}, but must be {allowed.words()}.")

@@ -41,6 +41,7 @@ from memdiff.experiments.augmented_settings import (
   added_of,
   augmentation_of,
   check,
+  in_folds,
   rows_of,
   trainings,
 )
@@ -139,8 +140,8 @@ def train_classifiers(experiment: Experiment) -> dict:
   summary = {}
   for part in parts(experiment):
     for row in rows_of(experiment.config, experiment.dataset):
-      if row.reference and part.held_out is not None:
-        continue  # a reference is never chosen
+      if part.held_out is not None and not in_folds(experiment.config, row):
+        continue
       for training in trainings(experiment.config, row):
         folder = classifier_folder(experiment, part, row, training)
         path = folder / PREDICTIONS
@@ -186,6 +187,7 @@ _PHASES = (
     "training U-Nets on the long-tailed images",
     train_denoisers,
     ("diffusion", "methods"),
+    lambda settings: bool(settings.methods),
     compile_ahead=compile_denoisers,
   ),
   Phase(
@@ -193,6 +195,7 @@ _PHASES = (
     "drawing images",
     augmented_pool.sample_pools,
     ("sampling", "pool.fill_to", "pool.surplus", "pool.guidance"),
+    lambda settings: bool(settings.methods),
   ),
   Phase("pool", "looking at the images", look_at_pools, ("pool", "controls")),
   Phase(

@@ -107,7 +107,7 @@ def pool_numbers(experiment: Experiment, part: Part) -> list[dict[str, Any]]:
   data, config, found = experiment.dataset, experiment.config, []
   runs = range(len(part.run.seeds))
   lacking = augmented_pool.wanted(experiment, part).mean(axis=0)
-  for method in config.methods:
+  for method in config.sources:
     for name in config.pool.filters:
       used, drawn = [], []
       for run in runs:
@@ -132,7 +132,7 @@ def pool_numbers(experiment: Experiment, part: Part) -> list[dict[str, Any]]:
 def pool_signs(experiment: Experiment, part: Part) -> list[dict[str, Any]]:
   """What is known of every generator's images, mean and deviation over the runs."""
   found = []
-  for method in experiment.config.methods:
+  for method in experiment.config.sources:
     signs = [
       augmented_pool.signs_of(experiment, part, method, run) for run in range(len(part.run.seeds))
     ]
@@ -216,7 +216,7 @@ def _draw(
     "training_curves",
     plots.training_curves(record.training_curves(experiment, stages[:_MAX_CURVES])),
   )
-  for method in experiment.config.methods:
+  for method in experiment.config.sources:
     for name in experiment.config.pool.filters:
       yield f"pool_{Row(method, name).name}", _grid(experiment, method, name)
 

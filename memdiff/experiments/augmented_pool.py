@@ -29,7 +29,13 @@ from memdiff.experiments.image_store import device_data, params_of_seed, read_sa
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import results
 from memdiff.runtime.workdir import read_arrays
-from memdiff.synthesis import image_filters, image_methods, pixel_augmentation, pixel_diffusion
+from memdiff.synthesis import (
+  image_filters,
+  image_methods,
+  image_pool,
+  pixel_augmentation,
+  pixel_diffusion,
+)
 from memdiff.synthesis.image_filters import Limits, Signs
 
 _SAMPLE = 500  # images by which the strength of affine maps is found
@@ -177,37 +183,51 @@ def look_at_pools(experiment: Experiment) -> dict:
   for part in parts(experiment):
     for run in range(len(part.run.seeds)):
       critic = make_critic(experiment, part, run)
-      for method in experiment.config.methods:
-        path = pool_path(experiment, part, method, run)
+      for source in experiment.config.sources:
+        path = pool_path(experiment, part, source, run)
         if not path.exists():
-          save(path, _provenance(experiment, part, method, run, critic))
-        signs = signs_of(experiment, part, method, run)
+          save(path, _described(experiment, part, source, run, critic))
+        signs = signs_of(experiment, part, source, run)
         right = float((signs.predicted == signs.labels).mean())
-        summary.setdefault(f"{part.name}/{method}", {"right": []})["right"].append(right)
+        summary.setdefault(f"{part.name}/{source}", {"right": []})["right"].append(right)
       if AFFINE in experiment.config.controls:
         _write_moved(experiment, part, run)
   return summary
 
 
-def _provenance(
-  experiment: Experiment, part: Part, method: str, run: int, critic: Critic
+def _described(
+  experiment: Experiment, part: Part, source: str, run: int, critic: Critic
 ) -> dict[str, np.ndarray]:
-  """The images of one run and where each comes from."""
-  folder = experiment.workdir.folder("sampling") / part.name / method / f"run_{run}"
-  images, labels = read_samples(folder)
+  """The images of one run, where each comes from, and what the critic says of it."""
+  data, path = experiment.dataset, experiment.config.pool.path_of.get(source)
   rows = part.rows_of(run)
-  near = image_quality.nearest(images, experiment.dataset.train_images[rows])
+  if path is None:
+    folder = experiment.workdir.folder("sampling") / part.name / source / f"run_{run}"
+    images, labels = read_samples(folder)
+    origin = {
+      "seed": np.array(part.run.seeds[run]),
+      "guidance": np.array(experiment.config.pool.guidance),
+    }
+    learned_from = rows
+  else:
+    found = image_pool.read(path, data)
+    images, labels, learned_from = found.images, found.labels, found.learned_from
+    origin = {"file_sha256": np.array(image_pool.sha256(path))}
+  near = image_quality.nearest(images, data.train_images[rows])
   signs = critic.look(images, labels, near.copied)
   arrays = {name: value for name, value in vars(signs).items() if value is not None}
-  return arrays | {
-    "images": images,
-    "nearest_index": rows[near.index],
-    "nearest_distance": near.distance,
-    "method": np.array(method),
-    "seed": np.array(part.run.seeds[run]),
-    "guidance": np.array(experiment.config.pool.guidance),
-    "train_sha256": np.array(experiment.data_digests["split"]),
-  }
+  about = image_pool.provenance(data.class_names, learned_from, data.split_sha256)
+  return (
+    about
+    | arrays
+    | origin
+    | {
+      "images": images,
+      "method": np.array(source),
+      "nearest_index": rows[near.index],
+      "nearest_distance": near.distance,
+    }
+  )
 
 
 def _signs(arrays: Mapping[str, np.ndarray]) -> Signs:
@@ -280,7 +300,7 @@ def pools(experiment: Experiment, part: Part, row: Row) -> added_images.ImagePoo
   size, data = pool_size(experiment), experiment.dataset
   made = []
   for run in range(len(part.run.seeds)):
-    if row.source in experiment.config.methods:
+    if row.source in experiment.config.sources:
       arrays, index = kept(experiment, part, row, run)
       chosen = [arrays[name][index] for name in ("images", "labels", "confidence")]
       chosen[2] = np.maximum(chosen[2], 1e-6)
@@ -322,7 +342,7 @@ _affine = jax.jit(
 
 
 def _write_moved(experiment: Experiment, part: Part, run: int) -> None:
-  """Copies that are moved as far as the first method's images lie from the training images."""
+  """Copies that are moved as far as the first source's images lie from the training images."""
   path = pool_path(experiment, part, AFFINE, run)
   if not path.exists():
     images, labels = _copies(experiment, part, run)
@@ -337,11 +357,11 @@ def _moved(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, np
 
 
 def _affine_strength(experiment: Experiment, part: Part, run: int) -> float:
-  """At which moved copies lie as far from the nearest training image as those of the first method.
+  """At which moved copies lie as far from the nearest training image as those of the first source.
 
   At most 4: beyond, little of an image is left.
   """
-  first = experiment.config.methods[0]
+  first = experiment.config.sources[0]
   target = read_arrays(pool_path(experiment, part, first, run))["nearest_distance"].mean()
   images, _ = _copies(experiment, part, run)
   some = images[np.linspace(0, len(images) - 1, min(len(images), _SAMPLE)).astype(int)]

@@ -13,7 +13,7 @@ from memdiff.errors import WorkdirError
 from memdiff.evaluation import cross_validation
 from memdiff.evaluation.method import Method
 from memdiff.experiments.augmented_runs import PREDICTIONS, Part, classifier_folder, part_of
-from memdiff.experiments.augmented_settings import Choice, Row, candidates, rows_of
+from memdiff.experiments.augmented_settings import Choice, Row, candidates, in_folds, rows_of
 from memdiff.experiments.base import Experiment
 from memdiff.runtime.workdir import read_arrays, write_arrays, write_json
 
@@ -29,7 +29,7 @@ def predict(experiment: Experiment, part: Part, row: Row, loss: str, choice: Cho
 def select(experiment: Experiment) -> dict:
   """Chooses tau where there is one, and recommends a row."""
   folder, config = experiment.workdir.folder("selection"), experiment.config
-  rows = [row for row in rows_of(config, experiment.dataset) if not row.reference]
+  rows = [row for row in rows_of(config, experiment.dataset) if in_folds(config, row)]
   if not config.selection.folds:
     choices = {
       Method.of(row.name, loss): candidates(config, row, loss)[0]

@@ -1,6 +1,7 @@
 """Settings of experiments that train classifiers on generated images, and whether they fit."""
 
 import dataclasses
+import pathlib
 
 from input_pipeline.augment import AugmentConfig
 from input_pipeline.dataset import DatasetConfig, LongTailDataset
@@ -8,13 +9,13 @@ from memdiff.classifier import encoder, heads, losses
 from memdiff.classifier.added_images import AddedImagesConfig
 from memdiff.classifier.encoder import EncoderConfig
 from memdiff.classifier.encoder_training import ClassifierConfig
-from memdiff.config import Allowed, at_least, between, each, one_of, setting, some_of
+from memdiff.config import Allowed, at_least, between, each, one_of, path_setting, setting, some_of
 from memdiff.errors import ConfigError
 from memdiff.evaluation.cross_validation import SelectionConfig
 from memdiff.experiments.base import check_classifier, check_seeds, seeds_field
 from memdiff.experiments.image_settings import check_unet, methods_field
 from memdiff.runtime.stage import ExecutionConfig, LoopConfig
-from memdiff.synthesis import image_filters, image_methods
+from memdiff.synthesis import image_filters, image_methods, image_pool
 from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig, SolverConfig
 
 REAL = "real"
@@ -66,8 +67,12 @@ class Row:
   def describe(self) -> str:
     words = (CONTROLS | REFERENCES).get(self.source)
     if words is None:
-      made, kept = image_methods.describe(self.source), image_filters.describe(self.filter)
-      words = f"real images and generated ones ({made}; used: {kept})"
+      made = f"of the file {self.source}"
+      if image_methods.is_known(self.source):
+        made = image_methods.describe(self.source)
+      words = (
+        f"real images and generated ones ({made}; used: {image_filters.describe(self.filter)})"
+      )
     return f"{words}; a new head on the encoder of real images" if self.head_only else words
 
 
@@ -104,6 +109,28 @@ class PoolConfig:
   rejected: float = setting(
     0.1, "share of held-out real images beyond each limit of the filters", between(0.001, 0.499)
   )
+  files: tuple[str, ...] = path_setting(
+    "images made elsewhere or by another run, written by memdiff.synthesis.image_pool; rows too,"
+    " under the names of the files",
+    (),
+  )
+
+  def __post_init__(self):
+    names = [pathlib.Path(path).stem for path in self.files]
+    taken = {*CONTROLS, *REFERENCES}
+    for name in names:
+      if not name.replace("-", "_").isidentifier() or image_methods.is_known(name) or name in taken:
+        raise ValueError(
+          f"files names {name}, which is no good name of a row; rename the file to letters, digits,"
+          " - and _, and to no method or control."
+        )
+    if len(set(names)) < len(names):
+      raise ValueError(f"files are {self.files}, but each needs a name of its own.")
+
+  @property
+  def path_of(self) -> dict[str, str]:
+    """Name of a row -> its file."""
+    return {pathlib.Path(path).stem: path for path in self.files}
 
   @property
   def needs_limits(self) -> bool:
@@ -122,7 +149,7 @@ class AugmentedConfig:
   name: str = setting("augmented", "of the run, for its report")
   seeds: tuple[int, ...] = seeds_field()
   dataset: DatasetConfig = setting(DatasetConfig(), "images, and how they are cut to a long tail")
-  methods: tuple[str, ...] = methods_field()
+  methods: tuple[str, ...] = methods_field(needed=False)
   diffusion: PixelDiffusionConfig = setting(PixelDiffusionConfig(), "the training of DDPM")
   sampling: SolverConfig = setting(SolverConfig(), "how images are drawn")
   pool: PoolConfig = setting(PoolConfig(), "how many images, and which are used")
@@ -158,6 +185,8 @@ class AugmentedConfig:
     check_seeds(self.seeds)
     if REAL not in self.controls:
       raise ValueError(f"controls is {self.controls}, but has to have real in it.")
+    if not self.sources:
+      raise ValueError("methods and pool.files are empty, but images must come from somewhere.")
     if not self.losses:
       raise ValueError("losses is empty, but classifiers must be trained by one.")
     if self.pool.needs_limits and not self.selection.folds:
@@ -170,6 +199,16 @@ class AugmentedConfig:
         "selection.encoder is frozen, but here classifiers are trained from the images; set it to"
         " retrained."
       )
+
+  @property
+  def sources(self) -> tuple[str, ...]:
+    """What generated images come from: methods that are trained here, and files."""
+    return (*self.methods, *self.pool.path_of)
+
+  @property
+  def input_files(self) -> dict[str, str]:
+    """Files that the run reads beside its data: what they are, and where."""
+    return {f"images of {name}": path for name, path in self.pool.path_of.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,13 +253,19 @@ def rows_of(config: AugmentedConfig, data: LongTailDataset) -> tuple[Row, ...]:
   """The rows of the table, for each loss: controls, generators with every filter, references."""
   others = [name for name in config.controls if name != REAL]
   controls = [Row(REAL), *map(Row, others)]
-  generated = [Row(method, name) for method in config.methods for name in config.pool.filters]
+  generated = [Row(source, name) for source in config.sources for name in config.pool.filters]
   if config.head_only:  # on the encoders of the first row
     controls.append(Row(REAL, head_only=True))
     first = config.pool.filters[0]
-    generated += [Row(method, first, head_only=True) for method in config.methods]
+    generated += [Row(source, first, head_only=True) for source in config.sources]
   references = [Row(ORACLE)] if len(data.left_out_labels) else []
   return (*controls, *generated, *references)
+
+
+def in_folds(config: AugmentedConfig, row: Row) -> bool:
+  """Whether cross-validation can judge a row: its images know nothing of what a fold holds out."""
+  path = config.pool.path_of.get(row.source)
+  return not row.reference and (path is None or image_pool.never_saw_the_data(path))
 
 
 def added_of(config: AugmentedConfig, row: Row) -> AddedImagesConfig:
@@ -258,6 +303,8 @@ def check(settings: AugmentedConfig, data: LongTailDataset) -> None:
     raise ConfigError(
       "config.classifier.loss and references are not read here; name the losses in config.losses."
     )
+  for path in settings.pool.files:
+    image_pool.read(path, data)
   for loss in settings.losses:
     trained = heads.trained_loss(loss)
     losses.check(trained, mixup=settings.classifier.augment.mixup > 0 or MIXUP in settings.controls)

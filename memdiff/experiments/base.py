@@ -21,6 +21,7 @@ from memdiff.runtime import loop, programs, results
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.workdir import Workdir
 from memdiff.runtime.writers import read_history
+from memdiff.synthesis import image_pool
 
 
 def seeds_field() -> Any:
@@ -53,6 +54,8 @@ class Experiment:
     digests = self.dataset.fingerprints | {"split": self.dataset.split_sha256}
     if hasattr(self.config, "encoder"):
       digests["initial_weights"] = encoder.weights_sha256(self.config.encoder)
+    for name, path in getattr(self.config, "input_files", {}).items():
+      digests[name] = image_pool.sha256(path)
     return digests
 
   @property

@@ -21,13 +21,15 @@ REFERENCES = ("train", "test")
 _WIDE = 5  # neighbours of density and coverage
 
 
-def methods_field() -> Any:
+def methods_field(*, needed: bool = True) -> Any:
   return setting(
     ("ddpm",),
     "trained and compared; several joined by + are one method",
     Allowed(
       lambda names: (
-        len(names) > 0 and len(set(names)) == len(names) and all(map(image_methods.is_known, names))
+        len(names) >= needed
+        and len(set(names)) == len(names)
+        and all(map(image_methods.is_known, names))
       ),
       lambda: "distinct names out of " + ", ".join(image_methods.METHODS) + ", or such joined by +",
     ),

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from memdiff.experiments.augmented_settings import PoolConfig, Row
 from memdiff.experiments.base import Experiment
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.workdir import Workdir
-from memdiff.synthesis import image_filters
+from memdiff.synthesis import image_filters, image_pool
 from tests import support
 from tests.support import ROOT
 
@@ -225,6 +226,41 @@ def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(undisturbed, tmp
       np.testing.assert_array_equal(values, theirs[path][name], err_msg=f"{path} {name}")
 
 
+# --- images of files -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_images_of_files_are_rows_that_are_judged_beforehand_only_if_they_know_nothing(
+  undisturbed, tmp_path
+):
+  """One file holds unseen images of other hands, the other what a run has learned from all."""
+  data, elsewhere = data_of(), tmp_path / "elsewhere.npz"
+  image_pool.write(elsewhere, data.left_out_images, data.left_out_labels, data.class_names)
+  own = undisturbed[0] / "pool" / "final" / "memdiff+balanced" / "run_0.npz"
+  changes = {
+    "methods": (), "pool.files": (str(elsewhere), str(own)), "pool.filters": ("none", "new"),
+    "losses": ("cross_entropy",), "controls": ("real",), "head_only": False,
+  }  # fmt: skip
+  report, text = run(tmp_path / "run", **changes)
+  rows = {row["method"]: row for row in report["classification"]}
+  files = ["elsewhere:none", "elsewhere:new", "run_0:none", "run_0:new"]
+  assert list(rows) == [f"{name}+cross_entropy" for name in ("real", *files, "oracle")]
+  judged = {f"{name}+cross_entropy" for name in ("real", *files[:2])}
+  assert set(report["recommendation"]["scores"]) == judged
+  assert not (tmp_path / "run" / "classifiers" / "folds" / "run_0:none").exists()
+  assert report["dataset"]["sha256"]["images of run_0"] == image_pool.sha256(str(own))
+  assert "diffusion" not in text
+  ours = pools(tmp_path / "run")[pathlib.Path("final", "run_0", "run_0.npz")]
+  np.testing.assert_array_equal(ours["images"], np.load(own)["images"])
+  np.testing.assert_array_equal(ours["learned_from"], np.arange(len(data.train_labels)))
+  image_pool.write(elsewhere, data.left_out_images[1:], data.left_out_labels[1:], data.class_names)
+  again = subprocess.run(
+    command(tmp_path / "run", **changes), cwd=ROOT, env=support.environment_of_children(1),
+    capture_output=True, text=True, timeout=200,
+  )  # fmt: skip
+  assert again.returncode != 0 and "changed since: the images of elsewhere" in again.stderr
+
+
 # --- settings and bad input ------------------------------------------------------------------
 
 
@@ -252,6 +288,11 @@ def settings(**changes):
     ({"sampling.num_steps": 1001}, "the diffusion has only 1000 steps"),
     ({"methods": ("real",)}, "config.methods is ('real',)"),
     ({"pool.filters": ("sure",)}, "such joined by &"),
+    ({"methods": ()}, "but images must come from somewhere"),
+    ({"pool.files": ("/nowhere/mine.npz",)}, "Cannot read the images in /nowhere/mine.npz"),
+    ({"pool.files": ("/nowhere/ddpm.npz",)}, "names ddpm, which is no good name of a row"),
+    ({"pool.files": ("/nowhere/a b.npz",)}, "rename the file to letters, digits"),
+    ({"pool.files": ("/a/mine.npz", "/b/mine.npz")}, "each needs a name of its own"),
   ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_one_sentence(changes, words):
