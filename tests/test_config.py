@@ -356,7 +356,7 @@ OUT_OF_RANGE = {
     "joint.generators": [("real", "gan"), ("real", "real")], "joint.loss": ["logit_adjustment"],
     "joint.counts": ["all"],
     "joint.num_rounds": [1], "joint.ramp": [-0.1, 1.5], "joint.refresh_drift": [-0.1],
-    "joint.added_batch_size": [0],
+    "joint.added_batch_size": [0], "joint.images_share": [0.0],
     "evaluation.map_per_class": [1],
     "loop.steps_per_dispatch": [0], "loop.eval_every": [0], "loop.checkpoint_every": [0],
     "loop.keep_checkpoints": [0], "loop.keep_every": [-50], "loop.on_non_finite": ["ignore"],

@@ -18,6 +18,7 @@ from memdiff.classifier import heads
 from memdiff.config import above, between, one_of, setting, some_of
 
 WAYS = ("joint", "merged")
+LEAST_TRUST = 1e-6  # of an image that is used
 
 
 @dataclasses.dataclass(frozen=True)

@@ -303,7 +303,7 @@ def pools(experiment: Experiment, part: Part, row: Row) -> added_images.ImagePoo
     if row.source in experiment.config.sources:
       arrays, index = kept(experiment, part, row, run)
       chosen = [arrays[name][index] for name in ("images", "labels", "confidence")]
-      chosen[2] = np.maximum(chosen[2], 1e-6)
+      chosen[2] = np.maximum(chosen[2], added_images.LEAST_TRUST)
       if not len(index):
         experiment.run.progress.say(
           f"{row.name}: the filter keeps none of {len(arrays['labels']):,} images, so that this row"

@@ -121,6 +121,11 @@ class MemdiffConfig(FeatureConfig):
     JointConfig(), "encoder and head on images and synthetic features together"
   )
 
+  @property
+  def input_files(self) -> dict[str, str]:
+    """Files that the run reads beside its data: what they are, and where."""
+    return {"generated images": self.joint.images} if self.joint.images else {}
+
 
 def has_own_head(config: FeatureConfig) -> bool:
   """Whether the features come with a linear head that was trained on them."""
@@ -164,7 +169,7 @@ def check(config: FeatureConfig, data: LongTailLabels) -> None:
 def check_memdiff(config: MemdiffConfig, data: dataset_lib.LongTailDataset) -> None:
   """Of an experiment that trains or reads an image encoder."""
   check(config, data)
-  joint.check(config, streamed=data.streamed)
+  joint.check(config, data)
   for loss in encoder_training.trained_losses(config.classifier):
     if encoder.has_cosine_head(config.encoder.backbone, loss):
       raise ConfigError(

@@ -7,7 +7,8 @@ samples); in between, synthetic features move along with their class mean. They 
 at first with little weight; a gradient reaches the encoder from real images alone.
 
 `real` goes through the same rounds without synthetic features: the control. Its first round is
-shared, so that seeds are paired.
+shared, so that seeds are paired. Generated images of a file may stand beside the real ones of all
+rounds, the control's included.
 """
 
 import dataclasses
@@ -18,17 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memdiff.classifier import added, encoder, encoder_training, heads
+from input_pipeline.dataset import LongTailDataset
+from memdiff.classifier import added, added_images, encoder, encoder_training, heads
 from memdiff.classifier.added import AddedRows, Pool
+from memdiff.classifier.added_images import AddedImagesConfig, ImagePool
 from memdiff.classifier.encoder_training import Recipe
-from memdiff.config import at_least, between, one_of, setting, some_of
+from memdiff.config import above, at_least, between, one_of, path_setting, setting, some_of
 from memdiff.errors import ConfigError
 from memdiff.experiments.base import Experiment, forward_images
 from memdiff.memory import feature_space
 from memdiff.runtime import loop
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.workdir import read_arrays, write_arrays
-from memdiff.synthesis import generators
+from memdiff.synthesis import generators, image_pool
 from memdiff.synthesis.generators import GENERATORS, SynthesisSettings
 
 REAL = "real"
@@ -61,6 +64,14 @@ class JointConfig:
   added_batch_size: int = setting(
     64, "synthetic features beside classifier.batch_size images", at_least(1)
   )
+  images: str = path_setting(
+    'generated images beside the real ones, a file of memdiff.synthesis.image_pool; "": none'
+  )
+  images_share: float = setting(1.0, "generated images for each real one of a batch", above(0))
+
+  @property
+  def added_images(self) -> AddedImagesConfig | None:
+    return AddedImagesConfig(share=self.images_share) if self.images else None
 
 
 def make_stage(
@@ -84,9 +95,28 @@ def make_stage(
     name=name,
     num_steps=last - first,
     init=stage.init if start is None else _resume,
-    per_seed={"start": start, "pool": pool},
+    per_seed={"start": start, "pool": pool} | _images(experiment),
     result=(),  # the state goes from round to round
   )
+
+
+def _images(experiment: Experiment) -> dict[str, ImagePool]:
+  """The generated images beside the real ones, the same for all seeds; {} if there are none."""
+  path, data = experiment.config.joint.images, experiment.dataset
+  if not path:
+    return {}
+  found, number = image_pool.read(path, data), len(data.train_labels)
+  pool = added_images.make_pool(
+    found.images,
+    found.labels,
+    np.maximum(found.confidence, added_images.LEAST_TRUST),
+    len(found.labels),
+    np.arange(number),
+    num_train=number,
+  )
+  return {"images": mesh_lib.replicate(experiment.mesh, added_images.stack_pools(
+    [pool] * len(experiment.seeds)
+  ))}  # fmt: skip
 
 
 def _resume(_, per_seed: Any) -> Any:
@@ -107,6 +137,7 @@ def recipe(experiment: Experiment) -> Recipe:
     encoder=config.encoder,
     loss=config.joint.loss,
     bank=config.memory_bank,
+    images=config.joint.added_images,
     added=AddedRows(
       batch_size=config.joint.added_batch_size,
       counts=config.joint.counts,
@@ -217,18 +248,13 @@ def load_logits(experiment: Experiment) -> dict[str, np.ndarray]:
   return read_arrays(experiment.workdir.folder("joint") / "logits.npz")
 
 
-def check(config: Any, *, streamed: bool) -> None:
-  """Raises ConfigError if joint training does not fit the other settings.
-
-  Args:
-    config: of the experiment.
-    streamed: whether its images are read from disk while training.
-  """
+def check(config: Any, data: LongTailDataset) -> None:
+  """Raises MemdiffError if joint training does not fit the other settings or the images."""
   if not config.joint.generators:
     return
   backbone = config.encoder.backbone
   for wrong, words in (
-    (streamed, "the data set is streamed from disk, and only sets in memory are trained jointly"),
+    (data.streamed, "the data set is streamed from disk, not held in memory"),
     (config.classifier.num_epochs == 0, "config.classifier.num_epochs is 0"),
     (config.classifier.augment.mixup > 0, "config.classifier.augment.mixup is not 0"),
     (backbone.taps, "config.encoder.backbone.taps are features that no head sees"),
@@ -238,3 +264,5 @@ def check(config: Any, *, streamed: bool) -> None:
       raise ConfigError(
         f"config.joint.generators is {config.joint.generators}, but {words}; set it to ()."
       )
+  if config.joint.images:
+    image_pool.read(config.joint.images, data)

@@ -100,10 +100,11 @@ def describe(experiment: Experiment, method: Method, choices: dict[str, Choice])
 
 def describe_joint(experiment: Experiment, name: str) -> str:
   """Joint training with a generator, in words."""
-  source = "real images only" if name == REAL else f"real images and {GENERATORS[name].description}"
-  return (
-    f"encoder and head trained together on {source}; {heads.LOSSES[experiment.config.joint.loss]}"
-  )
+  config = experiment.config.joint
+  parts = ["real images", *(["generated ones"] if config.images else [])]
+  parts += [] if name == REAL else [GENERATORS[name].description]
+  source = "real images only" if len(parts) == 1 else " and ".join(parts)
+  return f"encoder and head trained together on {source}; {heads.LOSSES[config.loss]}"
 
 
 def describe_own(experiment: Experiment, loss: str) -> str:

@@ -20,6 +20,7 @@ from memdiff.errors import ConfigError
 from memdiff.experiments import joint
 from memdiff.experiments.feature_settings import MemdiffConfig
 from memdiff.experiments.methods import synthesis_settings
+from memdiff.synthesis import image_pool
 from tests import support
 
 
@@ -137,6 +138,32 @@ def test_synthetic_features_move_with_their_class(experiment):
   assert losses[0] == pytest.approx(losses[1], rel=1e-5) and abs(losses[0] - losses[2]) > 1e-4
 
 
+def test_generated_images_and_synthetic_features_stand_beside_real_images(experiment, tmp_path):
+  """32 real images, 16 generated ones, and features: the bank follows the real ones alone."""
+  data, path = experiment.dataset, tmp_path / "images.npz"
+  unseen = data.left_out_images[:40], data.left_out_labels[:40]
+  image_pool.write(path, *unseen, data.class_names)
+  changes = {"images": str(path), "images_share": 0.5, "loss": "cross_entropy"}
+  config = dataclasses.replace(
+    experiment.config, joint=dataclasses.replace(experiment.config.joint, **changes)
+  )
+  assert config.input_files == {"generated images": str(path)}
+  e = SimpleNamespace(**vars(experiment) | {"config": config})
+  stage = joint.make_stage(e, "j", 7, 14, None, None)
+  own = {"start": None, "images": jax.tree.map(lambda x: x[0], stage.per_seed["images"])}
+  state = stage.init(jax.random.key(0), own).replace(step=jnp.asarray(10, jnp.int32))
+  _, rows, _, _ = jax.jit(stage.batch)(state, stage.shared, own | {"pool": None})
+  assert np.asarray(rows.real).tolist() == [True] * 32 + [False] * 16
+  assert {*np.asarray(rows.labels)[32:]} <= {*unseen[1].tolist()}
+  found = {}
+  for name, pool in (("images", None), ("both", make_pool())):
+    after, metrics = jax.jit(stage.step)(state, stage.shared, own | {"pool": pool})
+    assert float(metrics["generated"]) == pytest.approx(1 / 3)
+    assert int(np.asarray(after.bank.seen)[: data.num_classes].sum()) == 32
+    found[name] = float(metrics["loss"])
+  assert found["both"] > found["images"]
+
+
 def test_every_refresh_draws_anew(experiment, mesh, tmp_path):
   """Of encoders that have not moved, the features of two rounds still differ."""
   run = support.make_run(mesh, experiment.seeds, 5)
@@ -220,12 +247,12 @@ def test_a_run_that_lost_its_last_round_ends_with_the_same_logits(finished, tmp_
 def test_what_does_not_go_together_is_refused(changes, words):
   settings = config_lib.build(MemdiffConfig, settings_of(**changes))
   with pytest.raises(ConfigError, match=words):
-    joint.check(settings, streamed=False)
+    joint.check(settings, SimpleNamespace(streamed=False))
   off = dataclasses.replace(settings.joint, generators=())
-  joint.check(dataclasses.replace(settings, joint=off), streamed=False)
+  joint.check(dataclasses.replace(settings, joint=off), SimpleNamespace(streamed=False))
 
 
 def test_streamed_sets_are_refused():
   settings = config_lib.build(MemdiffConfig, settings_of())
   with pytest.raises(ConfigError, match="streamed from disk"):
-    joint.check(settings, streamed=True)
+    joint.check(settings, SimpleNamespace(streamed=True))
