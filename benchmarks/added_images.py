@@ -29,7 +29,7 @@ from memdiff.classifier import added_images, encoder, encoder_training, image_ba
 from memdiff.classifier.added_images import AddedImagesConfig
 from memdiff.classifier.encoder_training import Recipe
 from memdiff.evaluation import image_quality
-from memdiff.experiments.augmented_pool import Critic
+from memdiff.experiments.augmented_critic import Critic
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.classification import ClassificationConfig
 from memdiff.runtime import loop

@@ -1,5 +1,6 @@
 """What tests of training stages and of several devices share."""
 
+import dataclasses
 import io
 import json
 import os
@@ -48,6 +49,47 @@ def on_fake_devices(script: str, *arguments: str, devices: int = 8, timeout: int
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stdout
+
+
+# main.py as it is, but for classifiers of one block.
+SMALL_MAIN = """
+import runpy, sys
+from memdiff.classifier import backbones
+backbones.BACKBONES["resnet8"] = backbones.Architecture((1,), (16,), for_small_images=True)
+sys.argv = ["main.py", *sys.argv[1:]]
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallRuns:
+  """Runs of one config in processes of their own.
+
+  Attributes:
+    config: file and variant.
+    overrides: of its fields.
+  """
+
+  config: str
+  overrides: dict
+
+  def command(self, workdir: pathlib.Path, **changes) -> list[str]:
+    overrides = [f"--config.{name}={value!r}" for name, value in (self.overrides | changes).items()]
+    options = [f"--config={self.config}", f"--workdir={workdir}", "--notensorboard", *overrides]
+    return [sys.executable, "-c", SMALL_MAIN, *options]
+
+  def start(self, workdir: pathlib.Path, devices: int = 1, **changes):
+    """The finished process, whether it succeeded or not."""
+    return subprocess.run(
+      self.command(workdir, **changes), cwd=ROOT, env=environment_of_children(devices),
+      capture_output=True, text=True, timeout=580,
+    )  # fmt: skip
+
+  def __call__(self, workdir: pathlib.Path, devices: int = 1, **changes) -> tuple[dict, str]:
+    """(report, what the terminal showed) of a run that must succeed."""
+    done = self.start(workdir, devices, **changes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((workdir / "report.json").read_text()), done.stdout + done.stderr
 
 
 def kill_in_phase(

@@ -10,24 +10,29 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from memdiff.classifier import added_images, image_batches
+from input_pipeline.dataset import LongTailDataset
+from memdiff.classifier import added_images
 from memdiff.classifier.added_images import AddedImagesConfig
 from memdiff.evaluation import image_quality
+from memdiff.experiments.augmented_critic import Critic, make_critic
 from memdiff.experiments.augmented_runs import (
   Part,
-  critic_folder,
   part_of,
   parts,
   pool_path,
   save,
-  second_folder,
 )
-from memdiff.experiments.augmented_settings import AFFINE, CRITIC_LOSS, ORACLE, OVERSAMPLING, Row
-from memdiff.experiments.base import Experiment, forward_images
+from memdiff.experiments.augmented_settings import (
+  AFFINE,
+  ORACLE,
+  OVERSAMPLING,
+  UNSEEN,
+  Row,
+)
+from memdiff.experiments.base import Experiment
 from memdiff.experiments.drawer import Drawer
 from memdiff.experiments.image_store import device_data, params_of_seed, read_samples
 from memdiff.runtime import mesh as mesh_lib
-from memdiff.runtime import results
 from memdiff.runtime.workdir import read_arrays
 from memdiff.synthesis import (
   image_filters,
@@ -46,9 +51,13 @@ def wanted(experiment: Experiment, part: Part) -> np.ndarray:
 
   In a fold, classes are filled up to the same share of the training images.
   """
-  data, config = experiment.dataset, experiment.config.pool
-  fill = config.fill_to or int(data.train_counts.max())
-  counts = part.counts(data)
+  largest = int(experiment.dataset.train_counts.max())
+  return _lacking(experiment, part, experiment.config.pool.fill_to or largest)
+
+
+def _lacking(experiment: Experiment, part: Part, fill: int) -> np.ndarray:
+  """How many images each class of each run has less than `fill`, less in a fold. [R, C]."""
+  data, counts = experiment.dataset, part.counts(experiment.dataset)
   shares = counts.sum(axis=1) / len(data.train_labels)
   return np.maximum(np.round(fill * shares).astype(int)[:, None] - counts, 0)
 
@@ -117,62 +126,6 @@ def _drawer(experiment: Experiment, part: Part, method: str, run: int) -> Drawer
 
 
 # --- looking ---------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Critic:
-  """What looks at images for one run: a classifier of its real ones, perhaps a second.
-
-  Attributes:
-    experiment: the experiment.
-    states: of one or two classifiers.
-    statistics: of the run's pixels.
-    means: [C, D] of the features of each class, of length one.
-  """
-
-  experiment: Experiment
-  states: tuple
-  statistics: Mapping[str, np.ndarray]
-  means: np.ndarray
-
-  def look(self, images: np.ndarray, labels: np.ndarray, copied: np.ndarray) -> Signs:
-    """The signs of images [M, H, W, ch], labels [M], of which some are copies [M]."""
-    views = [
-      forward_images(self.experiment, CRITIC_LOSS, state, images, self.statistics)
-      for state in self.states
-    ]
-    logits, features = (x[0].astype(np.float64) for x in views[0])
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    near = _unit(features) * self.means[labels]
-    return Signs(
-      labels=labels,
-      confidence=odds[np.arange(len(labels)), labels] / odds.sum(axis=1),
-      predicted=logits.argmax(axis=1),
-      second=views[1][0][0].argmax(axis=1) if len(views) > 1 else None,
-      distance=1 - near.sum(axis=1),
-      copied=copied,
-    )
-
-
-def _unit(features: np.ndarray) -> np.ndarray:
-  return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
-
-
-def make_critic(experiment: Experiment, part: Part, run: int) -> Critic:
-  data, config = experiment.dataset, experiment.config
-  folders = [critic_folder(experiment, part)]
-  if config.pool.needs_second:
-    folders.append(second_folder(experiment, part))
-  loaded = [results.load(folder, experiment.mesh) for folder in folders]
-  states = tuple(jax.tree.map(lambda x: x[run : run + 1], state) for state in loaded)
-  known = image_batches.fold_data(config.encoder, data, part.rows[run : run + 1])
-  rows = part.rows_of(run)
-  _, features = forward_images(
-    experiment, CRITIC_LOSS, states[0], data.train_images[rows], known["statistics"]
-  )
-  sums = np.zeros((data.num_classes, features.shape[-1]))
-  np.add.at(sums, data.train_labels[rows], features[0])
-  return Critic(experiment, states, known["statistics"], _unit(sums))
 
 
 def look_at_pools(experiment: Experiment) -> dict:
@@ -313,7 +266,8 @@ def pools(experiment: Experiment, part: Part, row: Row) -> added_images.ImagePoo
       images, labels = _REUSED[row.source](experiment, part, run)
       chosen = [images, labels, np.ones(len(labels))]
     rows = part.rows_of(run)
-    made.append(added_images.make_pool(*chosen, size, rows, num_train=len(data.train_labels)))
+    places = max(size, len(chosen[1])) if row.reference else size
+    made.append(added_images.make_pool(*chosen, places, rows, num_train=len(data.train_labels)))
   return mesh_lib.replicate(experiment.mesh, added_images.stack_pools(made))
 
 
@@ -327,8 +281,17 @@ def _copies(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, n
   return data.train_images[index], data.train_labels[index]
 
 
-def _left_out(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, np.ndarray]:
-  data, numbers = experiment.dataset, wanted(experiment, part)[run]
+def _unseen(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, np.ndarray]:
+  return _left_out(experiment.dataset, wanted(experiment, part)[run])
+
+
+def _oracle(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, np.ndarray]:
+  largest = int(experiment.dataset.train_counts.max())
+  return _left_out(experiment.dataset, _lacking(experiment, part, largest)[run])
+
+
+def _left_out(data: LongTailDataset, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Images that the long tail left out, `numbers` [C] of each class at most."""
   every = np.ones(len(data.left_out_labels), bool)
   index = first_of_class(data.left_out_labels, every, numbers)
   return data.left_out_images[index], data.left_out_labels[index]
@@ -375,7 +338,7 @@ def _affine_strength(experiment: Experiment, part: Part, run: int) -> float:
   return high
 
 
-_REUSED = {OVERSAMPLING: _copies, AFFINE: _moved, ORACLE: _left_out}
+_REUSED = {OVERSAMPLING: _copies, AFFINE: _moved, UNSEEN: _unseen, ORACLE: _oracle}
 
 
 def effective_counts(

@@ -27,9 +27,11 @@ CONTROLS = {
   STRONG: "real images only, under RandAugment (if they have colours) and Cutout",
   MIXUP: "real images only, under mixup",
 }
-ORACLE = "oracle"
+UNSEEN, ORACLE = "unseen", "oracle"
 REFERENCES = {
-  ORACLE: "real images that the long tail left out: the most that generated ones can reach"
+  UNSEEN: "real images and others that the long tail left out, as many as are generated",
+  ORACLE: "real images and those that the long tail left out, up to the largest class; the most"
+  " that generated ones can reach",
 }
 
 
@@ -258,8 +260,15 @@ def rows_of(config: AugmentedConfig, data: LongTailDataset) -> tuple[Row, ...]:
     controls.append(Row(REAL, head_only=True))
     first = config.pool.filters[0]
     generated += [Row(source, first, head_only=True) for source in config.sources]
-  references = [Row(ORACLE)] if len(data.left_out_labels) else []
-  return (*controls, *generated, *references)
+  return (*controls, *generated, *_references(config, data))
+
+
+def _references(config: AugmentedConfig, data: LongTailDataset) -> list[Row]:
+  """If classes are filled up to the largest, both are the same."""
+  if not len(data.left_out_labels):
+    return []
+  partly = 0 < config.pool.fill_to < data.train_counts.max()
+  return [Row(UNSEEN), Row(ORACLE)] if partly else [Row(ORACLE)]
 
 
 def in_folds(config: AugmentedConfig, row: Row) -> bool:

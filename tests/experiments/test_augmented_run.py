@@ -4,12 +4,11 @@ import dataclasses
 import importlib
 import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+from benchmarks import augmented
 from configs.augmented import digits_lt
 from memdiff import config as config_lib
 from memdiff import pipeline
@@ -29,14 +28,7 @@ OVERRIDES = {
   "methods": ("memdiff+balanced",), "diffusion.unet.attention": (),
   "pool.filters": ("none", "confident", "agreeing&new"),
 }  # fmt: skip
-# A network of one block that judges; the rest is main.py as it is.
-SMALL = """
-import runpy, sys
-from memdiff.classifier import backbones
-backbones.BACKBONES["resnet8"] = backbones.Architecture((1,), (16,), for_small_images=True)
-sys.argv = ["main.py", *sys.argv[1:]]
-runpy.run_path("main.py", run_name="__main__")
-"""
+run = support.SmallRuns("configs/augmented/digits_lt.py:smoke", OVERRIDES)
 PHASES = ("critics", "diffusion", "sampling", "pool", "classifiers", "selection", "evaluation")
 LOSSES = ("cross_entropy", "logit_adjustment")
 ROWS = (
@@ -44,24 +36,6 @@ ROWS = (
   "memdiff+balanced:confident", "memdiff+balanced:agreeing&new", "memdiff+balanced:none:head",
   "oracle",
 )  # fmt: skip
-
-
-def command(workdir, **changes):
-  overrides = [f"--config.{name}={value!r}" for name, value in (OVERRIDES | changes).items()]
-  return [
-    *(sys.executable, "-c", SMALL, "--config=configs/augmented/digits_lt.py:smoke"),
-    *(f"--workdir={workdir}", "--notensorboard", *overrides),
-  ]
-
-
-def run(workdir, devices=1, **changes):
-  """(report, what the terminal showed) of a run that must succeed."""
-  done = subprocess.run(
-    command(workdir, **changes), cwd=ROOT, env=support.environment_of_children(devices),
-    capture_output=True, text=True, timeout=580,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads((workdir / "report.json").read_text()), done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module", params=support.SLOW)
@@ -184,6 +158,18 @@ def test_the_page_shows_what_is_used_and_what_is_not(undisturbed):
   assert "The generated images" in html and "synthetic features" not in html.lower()
 
 
+def test_the_page_of_results_is_made_from_what_is_kept(undisturbed):
+  """Every row under every loss, the gains, the pools, and no folder of this machine."""
+  workdir, report, _ = undisturbed
+  kept = json.loads(json.dumps(augmented.reduced(report)))
+  text = augmented.page({"digits": kept})
+  for row in ROWS:
+    assert f"| `{row}` |" in text
+  assert "Use " in text and "| `memdiff+balanced` | `confident` |" in text
+  assert str(workdir.parent) not in text + json.dumps(kept)
+  assert len(json.dumps(kept)) < 100_000
+
+
 def test_moved_copies_lie_as_far_as_generated_images(undisturbed):
   workdir, _, _ = undisturbed
   found, data = pools(workdir), data_of()
@@ -214,7 +200,7 @@ MOMENTS = {
 def test_a_run_killed_in_every_phase_ends_with_the_same_numbers(undisturbed, tmp_path):
   workdir = tmp_path / "run"
   for phase, moment in MOMENTS.items():
-    support.kill_in_phase(command(workdir), workdir, phase, moment)
+    support.kill_in_phase(run.command(workdir), workdir, phase, moment)
   report, _ = run(workdir)
   whole, expected, _ = undisturbed
   for name in ("classification", "recommendation", "pools", "same_loss"):
@@ -254,10 +240,7 @@ def test_images_of_files_are_rows_that_are_judged_beforehand_only_if_they_know_n
   np.testing.assert_array_equal(ours["images"], np.load(own)["images"])
   np.testing.assert_array_equal(ours["learned_from"], np.arange(len(data.train_labels)))
   image_pool.write(elsewhere, data.left_out_images[1:], data.left_out_labels[1:], data.class_names)
-  again = subprocess.run(
-    command(tmp_path / "run", **changes), cwd=ROOT, env=support.environment_of_children(1),
-    capture_output=True, text=True, timeout=200,
-  )  # fmt: skip
+  again = run.start(tmp_path / "run", **changes)
   assert again.returncode != 0 and "changed since: the images of elsewhere" in again.stderr
 
 
@@ -311,6 +294,10 @@ def test_rows_of_the_table():
   assert [row.name for row in rows if not row.has_pool] == ["real", "mixup", "real:head"]
   without = dataclasses.replace(data_of(), left_out_labels=np.zeros(0, int))
   assert augmented_settings.rows_of(config, without) == rows[:-1]
+  filled = {"pool.fill_to": 50}
+  config = config_lib.build(augmented_settings.AugmentedConfig, settings(**OVERRIDES, **filled))
+  names = [row.name for row in augmented_settings.rows_of(config, data_of())]
+  assert names == [*ROWS[:-1], "unseen", "oracle"]
   assert Row("ddpm", "new").describe().endswith("that are no copies of training images)")
 
 

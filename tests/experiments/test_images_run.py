@@ -1,10 +1,7 @@
 """The experiment on images from the command line: its files, its report, kill and resume."""
 
 import importlib
-import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,34 +20,9 @@ from tests.support import ROOT
 OVERRIDES = {
   "methods": ("ddpm", "cbdm+t2h"), "diffusion.unet.attention": (), "sampling.png": True,
 }  # fmt: skip
-# A network of one block that judges; the rest is main.py as it is.
-SMALL = """
-import runpy, sys
-from memdiff.classifier import backbones
-backbones.BACKBONES["resnet8"] = backbones.Architecture((1,), (16,), for_small_images=True)
-sys.argv = ["main.py", *sys.argv[1:]]
-runpy.run_path("main.py", run_name="__main__")
-"""
+run = support.SmallRuns("configs/images/digits_lt.py:smoke", OVERRIDES)
 PHASES = ("network", "diffusion", "sampling", "evaluation")
 PER_CLASS, CHUNK = 5, 20
-
-
-def command(workdir, **changes):
-  overrides = [f"--config.{name}={value!r}" for name, value in (OVERRIDES | changes).items()]
-  return [
-    *(sys.executable, "-c", SMALL, "--config=configs/images/digits_lt.py:smoke"),
-    *(f"--workdir={workdir}", "--notensorboard", *overrides),
-  ]
-
-
-def run(workdir, devices=1, **changes):
-  """(report, what the terminal showed) of a run that must succeed."""
-  done = subprocess.run(
-    command(workdir, **changes), cwd=ROOT, env=support.environment_of_children(devices),
-    capture_output=True, text=True, timeout=400,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads((workdir / "report.json").read_text()), done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module", params=support.SLOW)
@@ -144,10 +116,7 @@ def test_a_finished_run_is_not_run_again(undisturbed):
 
 def test_a_changed_config_is_refused(undisturbed):
   workdir, _, _ = undisturbed
-  done = subprocess.run(
-    command(workdir, **{"sampling.num_steps": 4}), cwd=ROOT,
-    env=support.environment_of_children(), capture_output=True, text=True, timeout=200,
-  )  # fmt: skip
+  done = run.start(workdir, **{"sampling.num_steps": 4})
   assert done.returncode != 0 and "sampling.num_steps was 3 and is now 4" in done.stderr
 
 
@@ -165,7 +134,7 @@ MOMENTS = {
 def test_a_run_killed_in_every_phase_ends_with_the_same_images(undisturbed, tmp_path):
   workdir = tmp_path / "run"
   for phase, moment in MOMENTS.items():
-    support.kill_in_phase(command(workdir), workdir, phase, moment)
+    support.kill_in_phase(run.command(workdir), workdir, phase, moment)
   report, _ = run(workdir)
   whole, expected, _ = undisturbed
   assert report["images"] == expected["images"]
