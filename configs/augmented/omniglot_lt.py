@@ -20,14 +20,16 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.dataset.imbalance = 14.0
   config.dataset.image_size = 14
   config.dataset.grey = True
-  config.methods = ("balanced", "memdiff+balanced")
+  config.methods = ("balanced", "memdiff+balanced", "memdiff+balanced+varied")
+  config.controls = ("real", "oversampling", "affine", "strong", "mixup")
+  config.added.counts = ("real", "effective")
   base.small_images(config)
-  config.diffusion.unet.update(channels=32, multipliers=(1, 2), num_blocks=1, attention=(7,))
+  config.diffusion.unet.update(channels=24, multipliers=(1, 2), num_blocks=1, attention=(7,))
   config.diffusion.memory.hidden = 0.5
   config.diffusion.num_steps = 3000
   config.encoder.backbone.name = "resnet8"
   config.classifier.augment.padding = 1
   config.classifier.num_epochs = 100.0
-  config.selection.folds = 3
+  config.selection.folds = 2
   base.choose(variant, {})
   return config
