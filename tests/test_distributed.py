@@ -31,6 +31,15 @@ IMAGES = (
   ("--config.methods=('memdiff+coral',)", "--config.sampling.guidance=(1.0,)"),
 )
 
+AUGMENTED = (
+  "configs/augmented/digits_lt.py:smoke",
+  (
+    "--config.methods=('memdiff+balanced',)", "--config.controls=('real',)",
+    "--config.losses=('cross_entropy',)", "--config.pool.filters=('none','agreeing')",
+    "--config.selection.folds=0", "--config.head_only=False", "--config.classifier.num_epochs=2.0",
+  ),
+)  # fmt: skip
+
 # --- how processes find each other -----------------------------------------------------------
 
 
@@ -233,3 +242,18 @@ def test_two_processes_generate_images_as_one_does(tmp_path):
       np.testing.assert_array_equal(ours["labels"], theirs["labels"])
       apart = np.abs(ours["images"].astype(int) - theirs["images"].astype(int))
       assert apart.mean() < 2
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_generated_images_after_a_kill_too(tmp_path):
+  """Process 0 writes what both read: the pool, and what classifiers say."""
+  workdir = tmp_path / "run"
+  processes = start_both(workdir, AUGMENTED)
+  wait_for(processes, workdir / "pool/final/memdiff+balanced/run_0.npz")
+  kill(processes, 1)
+  codes, texts = end(start_both(workdir, AUGMENTED), timeout=500)
+  assert codes == [0, 0], ends_of(texts)
+  report = json.loads((workdir / "report.json").read_text())
+  assert report["hardware"]["processes"] == 2
+  rows = ("real", "memdiff+balanced:none", "memdiff+balanced:agreeing", "oracle")
+  assert [r["method"] for r in report["classification"]] == [f"{x}+cross_entropy" for x in rows]

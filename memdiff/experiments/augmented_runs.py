@@ -9,7 +9,7 @@ from input_pipeline.dataset import LongTailDataset
 from memdiff.evaluation import cross_validation
 from memdiff.experiments.augmented_settings import CRITIC_LOSS, REAL, Row, Training
 from memdiff.experiments.base import Experiment
-from memdiff.runtime import loop
+from memdiff.runtime import distributed, loop
 from memdiff.runtime.workdir import write_arrays, writing
 from memdiff.runtime.writers import TensorBoard
 
@@ -87,7 +87,8 @@ def pool_path(experiment: Experiment, part: Part, method: str, run: int) -> path
 
 
 def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-  """Writes arrays into a folder that is made if it is not there."""
+  """Writes arrays into a folder that is made if it is not there; all processes then see them."""
   with writing(path.parent):
     path.parent.mkdir(parents=True, exist_ok=True)
   write_arrays(path, arrays)
+  distributed.barrier(str(path))
