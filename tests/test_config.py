@@ -387,7 +387,7 @@ OUT_OF_RANGE = {
     "diffusion.augmentation.probability": [-0.1, 1.5],
     "diffusion.objective.capacity.consistency": [-1.0],
     "diffusion.objective.capacity.diversity": [-0.2],
-    "sampling.sampler": ["euler"], "sampling.num_steps": [1], "sampling.strength": [0.0, 1.5],
+    "sampling.sampler": ["euler"], "sampling.num_steps": [1], "sampling.start": [0.0, 1.5],
     "sampling.guidance": [(), (-1.0,)], "sampling.per_class": [0], "sampling.chunk_size": [0],
     "evaluation.network": ["vgg"], "evaluation.side": [31], "evaluation.reference": ["all"],
     "evaluation.kid_size": [1], "evaluation.neighbours": [0],
@@ -401,7 +401,7 @@ OUT_OF_RANGE = {
     "added.ramp": [-0.1, 1.1], "added.weight": [0.0], "added.counts": [("none",)],
     "losses": [("mse",)], "taus": [(-1.0,)],
     "sampling.sampler": ["euler"], "sampling.num_steps": [1], "sampling.chunk_size": [0],
-    "sampling.strength": [0.0, 1.5],
+    "sampling.start": [0.0, 1.5],
   },
 }  # fmt: skip
 

@@ -4,7 +4,7 @@
 
 Minutes on two CPU cores. Variants, as in --config=configs/augmented/digits_lt.py:full:
   default  one generator, two seeds, two folds
-  full     the whole table: five generators, three losses, three seeds, three folds; hours
+  full     the whole table: seven generators, three losses, three seeds, three folds; hours
   smoke    few steps of everything, for tests: seconds, learns little
 """
 
@@ -32,7 +32,11 @@ def get_config(variant: str = "default") -> ConfigDict:
   def full():
     config.seeds = (0, 1, 2)
     config.selection.folds = 3
-    config.methods = ("ddpm", "balanced", "cbdm", "coral", "t2h", "memdiff+balanced")
+    config.methods = (
+      *("ddpm", "balanced", "cbdm", "coral", "t2h"),
+      *("memdiff+balanced", "memdiff+balanced+varied"),
+    )
+    config.added.counts = ("real", "effective")
     config.losses = ("cross_entropy", "balanced_softmax", "logit_adjustment")
     config.controls = ("real", "oversampling", "affine", "strong", "mixup")
     config.pool.filters = ("none", "confident", "diffult@0.3")

@@ -125,7 +125,7 @@ METHODS = {
   "varied": ImageMethod(
     lambda config: config,
     "images are drawn from training images of the class, half noised",
-    lambda sampling: dataclasses.replace(sampling, strength=0.5),
+    lambda sampling: dataclasses.replace(sampling, start=0.5),
   ),
 }
 

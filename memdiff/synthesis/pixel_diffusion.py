@@ -85,7 +85,7 @@ class SolverConfig:
   sampler: str = setting("dpm++", "the solver of the reverse process", one_of(SAMPLERS))
   num_steps: int = setting(20, "visited steps", at_least(2))
   chunk_size: int = setting(500, "images at a time, and in a file", at_least(1))
-  strength: float = setting(
+  start: float = setting(
     1.0,
     "how far training images of the class are noised to begin with, as a share of the steps; 1:"
     " noise alone (SDEdit)",
@@ -94,7 +94,7 @@ class SolverConfig:
 
   @property
   def from_images(self) -> bool:
-    return self.strength < 1
+    return self.start < 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,7 +391,7 @@ def sampling_program(
 
     context = condition(labels, memory)
     predict = guided(call, context, unconditional, scale if guides else 1.0)
-    begin = {"origin": to_model(origin), "start": sampling.strength} if from_images else {}
+    begin = {"origin": to_model(origin), "start": sampling.start} if from_images else {}
     return to_pixels(sample(predict, schedule, (len(labels), *shape), key, solver, **begin))
 
   return jax.jit(draw)

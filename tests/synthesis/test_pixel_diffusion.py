@@ -223,8 +223,8 @@ def test_samples_that_begin_from_images_keep_what_noise_leaves_of_them(mesh, mon
   pixel_diffusion.sampling_program.cache_clear()
   origin = np.random.default_rng(0).integers(60, 200, (6, 4, 4, 1)).astype(np.uint8)
   labels, distance = jnp.zeros(6, int), []
-  for strength in (0.01, 0.3, 0.6):
-    sampling = SolverConfig(num_steps=10, strength=strength)
+  for start in (0.01, 0.3, 0.6):
+    sampling = SolverConfig(num_steps=10, start=start)
     program = pixel_diffusion.sampling_program(CONFIG, sampling, (4, 4, 1), 3, False, mesh)
     images = np.asarray(program(0.0, labels, (), origin, np.uint32(0), 0, 1.0))
     distance.append(np.abs(images.astype(float) - origin).mean())
@@ -244,7 +244,7 @@ def test_methods_that_only_draw_differently_share_a_training():
   names = ("ddpm", "varied", "varied+balanced", "balanced", "t2h")
   assert image_methods.trainings(names) == ["ddpm", "balanced", "t2h"]
   assert image_methods.apply("varied", CONFIG) == CONFIG
-  assert image_methods.apply_drawing("varied+balanced", SolverConfig()).strength == 0.5
+  assert image_methods.apply_drawing("varied+balanced", SolverConfig()).start == 0.5
   assert image_methods.apply_drawing("t2h+balanced", SolverConfig()) == SolverConfig()
 
 
