@@ -130,6 +130,25 @@ def pool_table(kept: Mapping[str, Any]) -> str:
   return table_of(list(titles.values()), lines)
 
 
+def summary_table(kept: Mapping[str, Any]) -> str:
+  """A line per set: what cross-validation would use with generated images, and without."""
+  lines = []
+  for name in (name for name in SETS if name in kept):
+    found = kept[name]["comparison"]
+    scores = [
+      f"{percent(row_of(kept[name], method).get('balanced_accuracy'))} (`{method}`)"
+      for method in (found["control"], found["method"], found["reference"])
+    ]
+    lines.append([SETS[name].split(",")[0], *scores[:2], _gain(found["gain"]), scores[2]])
+  return table_of(
+    [
+      *("balanced accuracy, %", "real images alone", "with generated ones"),
+      *("difference, points", "with as many real ones"),
+    ],
+    lines,
+  )
+
+
 def _protocol(kept: Mapping[str, Any]) -> str:
   config, counts, timing = kept["config"], kept["dataset"]["train_counts"], kept["timing"]
   diffusion, pool = config["diffusion"], config["pool"]

@@ -3,8 +3,8 @@
   python main.py --config=configs/augmented/digits_lt.py --workdir=runs/augmented
 
 Minutes on two CPU cores. Variants, as in --config=configs/augmented/digits_lt.py:full:
-  default  one generator, two seeds, two folds
-  full     the whole table: seven generators, three losses, three seeds, three folds; hours
+  default  one generator, one loss, three seeds, three folds
+  full     the whole table: seven generators, three losses; hours
   smoke    few steps of everything, for tests: seconds, learns little
 """
 
@@ -15,13 +15,13 @@ from configs import base
 
 def get_config(variant: str = "default") -> ConfigDict:
   config = base.augmented("augmented_digits")
-  config.seeds = (0, 1)  # as many as folds, so that both train by one program
+  config.seeds = (0, 1, 2)  # as many as folds, so that both train by one program
   config.dataset.name = "digits"
   config.dataset.imbalance = 50.0
   config.methods = ("balanced",)
   config.losses = ("balanced_softmax",)
-  config.controls = ("real", "affine")
-  config.selection.folds = 2
+  config.controls = ("real", "oversampling", "affine")
+  config.selection.folds = 3
   base.small_images(config)
   config.diffusion.unet.update(channels=16, multipliers=(1, 2), num_blocks=1, attention=(4,))
   config.diffusion.num_steps = 400
@@ -30,8 +30,6 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.classifier.num_epochs = 40.0
 
   def full():
-    config.seeds = (0, 1, 2)
-    config.selection.folds = 3
     config.methods = (
       *("ddpm", "balanced", "cbdm", "coral", "t2h"),
       *("memdiff+balanced", "memdiff+balanced+varied"),
@@ -44,6 +42,7 @@ def get_config(variant: str = "default") -> ConfigDict:
 
   def smoke():
     config.seeds = (0,)
+    config.selection.folds = 2
     config.methods = ("ddpm", "memdiff+balanced")
     config.losses = ("cross_entropy", "logit_adjustment")
     config.controls = ("real", "oversampling", "affine", "mixup")
