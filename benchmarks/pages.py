@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import (
   aot,
+  augmented,
   confidence,
   generation,
   image_metrics,
@@ -51,7 +52,10 @@ def _settings() -> dict[str, Any]:
 
 # page -> name of a block in it -> its text
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
-  "README.md": {"default run": lambda: isolating.default_run(load(DEFAULT_RUN))},
+  "README.md": {
+    "default run": lambda: isolating.default_run(load(DEFAULT_RUN)),
+    "generated images": lambda: augmented.summary_table(load("augmented")),
+  },
   "docs/results/aot.md": {
     "imagenet_lt": lambda: aot.table(load("aot")["imagenet_lt"]),
     "inaturalist2018": lambda: aot.table(load("aot")["inaturalist2018"]),
@@ -106,6 +110,7 @@ def whole_pages() -> dict[str, Callable[[], str]]:
     pages[f"docs/results/{path.stem}.md"] = lambda path=path: isolating.page(path)
   for path in sorted(RESULTS.glob("confidence_*.json")):
     pages[f"docs/results/{path.stem}.md"] = lambda path=path: confidence.markdown(load(path.stem))
+  pages["docs/results/augmented.md"] = lambda: augmented.page(load("augmented"))
   pages["docs/results/image_generation.md"] = lambda: generation.page(load("image_generation"))
   pages["docs/results/unseen_classes.md"] = lambda: unseen_classes.page(load("unseen_classes"))
   return pages
