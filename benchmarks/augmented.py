@@ -203,12 +203,13 @@ def page(kept: Mapping[str, Any]) -> str:
   rows = (
     "A row is what a classifier is trained on. Controls have real images alone: `real`;"
     " `oversampling`, rare ones repeated; `affine`, copies that are scaled, turned and moved as far"
-    " as the first generator's images lie from training images; `strong`, Cutout, with RandAugment"
-    " if there are colours; `mixup`. `METHOD:FILTER` adds generated images that a filter keeps"
-    " (`none`, `confident`, ...; `@0.3`: each weighs 0.3, and `ddpm:diffult@0.3` is DiffuLT)."
-    " `...:head` trains a new head alone, on the encoder of real images: the difference from the"
-    " row without it is what the images do for the encoder. `oracle` adds real images that the long"
-    " tail left out, as many as are generated; no method may use it."
+    " as the first generator's images lie from training images; `elastic`, copies that are bent as"
+    " far; `strong`, Cutout, with RandAugment if there are colours; `mixup`. `METHOD:FILTER` adds"
+    " generated images that a filter keeps (`none`, `confident`, ...; `@0.3`: each weighs 0.3, and"
+    " `ddpm:diffult@0.3` is DiffuLT). `...:head` trains a new head alone, on the encoder of real"
+    " images: the difference from the row without it is what the images do for the encoder."
+    " `oracle` adds real images that the long tail left out, as many as are generated; no method"
+    " may use it."
   )
   intro = (
     "Classifiers that are trained from scratch on real and generated images, against everything"

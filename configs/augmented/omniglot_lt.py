@@ -21,7 +21,7 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.dataset.image_size = 14
   config.dataset.grey = True
   config.methods = ("balanced", "memdiff+balanced", "memdiff+balanced+varied")
-  config.controls = ("real", "oversampling", "affine", "strong", "mixup")
+  config.controls = ("real", "oversampling", "affine", "elastic", "strong", "mixup")
   config.added.counts = ("real", "effective")
   base.small_images(config)
   config.diffusion.unet.update(channels=24, multipliers=(1, 2), num_blocks=1, attention=(7,))

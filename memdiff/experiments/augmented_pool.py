@@ -5,6 +5,7 @@ that filters have seen no image but those it trains on.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -24,6 +25,7 @@ from memdiff.experiments.augmented_runs import (
 )
 from memdiff.experiments.augmented_settings import (
   AFFINE,
+  ELASTIC,
   ORACLE,
   OVERSAMPLING,
   UNSEEN,
@@ -43,7 +45,7 @@ from memdiff.synthesis import (
 )
 from memdiff.synthesis.image_filters import Limits, Signs
 
-_SAMPLE = 500  # images by which the strength of affine maps is found
+_SAMPLE = 500  # images by which the strength of moves is found
 
 
 def wanted(experiment: Experiment, part: Part) -> np.ndarray:
@@ -143,8 +145,9 @@ def look_at_pools(experiment: Experiment) -> dict:
         signs = signs_of(experiment, part, source, run)
         right = float((signs.predicted == signs.labels).mean())
         summary.setdefault(f"{part.name}/{source}", {"right": []})["right"].append(right)
-      if AFFINE in experiment.config.controls:
-        _write_moved(experiment, part, run)
+      for move in experiment.config.controls:
+        if move in _MOVES:
+          _write_moved(experiment, part, run, move)
   return summary
 
 
@@ -297,29 +300,33 @@ def _left_out(data: LongTailDataset, numbers: np.ndarray) -> tuple[np.ndarray, n
   return data.left_out_images[index], data.left_out_labels[index]
 
 
-_affine = jax.jit(
-  lambda key, images, strength: pixel_diffusion.to_pixels(
-    pixel_augmentation.affine(key, pixel_diffusion.to_model(images), strength)
-  )
-)
+_MOVES = {AFFINE: pixel_augmentation.affine, ELASTIC: pixel_augmentation.elastic}
 
 
-def _write_moved(experiment: Experiment, part: Part, run: int) -> None:
+@functools.partial(jax.jit, static_argnums=0)
+def _move(name: str, key: jax.Array, images: jax.Array, strength: jax.Array) -> jax.Array:
+  moved = _MOVES[name](key, pixel_diffusion.to_model(images), strength)
+  return pixel_diffusion.to_pixels(moved)
+
+
+def _write_moved(experiment: Experiment, part: Part, run: int, move: str) -> None:
   """Copies that are moved as far as the first source's images lie from the training images."""
-  path = pool_path(experiment, part, AFFINE, run)
+  path = pool_path(experiment, part, move, run)
   if not path.exists():
     images, labels = _copies(experiment, part, run)
-    strength = _affine_strength(experiment, part, run)
-    moved = _affine(part.run.keys("affine")[run], images, np.float32(strength))
+    strength = _strength(experiment, part, run, move)
+    moved = _move(move, part.run.keys(move)[run], images, np.float32(strength))
     save(path, {"images": np.asarray(moved), "labels": labels, "strength": np.array(strength)})
 
 
-def _moved(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, np.ndarray]:
-  arrays = read_arrays(pool_path(experiment, part, AFFINE, run), ("images", "labels"))
+def _moved(
+  experiment: Experiment, part: Part, run: int, move: str
+) -> tuple[np.ndarray, np.ndarray]:
+  arrays = read_arrays(pool_path(experiment, part, move, run), ("images", "labels"))
   return arrays["images"], arrays["labels"]
 
 
-def _affine_strength(experiment: Experiment, part: Part, run: int) -> float:
+def _strength(experiment: Experiment, part: Part, run: int, move: str) -> float:
   """At which moved copies lie as far from the nearest training image as those of the first source.
 
   At most 4: beyond, little of an image is left.
@@ -329,16 +336,22 @@ def _affine_strength(experiment: Experiment, part: Part, run: int) -> float:
   images, _ = _copies(experiment, part, run)
   some = images[np.linspace(0, len(images) - 1, min(len(images), _SAMPLE)).astype(int)]
   rows = part.rows_of(run)
-  train, key, low, high = experiment.dataset.train_images[rows], part.run.keys("affine")[run], 0, 4
+  train, key, low, high = experiment.dataset.train_images[rows], part.run.keys(move)[run], 0, 4
   for _ in range(8):
     middle = (low + high) / 2
-    moved = np.asarray(_affine(key, some, np.float32(middle)))
+    moved = np.asarray(_move(move, key, some, np.float32(middle)))
     below = image_quality.nearest(moved, train).distance.mean() < target
     low, high = (middle, high) if below else (low, middle)
   return high
 
 
-_REUSED = {OVERSAMPLING: _copies, AFFINE: _moved, UNSEEN: _unseen, ORACLE: _oracle}
+_REUSED = {
+  OVERSAMPLING: _copies,
+  AFFINE: functools.partial(_moved, move=AFFINE),
+  ELASTIC: functools.partial(_moved, move=ELASTIC),
+  UNSEEN: _unseen,
+  ORACLE: _oracle,
+}
 
 
 def effective_counts(

@@ -19,11 +19,13 @@ from memdiff.synthesis import image_filters, image_methods, image_pool
 from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig, SolverConfig
 
 REAL = "real"
-AFFINE, OVERSAMPLING, STRONG, MIXUP = "affine", "oversampling", "strong", "mixup"
+AFFINE, ELASTIC = "affine", "elastic"
+OVERSAMPLING, STRONG, MIXUP = "oversampling", "strong", "mixup"
 CONTROLS = {
   REAL: "real images only",
   OVERSAMPLING: "real images, rare ones repeated",
   AFFINE: "real images and copies that are scaled, turned and moved as far as generated ones lie",
+  ELASTIC: "real images and copies that are bent as far as generated ones lie",
   STRONG: "real images only, under RandAugment (if they have colours) and Cutout",
   MIXUP: "real images only, under mixup",
 }

@@ -19,6 +19,7 @@ from memdiff.runtime.random import normal, stream
 LENGTH = 9  # of the vector
 _STEP = 0.2  # log2 of a scaling or stretching by one
 _SHIFT = 0.125  # of a side, a move by one
+_KNOTS = 3  # of a bent image, per side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,21 +87,35 @@ def warped(images: jax.Array, matrices: jax.Array, shift: jax.Array) -> jax.Arra
   Positions are (right, down) from the centre; the matrices map output to input.
   """
   height, width = images.shape[1:3]
+  down, right = _positions(height, width)
 
-  def warp(image, matrix, shift):
-    down, right = jnp.meshgrid(
-      jnp.arange(height) - (height - 1) / 2, jnp.arange(width) - (width - 1) / 2, indexing="ij"
-    )
+  def places(matrix, shift):
     moved = jnp.stack([right - _SHIFT * width * shift[0], down - _SHIFT * height * shift[1]])
-    right, down = jnp.einsum("ij,jhw->ihw", matrix, moved)
-    places = [down + (height - 1) / 2, right + (width - 1) / 2]
+    return jnp.einsum("ij,jhw->ihw", matrix, moved)[::-1]
+
+  return _read(images, jax.vmap(places)(matrices, shift))
+
+
+def _positions(height: int, width: int) -> tuple[jax.Array, jax.Array]:
+  """Of the pixels, (down, right) from the centre. [H, W] each."""
+  return jnp.meshgrid(
+    jnp.arange(height) - (height - 1) / 2, jnp.arange(width) - (width - 1) / 2, indexing="ij"
+  )
+
+
+def _read(images: jax.Array, places: jax.Array) -> jax.Array:
+  """Images [B, H, W, ch] at places [B, 2, H, W], (down, right) from the centre."""
+  centre = (jnp.array(images.shape[1:3]) - 1) / 2
+
+  def read(image, places):
+    found = list(places + centre[:, None, None])
 
     def interpolated(channel):
-      return jax.scipy.ndimage.map_coordinates(channel, places, order=1, mode="mirror")
+      return jax.scipy.ndimage.map_coordinates(channel, found, order=1, mode="mirror")
 
     return jax.vmap(interpolated, in_axes=2, out_axes=2)(image)
 
-  return jax.vmap(warp)(images, matrices, shift)
+  return jax.vmap(read)(images, places)
 
 
 def affine(key: jax.Array, images: jax.Array, strength: jax.Array) -> jax.Array:
@@ -116,3 +131,17 @@ def affine(key: jax.Array, images: jax.Array, strength: jax.Array) -> jax.Array:
   direction = jax.random.uniform(stream(key, "direction"), (rows,), maxval=jnp.pi)
   matrices = _matrices(scaling, rotation * (jnp.pi / 12), stretching, direction)
   return warped(images, matrices, jnp.stack([right, down], axis=1))
+
+
+def elastic(key: jax.Array, images: jax.Array, strength: jax.Array) -> jax.Array:
+  """Images [B, H, W, ch] float32, each bent at random.
+
+  Three by three points are moved, and what lies between follows smoothly (Ronneberger et al.,
+  "U-Net", 2015, section 3.1). Moves are normal; at a strength of 1 their deviation is an eighth of
+  a side.
+  """
+  rows, height, width = images.shape[:3]
+  side = jnp.array([height, width])[None, :, None, None]
+  knots = strength * _SHIFT * side * normal(stream(key, "knots"), (rows, 2, _KNOTS, _KNOTS))
+  moves = jax.image.resize(knots, (rows, 2, height, width), "cubic")
+  return _read(images, jnp.stack(_positions(height, width))[None] + moves)

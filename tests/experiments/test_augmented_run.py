@@ -32,7 +32,7 @@ run = support.SmallRuns("configs/augmented/digits_lt.py:smoke", OVERRIDES)
 PHASES = ("critics", "diffusion", "sampling", "pool", "classifiers", "selection", "evaluation")
 LOSSES = ("cross_entropy", "logit_adjustment")
 ROWS = (
-  "real", "oversampling", "affine", "mixup", "real:head", "memdiff+balanced:none",
+  "real", "oversampling", "affine", "elastic", "mixup", "real:head", "memdiff+balanced:none",
   "memdiff+balanced:confident", "memdiff+balanced:agreeing&new", "memdiff+balanced:none:head",
   "oracle",
 )  # fmt: skip
@@ -106,7 +106,7 @@ def test_every_image_says_where_it_comes_from(undisturbed):
   workdir, report, _ = undisturbed
   data = data_of()
   for path, arrays in pools(workdir).items():
-    if "affine" in path.parts:
+    if {"affine", "elastic"} & {*path.parts}:
       continue
     images, labels = arrays["images"], arrays["labels"]
     assert len(images) == len(labels) == len(arrays["confidence"]) == len(arrays["distance"])
@@ -122,7 +122,7 @@ def test_folds_have_seen_nothing_of_what_they_are_judged_on(undisturbed):
   workdir, _, _ = undisturbed
   held = np.load(workdir / "selection" / "predictions.npz")
   for path, arrays in pools(workdir).items():
-    if path.parts[0] == "folds" and "affine" not in path.parts:
+    if path.parts[0] == "folds" and not {"affine", "elastic"} & {*path.parts}:
       of_fold = held["example"][held["run"] == int(path.stem.removeprefix("run_"))]
       assert len(of_fold) > 100
       assert not np.isin(arrays["nearest_index"], of_fold).any()
@@ -174,7 +174,7 @@ def test_moved_copies_lie_as_far_as_generated_images(undisturbed):
   workdir, _, _ = undisturbed
   found, data = pools(workdir), data_of()
   for path, arrays in found.items():
-    if "affine" in path.parts and path.parts[0] == "final":
+    if {"affine", "elastic"} & {*path.parts} and path.parts[0] == "final":
       other = found[path.parent.parent / "memdiff+balanced" / path.name]["nearest_distance"].mean()
       ours = image_quality.nearest(arrays["images"], data.train_images).distance.mean()
       assert ours == pytest.approx(other, rel=0.15) or arrays["strength"] > 3.9

@@ -58,3 +58,23 @@ def test_images_without_a_change_stay_as_they_are():
   same = ~vectors.any(axis=1)
   assert same.mean() > 0.1
   np.testing.assert_allclose(images[same], IMAGES[same], atol=1e-5)
+
+
+def moves(strength, side=40):
+  """How far pixels are moved: read off images whose pixels are their own places. [B, H, W, 2]."""
+  places = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), axis=-1)
+  images = jnp.broadcast_to(jnp.asarray(places, jnp.float32), (60, side, side, 2))
+  bent = pixel_augmentation.elastic(jax.random.key(0), images, strength)
+  inner = slice(side // 4, -side // 4)  # at the border, places are mirrored
+  return np.asarray(bent - images)[:, inner, inner]
+
+
+def test_bent_images_move_smoothly_each_in_its_own_way():
+  found = moves(0.5)
+  of_knots = 0.5 * 40 / 8
+  assert 0.5 * of_knots < found.std(axis=0).mean() < of_knots
+  assert np.abs(found.mean(axis=0)).max() < 1.2  # to no side rather than another
+  steps = np.abs(np.diff(found, axis=1)).mean(), np.abs(np.diff(found, axis=2)).mean()
+  assert max(steps) < 0.35  # neighbours move alike
+  np.testing.assert_allclose(moves(0.0), 0, atol=1e-4)
+  np.testing.assert_allclose(moves(0.25), found / 2, atol=1e-3)
