@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks import speed_tables
 from benchmarks.generation import command_of
 from benchmarks.isolating import percent, table_of
 from memdiff.evaluation import answer, numerals, pool_tables
@@ -198,8 +199,13 @@ def _set(name: str, kept: Mapping[str, Any]) -> str:
   return "\n\n".join(parts)
 
 
-def page(kept: Mapping[str, Any]) -> str:
-  """The whole page."""
+def page(kept: Mapping[str, Any], cost: Mapping[str, Any]) -> str:
+  """The whole page.
+
+  Args:
+    kept: set -> what is kept of its run.
+    cost: the result of `benchmarks.added_images`.
+  """
   rows = (
     "A row is what a classifier is trained on. Controls have real images alone: `real`;"
     " `oversampling`, rare ones repeated; `affine`, copies that are scaled, turned and moved as far"
@@ -218,7 +224,14 @@ def page(kept: Mapping[str, Any]) -> str:
     " seen the images that judge them; nothing was selected on test images."
   )
   sets = [_set(name, kept[name]) for name in SETS if name in kept]
-  return "\n\n".join(["# What generated images are worth", intro, rows, *sets]) + "\n"
+  size = cost["size"]
+  costs = (
+    f"`python -m benchmarks.added_images`: {size['backbone']}, {size['side']} x {size['side']}"
+    f" pixels in colour, {size['train']:,} training images."
+    f" {speed_tables.machine(cost['environment'])}"
+  )
+  parts = ["# What generated images are worth", intro, rows, *sets]
+  return "\n\n".join([*parts, "## Cost", costs, speed_tables.measured(cost["table"])]) + "\n"
 
 
 def keep(name: str, workdir: pathlib.Path) -> dict[str, Any]:

@@ -110,7 +110,9 @@ def whole_pages() -> dict[str, Callable[[], str]]:
     pages[f"docs/results/{path.stem}.md"] = lambda path=path: isolating.page(path)
   for path in sorted(RESULTS.glob("confidence_*.json")):
     pages[f"docs/results/{path.stem}.md"] = lambda path=path: confidence.markdown(load(path.stem))
-  pages["docs/results/augmented.md"] = lambda: augmented.page(load("augmented"))
+  pages["docs/results/augmented.md"] = lambda: augmented.page(
+    load("augmented"), load("added_images")
+  )
   pages["docs/results/image_generation.md"] = lambda: generation.page(load("image_generation"))
   pages["docs/results/unseen_classes.md"] = lambda: unseen_classes.page(load("unseen_classes"))
   return pages

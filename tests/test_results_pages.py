@@ -24,7 +24,10 @@ def test_every_json_and_every_page_of_results_is_accounted_for():
   shown = {
     f"{name.removesuffix('.md')}.json" for name in made - {"classification.md", "isolating.md"}
   }
-  beside = {f"{name}.json" for name in (pages.DEFAULT_RUN, "bank_scaling", "classifier_speed")}
+  beside = {
+    f"{name}.json"
+    for name in (pages.DEFAULT_RUN, "added_images", "bank_scaling", "classifier_speed")
+  }
   found = {path.name for path in pages.RESULTS.glob("*.json")}
   assert found == shown | beside
 

@@ -24,7 +24,7 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.selection.folds = 3
   base.small_images(config)
   config.diffusion.unet.update(channels=16, multipliers=(1, 2), num_blocks=1, attention=(4,))
-  config.diffusion.num_steps = 400
+  config.diffusion.num_steps = 1000
   config.encoder.backbone.name = "resnet8"
   config.classifier.augment.padding = 1
   config.classifier.num_epochs = 40.0
@@ -38,7 +38,6 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.losses = ("cross_entropy", "balanced_softmax", "logit_adjustment")
     config.controls = ("real", "oversampling", "affine", "strong", "mixup")
     config.pool.filters = ("none", "confident", "diffult@0.3")
-    config.diffusion.num_steps = 1000
 
   def smoke():
     config.seeds = (0,)

@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from benchmarks import augmented
+from benchmarks import augmented, pages
 from configs.augmented import digits_lt
 from memdiff import config as config_lib
 from memdiff import pipeline
@@ -162,7 +162,7 @@ def test_the_page_of_results_is_made_from_what_is_kept(undisturbed):
   """Every row under every loss, the gains, the pools, and no folder of this machine."""
   workdir, report, _ = undisturbed
   kept = json.loads(json.dumps(augmented.reduced(report)))
-  text = augmented.page({"digits": kept})
+  text = augmented.page({"digits": kept}, pages.load("added_images"))
   for row in ROWS:
     assert f"| `{row}` |" in text
   assert "Use " in text and "| `memdiff+balanced` | `confident` |" in text
