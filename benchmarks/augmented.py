@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import speed_tables
 from benchmarks.generation import command_of
-from benchmarks.isolating import percent, table_of
+from benchmarks.isolating import LOSSES, percent, table_of
 from memdiff.evaluation import answer, numerals, pool_tables
 from memdiff.evaluation.lookup import row_of
 from memdiff.evaluation.method import Method
@@ -27,12 +27,6 @@ SETS = {
   "digits": "Digits, 8 x 8 pixels",
   "fashion_mnist": "Fashion-MNIST, 28 x 28 pixels",
   "omniglot": "Omniglot, 14 x 14 pixels",
-}
-LOSSES = {
-  "cross_entropy": "cross-entropy",
-  "balanced_softmax": "balanced softmax",
-  "logit_adjustment": "logit adjustment",
-  "csl": "adaptive CSL",
 }
 _KEPT = (
   "name", "experiment", "synthetic_kind", "criterion", "headline", "comparison", "recommendation",
@@ -78,9 +72,9 @@ def _sources(kept: Mapping[str, Any]) -> list[str]:
   return list(dict.fromkeys(Method(row["method"]).generator for row in kept["classification"]))
 
 
-def accuracy_table(kept: Mapping[str, Any], key: str) -> str:
-  """A score of every row under every loss."""
-  losses = kept["config"]["losses"]
+def accuracy_table(kept: Mapping[str, Any]) -> str:
+  """Balanced accuracy of every row under every loss."""
+  losses, key = kept["config"]["losses"], "balanced_accuracy"
   lines = [
     [f"`{name}`", *(percent(row_of(kept, Method.of(name, loss)).get(key)) for loss in losses)]
     for name in _sources(kept)
@@ -144,7 +138,7 @@ def summary_table(kept: Mapping[str, Any]) -> str:
   return table_of(
     [
       *("balanced accuracy, %", "real images alone", "with generated ones"),
-      *("difference, points", "with as many real ones"),
+      *("difference, points", "with left-out real images"),
     ],
     lines,
   )
@@ -183,7 +177,7 @@ def _set(name: str, kept: Mapping[str, Any]) -> str:
     _protocol(kept),
     *([kept["note"]] if "note" in kept else []),
     "Balanced accuracy of every row under every loss:",
-    accuracy_table(kept, "balanced_accuracy"),
+    accuracy_table(kept),
     "The other scores under one loss:",
     group_table(kept, loss),
     "What generated images add to the best control with the same loss, chosen by cross-validation;"
@@ -214,8 +208,8 @@ def page(kept: Mapping[str, Any], cost: Mapping[str, Any]) -> str:
     " generated images that a filter keeps (`none`, `confident`, ...; `@0.3`: each weighs 0.3, and"
     " `ddpm:diffult@0.3` is DiffuLT). `...:head` trains a new head alone, on the encoder of real"
     " images: the difference from the row without it is what the images do for the encoder."
-    " `oracle` adds real images that the long tail left out, as many as are generated; no method"
-    " may use it."
+    " `oracle` adds real images that the long tail left out, up to the largest class; no method may"
+    " use it."
   )
   intro = (
     "Classifiers that are trained from scratch on real and generated images, against everything"

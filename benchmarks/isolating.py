@@ -38,7 +38,7 @@ _FIGURES = {
   "confidence_reliability": "Confidence against nearness to left-out features, first seed.",
 }
 _AS_TRAINED = "as trained"  # the encoder's own head
-_LOSSES = {
+LOSSES = {
   "cross_entropy": "CE",
   "balanced_softmax": "balanced softmax",
   "logit_adjustment": "logit adjustment",
@@ -114,7 +114,7 @@ def accuracy_table(report: Mapping[str, Any]) -> str:
     [f"`{name}`", *(percent(rows.get(loss, {}).get(key), 2) for loss in losses)]
     for name, rows in found.items()
   ]
-  return table_of([f"{name_of_score} %", *(_LOSSES.get(loss, loss) for loss in losses)], lines)
+  return table_of([f"{name_of_score} %", *(LOSSES.get(loss, loss) for loss in losses)], lines)
 
 
 def _as_chosen(report: Mapping[str, Any], name: str) -> str:

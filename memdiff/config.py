@@ -103,6 +103,13 @@ def _convert(kind: Any, value: Any) -> Any:
   return _convert_scalar(kind, value)
 
 
+def _expand_home(value: str | tuple[str, ...], name: str) -> Any:
+  """Of a path, or of each of several."""
+  if isinstance(value, tuple):
+    return tuple(paths.expand_home(path, name) for path in value)
+  return paths.expand_home(value, name)
+
+
 def _field_value(path: str, field: dataclasses.Field, value: Any) -> Any:
   if dataclasses.is_dataclass(field.type):
     if not isinstance(value, Mapping):
@@ -113,9 +120,7 @@ def _field_value(path: str, field: dataclasses.Field, value: Any) -> Any:
   except TypeError as error:
     raise ConfigError(f"config.{path} is {value!r}, but must be {error}.") from None
   if field.metadata.get("is_path"):
-    several = isinstance(value, tuple)
-    found = tuple(paths.expand_home(p, f"config.{path}") for p in (value if several else (value,)))
-    value = found if several else found[0]
+    value = _expand_home(value, f"config.{path}")
   allowed = field.metadata.get("allowed")
   if allowed is not None and not allowed.accepts(value):
     raise ConfigError(f"config.{path} is {value!r}, but must be {allowed.words()}.")

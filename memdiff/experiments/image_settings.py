@@ -27,7 +27,7 @@ def methods_field(*, needed: bool = True) -> Any:
     "trained and compared; several joined by + are one method",
     Allowed(
       lambda names: (
-        len(names) >= needed
+        (len(names) > 0 or not needed)
         and len(set(names)) == len(names)
         and all(map(image_methods.is_known, names))
       ),

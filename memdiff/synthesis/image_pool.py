@@ -15,7 +15,6 @@ makes such a file.
 """
 
 import dataclasses
-import functools
 import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -97,7 +96,6 @@ def sha256(path: str) -> str:
     raise DataError(f"Cannot read the images in {path}: {error.strerror}.") from error
 
 
-@functools.lru_cache(maxsize=8)
 def never_saw_the_data(path: str) -> bool:
   """Whether the generator of a file knows no image of the data set."""
   return len(_arrays(path, ("learned_from",))["learned_from"]) == 0

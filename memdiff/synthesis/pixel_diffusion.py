@@ -358,8 +358,8 @@ def sampling_program(
 
   Memory is () or, for a U-Net that looks at exemplars, ExemplarImages of B rows; label C with
   exemplars is a class that training need not have seen. Origin is () or, if the solver starts from
-  images, uint8 [B, H, W, ch]. Seed and chunk, whole numbers, decide the
-  noise; it is the same for all methods and scales.
+  images, uint8 [B, H, W, ch]. Seed and chunk, whole numbers, decide the noise; it is the same for
+  all methods and scales.
 
   Args:
     config: of the training.
@@ -371,7 +371,6 @@ def sampling_program(
   """
   denoiser = make_denoiser(config, num_classes, shape[-1])
   solver = Solver(sampling.sampler, sampling.num_steps, config.prediction, x0_limit=1.0)
-  from_images = sampling.from_images
   schedule = NoiseSchedule(config.schedule)
 
   def draw(params, labels, memory, origin, seed, chunk, scale):
@@ -391,7 +390,9 @@ def sampling_program(
 
     context = condition(labels, memory)
     predict = guided(call, context, unconditional, scale if guides else 1.0)
-    begin = {"origin": to_model(origin), "start": sampling.start} if from_images else {}
+    begin = {}
+    if sampling.from_images:
+      begin = {"origin": to_model(origin), "start": sampling.start}
     return to_pixels(sample(predict, schedule, (len(labels), *shape), key, solver, **begin))
 
   return jax.jit(draw)
