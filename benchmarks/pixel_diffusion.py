@@ -51,8 +51,8 @@ from memdiff.diffusion import unet
 from memdiff.experiments.image_settings import ImagesConfig
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import meter
-from memdiff.synthesis import image_methods, pixel_diffusion
-from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig, SamplingConfig
+from memdiff.synthesis import image_methods, pixel_data, pixel_diffusion, pixel_sampling
+from memdiff.synthesis.pixel_settings import PixelDiffusionConfig, SamplingConfig
 
 DDPM = "ddpm"
 _CLASSES = 10
@@ -216,7 +216,7 @@ def disagreement(work: Workload, params: Any) -> float:
 def make_trainings(work: Workload, compile_seconds: dict[str, float]) -> dict[str, Training]:
   """One seed by every method; notes the seconds that compiling took."""
   mesh = mesh_lib.make_mesh()
-  data = pixel_diffusion.make_data(work.images, work.labels, _CLASSES, mesh)
+  data = pixel_data.make_data(work.images, work.labels, _CLASSES, mesh)
   made = {}
   for name in work.methods:
     print(f"compiling {name}", flush=True)
@@ -231,7 +231,7 @@ def make_trainings(work: Workload, compile_seconds: dict[str, float]) -> dict[st
 def make_sampler(work: Workload, params: Any, scale: float) -> Callable[[], jax.Array]:
   """Every call samples with the next seed."""
   mesh, shape = mesh_lib.make_mesh(), (work.side, work.side, work.channels)
-  program = pixel_diffusion.sampling_program(
+  program = pixel_sampling.sampling_program(
     work.config, SamplingConfig(), shape, _CLASSES, scale != 1, mesh
   )
   labels, seeds = jnp.arange(work.sampled) % _CLASSES, itertools.count()

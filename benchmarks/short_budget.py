@@ -17,7 +17,7 @@ from memdiff import config as config_lib
 from memdiff import pipeline
 from memdiff.experiments.image_settings import ImagesConfig
 from memdiff.runtime import mesh as mesh_lib
-from memdiff.synthesis import image_methods, pixel_diffusion
+from memdiff.synthesis import image_methods, pixel_data, pixel_diffusion
 
 _TIMED = 50  # steps from whose time the number of steps follows
 
@@ -46,7 +46,7 @@ def seconds_per_step(config: dict[str, Any], method: str) -> float:
   """Of a method's training on this machine."""
   built = config_lib.build(ImagesConfig, config)
   data, mesh = dataset.load(built.dataset), mesh_lib.make_mesh()
-  shared = pixel_diffusion.make_data(data.train_images, data.train_labels, data.num_classes, mesh)
+  shared = pixel_data.make_data(data.train_images, data.train_labels, data.num_classes, mesh)
   diffusion = dataclasses.replace(image_methods.apply(method, built.diffusion), num_steps=10_000)
   stage = pixel_diffusion.make_stage(diffusion, shared, data.train_counts, mesh)
   run = Training(stage, (0,), mesh, _TIMED)

@@ -21,7 +21,7 @@ from benchmarks.torch_optimizer import adamw, learning_rate
 from memdiff.diffusion.objectives import target
 from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.diffusion.unet import UNetConfig
-from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig
+from memdiff.synthesis.pixel_settings import PixelDiffusionConfig
 
 # The names of Flax's layers -> those here.
 _NAMES = {

@@ -95,7 +95,9 @@ def judge(workdir: pathlib.Path, data: pathlib.Path, number: int, scales: Sequen
       continue
     for k, scale in itertools.product((1, SHOWN), scales):
       drawn = np.stack([
-        draw.draw(workdir, exemplars[:k], number, method=method, scale=scale, seed=seed)
+        draw.draw(
+          workdir, number, exemplars=exemplars[:k], method=method, scale=scale, seed=seed
+        )
         for seed, exemplars in enumerate(shown)
       ])  # fmt: skip
       name = f"{method}, {k} exemplar{'s' * (k > 1)}, guidance {scale:g}"

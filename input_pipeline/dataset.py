@@ -103,6 +103,8 @@ class LongTailDataset(long_tail.LongTailLabels):
   holdout_images: np.ndarray | LazyImages
   left_out_images: np.ndarray | LazyImages
   test_images: np.ndarray | LazyImages
+  train_captions: tuple[str, ...] | None = None  # N texts, "" for images without; None: no captions
+  test_captions: tuple[str, ...] | None = None
 
   @property
   def streamed(self) -> bool:
@@ -136,7 +138,7 @@ def uncut(data: LongTailDataset) -> LongTailDataset:
   }
   fields = {f"train_{kind}": values for kind, values in together.items()}
   fields |= {f"{part}_{kind}": together[kind][:0] for part in parts[1:] for kind in together}
-  return dataclasses.replace(data, **fields)
+  return dataclasses.replace(data, train_captions=None, **fields)
 
 
 def check(source: Source, name: str) -> None:
@@ -236,4 +238,6 @@ def load(config: DatasetConfig) -> LongTailDataset:
     test_images=source.test_images,
     test_labels=source.test_labels.astype(np.int32),
     split_sha256=long_tail.fingerprint(kept),
+    train_captions=source.train_captions and tuple(source.train_captions[i] for i in train),
+    test_captions=source.test_captions,
   )

@@ -6,17 +6,19 @@
   train, or classes      the test set is split off (test_share)
 
 Names of these parts may have capitals. A class may lack test images; it trains, and is not scored.
+Captions may lie beside the classes (`captions`).
 """
 
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from input_pipeline import class_folders, identity, image_files, long_tail
+from input_pipeline import captions, class_folders, identity, image_files, long_tail
 from input_pipeline.class_folders import LeftOut
 from input_pipeline.image_files import UnreadableError
 from input_pipeline.lazy_images import LazyImages, resize_and_crop, subset
@@ -57,7 +59,14 @@ class FolderImages:
     return identity.of_files([self._paths[i] for i in indices])
 
 
-Part = tuple[np.ndarray | LazyImages, np.ndarray]  # images [N, H, W, ch] uint8, labels [N] int32
+class Part(NamedTuple):
+  images: np.ndarray | LazyImages  # [N, H, W, ch] uint8
+  labels: np.ndarray  # [N] int32
+  captions: tuple[str, ...] | None  # N texts
+
+  def subset(self, index: np.ndarray) -> "Part":
+    texts = self.captions and tuple(self.captions[i] for i in index)
+    return Part(subset(self.images, index), self.labels[index], texts)
 
 
 def load(
@@ -100,18 +109,23 @@ def load(
   parts: dict[str, Part] = {}
   for part, (paths, labels) in found.items():
     images, kept, unreadable = _read(paths, image_size, lazy, skip_unreadable, grey)
-    parts[part] = images, labels[kept]
+    texts = captions.read(folders[part], [paths[i] for i in kept])
+    parts[part] = Part(images, labels[kept], texts)
     left_out += unreadable
   if "test" not in parts:
-    parts["train"], parts["test"] = _split_off(root, *parts["train"], test_share, test_seed)
+    parts["train"], parts["test"] = _split_off(root, parts["train"], test_share, test_seed)
   print(f"memdiff: {_summary(root, folders, names, parts, left_out)}.", file=sys.stderr)
-  holdout_images, holdout_labels = parts.get("holdout", (None, None))
+  train, test, holdout = parts["train"], parts["test"], parts.get("holdout")
   return Source(
     names,
-    *parts["train"],
-    *parts["test"],
-    holdout_images=holdout_images,
-    holdout_labels=holdout_labels,
+    train.images,
+    train.labels,
+    test.images,
+    test.labels,
+    holdout_images=holdout and holdout.images,
+    holdout_labels=holdout and holdout.labels,
+    train_captions=train.captions,
+    test_captions=test.captions,
     every_class_tested=False,
   )
 
@@ -155,7 +169,7 @@ def _find(folders: Mapping[str, pathlib.Path]):
   found, left_out, numbers = {}, [], {}
   for part, folder in folders.items():
     classes, beside = class_folders.find_classes(folder)
-    left_out += beside
+    left_out += [item for item in beside if item.path.name not in captions.NAMES]
     numbers = numbers or {name: c for c, name in enumerate(classes)}  # of train, the first part
     if not classes and part != "holdout":
       raise DataError(f"{folder} has no folders; it needs one per class, with images.")
@@ -236,22 +250,25 @@ def _stack(images: Sequence[np.ndarray]) -> np.ndarray:
   return np.stack(images)
 
 
-def _split_off(root: pathlib.Path, images, labels: np.ndarray, share: float, seed: int):
-  """(train, test), each images and labels; a class of one image trains."""
-  train, test = long_tail.hold_out(np.arange(len(labels)), labels, share, seed, least=1)
+def _split_off(root: pathlib.Path, part: Part, share: float, seed: int) -> tuple[Part, Part]:
+  """(train, test); a class of one image trains."""
+  number = np.arange(len(part.labels))
+  train, test = long_tail.hold_out(number, part.labels, share, seed, least=1)
   if not len(test):
     raise DataError(f"No class in {root} has two images, so that no test set can be split off.")
-  return (subset(images, train), labels[train]), (subset(images, test), labels[test])
+  return part.subset(train), part.subset(test)
 
 
 def _summary(root, folders, names: Sequence[str], parts: Mapping[str, Part], left_out) -> str:
   """What was taken and what was not: the words of a sentence."""
-  counts = {part: len(labels) for part, (_, labels) in parts.items()}
+  counts = {name: len(part.labels) for name, part in parts.items()}
   test = folders["test"].name if "test" in folders else "split off"
   words = [f"{counts['train']} train", f"{counts['test']} test" + f" ({test})" * (test != "test")]
   if "holdout" in counts:
     words.append(f"{counts['holdout']} held out ({folders['holdout'].name})")
-  tested = set(parts["test"][1].tolist())
+  if told := captions.describe(parts["train"].captions):
+    words[0] += f" {told}"
+  tested = set(parts["test"].labels.tolist())
   untested = [repr(name) for label, name in enumerate(names) if label not in tested]
   more = f" and {len(untested) - 3} more" if len(untested) > 3 else ""
   return (

@@ -56,6 +56,19 @@ def spread(number: int, at_most: int) -> np.ndarray:
   return np.unique(np.linspace(0, number - 1, min(number, at_most)).round().astype(np.int64))
 
 
+def of_file(path: str | os.PathLike) -> str:
+  """SHA-256 of the whole content of a file.
+
+  Raises:
+    DataError: if it cannot be read.
+  """
+  try:
+    with open(path, "rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  except OSError as error:
+    raise DataError(f"Cannot read the file {path} ({error.strerror}).") from error
+
+
 def of_files(paths: Sequence[str | os.PathLike]) -> str:
   """SHA-256 of files, in order: paths below their common folder, sizes, and samples of content.
 

@@ -50,7 +50,8 @@ class LongTailLabels:
   def fingerprints(self) -> dict[str, str]:
     """SHA-256 of all that is in it, by field: every array and every tuple of names.
 
-    Texts and numbers are left out: they follow from the config or from the arrays.
+    Texts and numbers are left out: they follow from the config or from the arrays. So is what
+    the set does not have.
 
     Raises:
       DataError: if a file is gone or cannot be read.
@@ -59,7 +60,7 @@ class LongTailLabels:
     return {
       name: identity.digest(value)
       for name, value in values.items()
-      if not isinstance(value, (str, int, float))
+      if value is not None and not isinstance(value, (str, int, float))
     }
 
 

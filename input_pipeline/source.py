@@ -19,4 +19,6 @@ class Source:
   train_names: np.ndarray | None = None  # [N] file names, if official lists speak of them
   holdout_images: np.ndarray | LazyImages | None = None  # given apart from train, for selection
   holdout_labels: np.ndarray | None = None
+  train_captions: tuple[str, ...] | None = None  # N texts, "" for images without; None: no captions
+  test_captions: tuple[str, ...] | None = None
   every_class_tested: bool = True  # False: classes without a test image are allowed

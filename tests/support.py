@@ -74,7 +74,10 @@ class SmallRuns:
   overrides: dict
 
   def command(self, workdir: pathlib.Path, **changes) -> list[str]:
-    overrides = [f"--config.{name}={value!r}" for name, value in (self.overrides | changes).items()]
+    overrides = [
+      f"--config.{name}={value if isinstance(value, str) else repr(value)}"
+      for name, value in (self.overrides | changes).items()
+    ]
     options = [f"--config={self.config}", f"--workdir={workdir}", "--notensorboard", *overrides]
     return [sys.executable, "-c", SMALL_MAIN, *options]
 

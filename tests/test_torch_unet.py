@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from memdiff.diffusion.unet import UNet, UNetConfig
-from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig
+from memdiff.synthesis.pixel_settings import PixelDiffusionConfig
 
 torch = pytest.importorskip("torch", reason="PyTorch is no dependency of memdiff")
 torch_unet = pytest.importorskip("benchmarks.torch_unet")

@@ -1,7 +1,6 @@
 """The encoder: a backbone with its head, how it sees pixels, and weights to start from."""
 
 import dataclasses
-import hashlib
 import pathlib
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from input_pipeline import identity
 from input_pipeline.dataset import LongTailDataset
 from memdiff.classifier import backbones, losses, pretrained
 from memdiff.classifier.backbones import BackboneConfig
@@ -99,7 +99,7 @@ def weights_sha256(config: EncoderConfig) -> str | None:
   """SHA-256 of the file the encoder starts from, for manifests; None if there is none."""
   if not config.init_from:
     return None
-  return hashlib.sha256(pathlib.Path(config.init_from).read_bytes()).hexdigest()
+  return identity.of_file(config.init_from)
 
 
 def has_cosine_head(config: BackboneConfig, loss: str) -> bool:

@@ -5,8 +5,9 @@ skips from the way down to the way up. Time and label are embedded, added, and s
 is a denoiser as the engine trains it: `condition(label, memory)` is what does not change from step
 to step, and the bottleneck is the mean over positions of the middle's output. With the defaults and
 32 x 32 pixels it has 35.75 million parameters. On request it also attends to exemplars of the class
-(`exemplar_images`), in the middle and wherever it attends to itself, and the kernels of the way up
-have a low-rank part that can be left out, the reserve of Capacity Manipulation.
+(`exemplar_images`), in the middle and wherever it attends to itself, reads a sentence
+(`text_condition`) that is added to time and label, and the kernels of the way up have a low-rank
+part that can be left out, the reserve of Capacity Manipulation.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from memdiff.config import above, at_least, between, each, each_if_any, one_of, 
 from memdiff.convolution import conv2d
 from memdiff.diffusion.exemplar_images import CrossAttention, ExemplarEncoder
 from memdiff.diffusion.schedules import time_embedding
+from memdiff.diffusion.text_condition import SentenceLayer
 
 DTYPES = ("float32", "bfloat16")
 _GROUPS, _PER_GROUP = 32, 4  # of group norm: groups at most, channels in one at least
@@ -83,14 +85,16 @@ class Descent:
 class UNet(nn.Module):
   """Denoises images [B, H, W, ch]; label `num_classes` means "no class".
 
-  With `sees_exemplars` its memory is an ExemplarImages, otherwise it is not looked at. In training
-  it may be Augmented; without, images are meant that are as they were.
+  With `sees_exemplars` its memory is an ExemplarImages, otherwise it is not looked at. With
+  `reads_text` that is in a Captioned. In training it may be Augmented; without, images are meant
+  that are as they were.
   """
 
   num_classes: int
   image_channels: int
   config: UNetConfig
   sees_exemplars: bool = False
+  reads_text: bool = False
 
   def setup(self):
     c = self.config
@@ -110,6 +114,8 @@ class UNet(nn.Module):
     self.attend_down = [[_Attention(jnp.dtype(c.dtype)) for _ in level] for level in self.down]
     self.attend_middle = _Attention(jnp.dtype(c.dtype))
     self.attend_up = [[_Attention(jnp.dtype(c.dtype)) for _ in level] for level in self.up]
+    if self.reads_text:
+      self.sentence_layer = SentenceLayer(4 * c.channels)
     if self.sees_exemplars:
       cross = functools.partial(CrossAttention, jnp.dtype(c.dtype))
       self.encode_exemplars = ExemplarEncoder(widths[-1], jnp.dtype(c.dtype))
@@ -126,6 +132,8 @@ class UNet(nn.Module):
     told = self.label_embedding(label)
     if isinstance(memory, Augmented):
       told, memory = told + self.augment_embedding(memory.vector), memory.memory
+    if self.reads_text:
+      told, memory = told + self.sentence_layer(memory.vectors), memory.memory
     return told, self.encode_exemplars(memory) if self.sees_exemplars else None
 
   def denoise(self, x_t: jax.Array, t: jax.Array, context: tuple[jax.Array, Any]):

@@ -1,6 +1,7 @@
 """The experiment with generated images: classifiers are trained on real and generated ones.
 
 critics      real images -> the classifiers that filters ask     critics/<part>/...
+captions     captions of training images -> their embeddings      captions/embeddings.npz
 diffusion    training images -> a U-Net, per method              diffusion/<part>/<method>
 sampling     U-Nets -> images of the classes that lack some      sampling/<part>/<method>/run_<r>
 pool         images -> what is known of each                     pool/<part>/<method>/run_<r>.npz
@@ -21,7 +22,7 @@ import numpy as np
 from memdiff.classifier import encoder, encoder_training, new_head
 from memdiff.classifier.encoder_training import Recipe
 from memdiff.evaluation import report
-from memdiff.experiments import augmented_evaluation, augmented_pool, images
+from memdiff.experiments import augmented_evaluation, augmented_pool, images, prompting
 from memdiff.experiments.augmented_runs import (
   PREDICTIONS,
   Part,
@@ -49,7 +50,7 @@ from memdiff.experiments.base import Experiment, Kind, Phase, forward_images, la
 from memdiff.experiments.image_store import device_data
 from memdiff.runtime import loop, programs, results
 from memdiff.runtime.train_state import TrainState
-from memdiff.synthesis import image_methods, pixel_diffusion
+from memdiff.synthesis import image_methods, pixel_data, pixel_diffusion
 
 
 def classifier_stage(
@@ -113,8 +114,8 @@ def method_stages(experiment: Experiment) -> Iterator[tuple[Part, str, loop.Stag
   for part in parts(experiment):
     for method in image_methods.trainings(experiment.config.methods):
       config = image_methods.apply(method, experiment.config.diffusion)
-      seen = pixel_diffusion.make_parts(
-        config, data.train_labels, part.rows, data.num_classes, mesh
+      seen = pixel_data.make_parts(
+        config.class_exponent, data.train_labels, part.rows, data.num_classes, mesh
       )
       stage = pixel_diffusion.make_stage(config, shared, data.train_counts, mesh, seen)
       name = f"diffusion/{part.name}/{method}"
@@ -182,6 +183,7 @@ _PHASES = (
     train_critics,
     ("seeds", "dataset", "encoder", "classifier", "loop", "selection.folds", "selection.repeats"),
   ),
+  prompting.EMBED_CAPTIONS,
   Phase(
     "diffusion",
     "training U-Nets on the long-tailed images",
@@ -206,4 +208,11 @@ _PHASES = (
   Phase("evaluation", "scoring and drawing", augmented_evaluation.evaluate, ("name",)),
 )  # fmt: skip
 
-KIND = Kind(AugmentedConfig, images.load, (check,), _PHASES, report.render_html, report.text_table)
+KIND = Kind(
+  AugmentedConfig,
+  images.load,
+  (check, prompting.check),
+  _PHASES,
+  report.render_html,
+  report.text_table,
+)

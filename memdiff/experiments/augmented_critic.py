@@ -1,7 +1,9 @@
 """Classifiers of real images that look at generated ones, so that filters can choose."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,18 +55,30 @@ def _unit(features: np.ndarray) -> np.ndarray:
   return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
+def _state(experiment: Experiment, folder: pathlib.Path, run: int) -> Any:
+  """A classifier of one run, which leads."""
+  return jax.tree.map(lambda x: x[run : run + 1], results.load(folder, experiment.mesh))
+
+
+def _statistics(experiment: Experiment, part: Part, run: int) -> Mapping[str, np.ndarray]:
+  encoder, rows = experiment.config.encoder, part.rows[run : run + 1]
+  return image_batches.fold_data(encoder, experiment.dataset, rows)["statistics"]
+
+
+def real_features(experiment: Experiment, part: Part, run: int) -> np.ndarray:
+  """Of the training images of one run, by its critic. [n, D]."""
+  state = _state(experiment, critic_folder(experiment, part), run)
+  images = experiment.dataset.train_images[part.rows_of(run)]
+  statistics = _statistics(experiment, part, run)
+  return forward_images(experiment, CRITIC_LOSS, state, images, statistics)[1][0]
+
+
 def make_critic(experiment: Experiment, part: Part, run: int) -> Critic:
-  data, config = experiment.dataset, experiment.config
-  folders = [critic_folder(experiment, part)]
-  if config.pool.needs_second:
+  data, folders = experiment.dataset, [critic_folder(experiment, part)]
+  if experiment.config.pool.needs_second:
     folders.append(second_folder(experiment, part))
-  loaded = [results.load(folder, experiment.mesh) for folder in folders]
-  states = tuple(jax.tree.map(lambda x: x[run : run + 1], state) for state in loaded)
-  known = image_batches.fold_data(config.encoder, data, part.rows[run : run + 1])
-  rows = part.rows_of(run)
-  _, features = forward_images(
-    experiment, CRITIC_LOSS, states[0], data.train_images[rows], known["statistics"]
-  )
+  features = real_features(experiment, part, run)
   sums = np.zeros((data.num_classes, features.shape[-1]))
-  np.add.at(sums, data.train_labels[rows], features[0])
-  return Critic(experiment, states, known["statistics"], _unit(sums))
+  np.add.at(sums, data.train_labels[part.rows_of(run)], features)
+  states = tuple(_state(experiment, folder, run) for folder in folders)
+  return Critic(experiment, states, _statistics(experiment, part, run), _unit(sums))

@@ -10,8 +10,8 @@ from memdiff.classifier import heads
 from memdiff.evaluation import scores
 from memdiff.evaluation.lookup import made_data
 from memdiff.evaluation.method import Method
-from memdiff.experiments import augmented_pool, record
-from memdiff.experiments.augmented_runs import Part, part_of
+from memdiff.experiments import augmented_pool, prompting, record
+from memdiff.experiments.augmented_runs import Part, part_of, pool_path
 from memdiff.experiments.augmented_selection import load_selection, predict
 from memdiff.experiments.augmented_settings import (
   AugmentedConfig,
@@ -30,6 +30,7 @@ from memdiff.experiments.comparison import (
   known_scores,
   mark_shown,
 )
+from memdiff.runtime.workdir import read_arrays
 from memdiff.synthesis import image_methods
 
 if TYPE_CHECKING:
@@ -219,6 +220,12 @@ def _draw(
   for method in experiment.config.sources:
     for name in experiment.config.pool.filters:
       yield f"pool_{Row(method, name).name}", _grid(experiment, method, name)
+  final = part_of(experiment, "final")
+  for method in experiment.config.sources:
+    arrays = read_arrays(pool_path(experiment, final, method, 0))
+    if "prompt" in arrays:
+      drawn = (arrays[name] for name in ("images", "labels", "prompt"))
+      yield f"prompts_{method}", prompting.draw_sheet(experiment, method, *drawn)
 
 
 def _grid(experiment: Experiment, method: str, filter_name: str) -> "Figure":

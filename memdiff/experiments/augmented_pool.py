@@ -11,11 +11,13 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from input_pipeline import identity
 from input_pipeline.dataset import LongTailDataset
 from memdiff.classifier import added_images
 from memdiff.classifier.added_images import AddedImagesConfig
 from memdiff.evaluation import image_quality
-from memdiff.experiments.augmented_critic import Critic, make_critic
+from memdiff.experiments import prompting
+from memdiff.experiments.augmented_critic import Critic, make_critic, real_features
 from memdiff.experiments.augmented_runs import (
   Part,
   part_of,
@@ -32,8 +34,13 @@ from memdiff.experiments.augmented_settings import (
   Row,
 )
 from memdiff.experiments.base import Experiment
-from memdiff.experiments.drawer import Drawer
-from memdiff.experiments.image_store import device_data, params_of_seed, read_samples
+from memdiff.experiments.drawer import Drawer, chunks
+from memdiff.experiments.image_store import (
+  device_data,
+  params_of_seed,
+  read_prompts,
+  read_samples,
+)
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.workdir import read_arrays
 from memdiff.synthesis import (
@@ -41,7 +48,7 @@ from memdiff.synthesis import (
   image_methods,
   image_pool,
   pixel_augmentation,
-  pixel_diffusion,
+  pixel_data,
 )
 from memdiff.synthesis.image_filters import Limits, Signs
 
@@ -96,22 +103,23 @@ def _draw_run(
 ) -> None:
   config, drawer = experiment.config, None
   folder = experiment.workdir.folder("sampling") / part.name / method / f"run_{run}"
-  size = config.sampling.chunk_size
-  for start in range(0, len(labels), size):
+  for chunk in chunks(labels, config.sampling.chunk_size):
     experiment.run.preemption.check(f"while drawing {method}")
-    path = folder / f"{start:06d}.npz"
+    path = folder / f"{chunk.start:06d}.npz"
     if not path.exists():
       drawer = drawer or _drawer(experiment, part, method, run)
-      some = labels[start : start + size].astype(np.int32)
-      images = drawer.draw(some, start, config.pool.guidance)
-      save(path, {"images": images, "labels": some})
+      save(path, drawer.draw(chunk, config.pool.guidance))
 
 
 def _drawer(experiment: Experiment, part: Part, method: str, run: int) -> Drawer:
   data, config = experiment.dataset, experiment.config
   diffusion = image_methods.apply(method, config.diffusion)
-  seen = pixel_diffusion.make_parts(
-    diffusion, data.train_labels, part.rows[run : run + 1], data.num_classes, experiment.mesh
+  seen = pixel_data.make_parts(
+    diffusion.class_exponent,
+    data.train_labels,
+    part.rows[run : run + 1],
+    data.num_classes,
+    experiment.mesh,
   )
   of_run = jax.tree.map(lambda x: x[0], seen).of(device_data(experiment))
   trained = image_methods.trained(method)
@@ -124,6 +132,9 @@ def _drawer(experiment: Experiment, part: Part, method: str, run: int) -> Drawer
     params=params_of_seed(folder, run, experiment.mesh),
     seed=part.run.seeds[run],
     key=part.run.keys("exemplars")[run],
+    prompts=prompting.make_prompts(
+      experiment, method, part.rows_of(run), lambda: real_features(experiment, part, run)
+    ),
   )
 
 
@@ -164,11 +175,14 @@ def _described(
       "seed": np.array(part.run.seeds[run]),
       "guidance": np.array(experiment.config.pool.guidance),
     }
+    prompts = read_prompts(folder)
+    if prompts is not None:
+      origin["prompt"] = prompts
     learned_from = rows
   else:
     found = image_pool.read(path, data)
     images, labels, learned_from = found.images, found.labels, found.learned_from
-    origin = {"file_sha256": np.array(image_pool.sha256(path))}
+    origin = {"file_sha256": np.array(identity.of_file(path))}
   near = image_quality.nearest(images, data.train_images[rows])
   signs = critic.look(images, labels, near.copied)
   arrays = {name: value for name, value in vars(signs).items() if value is not None}
@@ -305,8 +319,8 @@ _MOVES = {AFFINE: pixel_augmentation.affine, ELASTIC: pixel_augmentation.elastic
 
 @functools.partial(jax.jit, static_argnums=0)
 def _move(name: str, key: jax.Array, images: jax.Array, strength: jax.Array) -> jax.Array:
-  moved = _MOVES[name](key, pixel_diffusion.to_model(images), strength)
-  return pixel_diffusion.to_pixels(moved)
+  moved = _MOVES[name](key, pixel_data.to_model(images), strength)
+  return pixel_data.to_pixels(moved)
 
 
 def _write_moved(experiment: Experiment, part: Part, run: int, move: str) -> None:

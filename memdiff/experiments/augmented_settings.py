@@ -16,7 +16,7 @@ from memdiff.experiments.base import check_classifier, check_seeds, seeds_field
 from memdiff.experiments.image_settings import check_unet, methods_field
 from memdiff.runtime.stage import ExecutionConfig, LoopConfig
 from memdiff.synthesis import image_filters, image_methods, image_pool
-from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig, SolverConfig
+from memdiff.synthesis.pixel_settings import PixelDiffusionConfig, SolverConfig
 
 REAL = "real"
 AFFINE, ELASTIC = "affine", "elastic"
@@ -212,7 +212,9 @@ class AugmentedConfig:
   @property
   def input_files(self) -> dict[str, str]:
     """Files that the run reads beside its data: what they are, and where."""
-    return {f"images of {name}": path for name, path in self.pool.path_of.items()}
+    text = image_methods.text_of(self.methods, self.diffusion)
+    files = {f"images of {name}": path for name, path in self.pool.path_of.items()}
+    return files | (text.input_files if text else {})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from input_pipeline import identity
 from input_pipeline.long_tail import LongTailLabels
 from memdiff.classifier import encoder, encoder_training, losses
 from memdiff.classifier.encoder_training import Recipe
@@ -21,7 +22,6 @@ from memdiff.runtime import loop, programs, results
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.workdir import Workdir
 from memdiff.runtime.writers import read_history
-from memdiff.synthesis import image_pool
 
 
 def seeds_field() -> Any:
@@ -55,7 +55,7 @@ class Experiment:
     if hasattr(self.config, "encoder"):
       digests["initial_weights"] = encoder.weights_sha256(self.config.encoder)
     for name, path in getattr(self.config, "input_files", {}).items():
-      digests[name] = image_pool.sha256(path)
+      digests[name] = identity.of_file(path)
     return digests
 
   @property

@@ -13,7 +13,7 @@ from memdiff.contrastive import class_cosines
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.image_store import device_data, read_samples, sample_folder, trained
 from memdiff.runtime import mesh as mesh_lib
-from memdiff.synthesis import image_methods, pixel_bottlenecks, pixel_diffusion
+from memdiff.synthesis import image_methods, pixel_bottlenecks, pixel_sampling
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -33,14 +33,13 @@ def _bottlenecks(
   config, mesh = image_methods.apply(method, experiment.config.diffusion), experiment.mesh
   program = pixel_bottlenecks.bottleneck_program(config, experiment.dataset.num_classes, mesh)
   params = trained(experiment, method, seed)
-  number = config.memory.num_exemplars
-  shared = device_data(experiment) if number else None
+  shared = device_data(experiment)
   found = []
   for start in range(0, len(labels), _CHUNK):
     rows = [np.resize(x[start : start + _CHUNK], (_CHUNK, *x.shape[1:])) for x in (images, labels)]
     rows, told = mesh_lib.replicate(mesh, tuple(rows))
     key = experiment.run.keys("bottlenecks")[seed]
-    memory = pixel_diffusion.exemplars_of(shared, told, key, number) if number else ()
+    memory = pixel_sampling.memory_of(config, shared, told, key)
     probe = pixel_bottlenecks.Probe(rows, told)
     found.append(np.asarray(mesh_lib.fetch(program(params, probe, memory, key))))
   return np.concatenate(found)[: len(labels)]

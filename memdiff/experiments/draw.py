@@ -1,30 +1,37 @@
-"""Draws images of a class that training never saw, from exemplars of it alone.
+"""Draws images of a class that training never saw, from exemplars of it or from prompts.
 
   python -m memdiff.experiments.draw --workdir=runs/mine --exemplars=DIR --out=DIR2 --number=64
+  python -m memdiff.experiments.draw --workdir=runs/mine --out=DIR2 --prompts "a red cat" "a fish"
 
-The run in the workdir must be finished and have trained `memdiff`, whose U-Net looks at exemplars.
-DIR holds images of one class, at least one. DIR2 gets the images as files, and images.npz.
+The run in the workdir must be finished. For exemplars, it has trained `memdiff`, whose U-Net looks
+at them; for prompts, `prompted`, whose U-Net reads them. DIR holds images of one class, at least
+one. DIR2 gets the images as files, `number` for each prompt, and images.npz.
 """
 
 import argparse
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from input_pipeline import image_files
 from memdiff import config as config_lib
+from memdiff.diffusion.text_condition import Captioned
 from memdiff.errors import ConfigError, DataError, MemdiffError
 from memdiff.experiments.image_settings import ImagesConfig
 from memdiff.experiments.image_store import params_of_seed, png_bytes
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import stream
 from memdiff.runtime.workdir import write_arrays, write_atomically, writing
-from memdiff.synthesis import image_methods, pixel_diffusion
+from memdiff.synthesis import image_methods, pixel_data, pixel_sampling
+from memdiff.synthesis.pixel_settings import PixelDiffusionConfig
+from memdiff.synthesis.text_to_image import sentences
 
 
 def read_report(workdir: pathlib.Path) -> dict:
@@ -43,26 +50,28 @@ def read_report(workdir: pathlib.Path) -> dict:
     ) from None
 
 
-def choose_method(settings: ImagesConfig, wanted: str) -> str:
-  """A method of the run whose U-Net looks at exemplars.
+def choose_method(settings: ImagesConfig, wanted: str, *, looks: bool, reads: bool) -> str:
+  """A method of the run whose U-Net looks at exemplars, reads prompts, or both.
 
   Raises:
     ConfigError: if there is none, or `wanted` is not one.
   """
-  able = [
-    method
-    for method in settings.methods
-    if image_methods.apply(method, settings.diffusion).memory.num_exemplars
-  ]
+  does = " and ".join(["looks at exemplars"] * looks + ["reads prompts"] * reads)
+  needed = "+".join(["memdiff"] * looks + ["prompted"] * reads)
+  able = []
+  for method in settings.methods:
+    config = image_methods.apply(method, settings.diffusion)
+    if (not looks or config.memory.num_exemplars) and (not reads or config.text.is_read):
+      able.append(method)
   if wanted and wanted not in able:
     raise ConfigError(
-      f"--method is {wanted!r}, but must be a method of the run that looks at exemplars:"
-      f" {', '.join(able) or 'it has none, train memdiff'}."
+      f"--method is {wanted!r}, but must be a method of the run that {does}:"
+      f" {', '.join(able) or f'it has none, train {needed}'}."
     )
   if not able:
     raise ConfigError(
-      f"No method of this run looks at exemplars ({', '.join(settings.methods)}); train one with"
-      " --config.methods=\"('memdiff',)\"."
+      f"No method of this run {does} ({', '.join(settings.methods)}); train one with"
+      f" --config.methods=\"('{needed}',)\"."
     )
   return wanted or able[0]
 
@@ -89,49 +98,78 @@ def read_exemplars(folder: pathlib.Path, shape: Sequence[int]) -> np.ndarray:
   return np.stack(images)
 
 
+def _told(
+  config: PixelDiffusionConfig, params: Mapping[str, Any], prompts: Sequence[str], number: int
+) -> np.ndarray | None:
+  """What is said of every image, [P number, D]; zeros if nothing is; None: nothing is read."""
+  if not config.text.is_read:
+    return None
+  if not prompts:
+    width = params["sentence_layer"]["Dense_0"]["kernel"].shape[0]
+    return np.zeros((number, width), np.float32)
+  encoder = sentences.load(config.text.encoder, config.text.weights)
+  return sentences.embed(encoder, prompts).repeat(number, axis=0)
+
+
+def _without_exemplars(memory: Any) -> Any:
+  if isinstance(memory, Captioned):
+    return memory.replace(memory=_without_exemplars(memory.memory))
+  return memory.forget(jnp.ones(len(memory.mask), bool)) if memory else memory
+
+
 def draw(
   workdir: pathlib.Path,
-  exemplars: np.ndarray,
   number: int,
   *,
+  exemplars: np.ndarray | None = None,
+  prompts: Sequence[str] = (),
   method: str = "",
   scale: float = 1.0,
   seed: int = 0,
 ) -> np.ndarray:
-  """Images of one class, by the U-Net of a finished run.
+  """Images of no class of the training, by the U-Net of a finished run.
 
   Args:
     workdir: of the run.
-    exemplars: [N, H, W, ch] uint8, of the class.
-    number: of images.
-    method: of the run; "" for the first whose U-Net looks at exemplars.
+    number: of images, if there are prompts for each.
+    exemplars: [N, H, W, ch] uint8, of the class; None: the U-Net is shown none.
+    prompts: P sentences; (): nothing is said.
+    method: of the run; "" for the first whose U-Net looks at and reads what is given.
     scale: of the guidance, 1 for none.
     seed: of the noise.
 
   Returns:
-    [number, H, W, ch] uint8.
+    [max(P, 1) number, H, W, ch] uint8.
   """
   report = read_report(workdir)
   settings = config_lib.build(ImagesConfig, report["config"])
-  method = choose_method(settings, method)
+  method = choose_method(settings, method, looks=exemplars is not None, reads=bool(prompts))
   config, mesh = image_methods.apply(method, settings.diffusion), mesh_lib.make_mesh()
   sampling = image_methods.apply_drawing(method, settings.sampling)
+  if sampling.from_images and exemplars is None:
+    raise ConfigError(f"{method} begins from images; give --exemplars, or another --method.")
   classes, shape = report["dataset"]["num_classes"], tuple(report["images"]["image_shape"])
   params = params_of_seed(workdir / "diffusion" / image_methods.trained(method), 0, mesh)
-  data = pixel_diffusion.make_data(exemplars, np.zeros(len(exemplars), np.int32), 1, mesh)
-  size = min(sampling.chunk_size, number)
-  program = pixel_diffusion.sampling_program(config, sampling, shape, classes, scale != 1, mesh)
+  told = _told(config, params, prompts, number)
+  shown = np.zeros((1, *shape), np.uint8) if exemplars is None else exemplars
+  data = pixel_data.make_data(shown, np.zeros(len(shown), np.int32), 1, mesh)
+  total = max(len(prompts), 1) * number
+  size = min(sampling.chunk_size, total)
+  program = pixel_sampling.sampling_program(config, sampling, shape, classes, scale != 1, mesh)
   only, unnamed = mesh_lib.replicate(mesh, (np.zeros(size, np.int32), np.full(size, classes)))
   images = []
-  for start in range(0, number, size):
+  for start in range(0, total, size):
     key = stream(jax.random.key(seed), "exemplars", start)
-    memory = pixel_diffusion.exemplars_of(data, only, key, config.memory.num_exemplars)
+    said = None if told is None else np.take(told, range(start, start + size), 0, mode="clip")
+    memory = pixel_sampling.memory_of(config, data, only, key, said)
+    if exemplars is None:
+      memory = _without_exemplars(memory)
     origin = ()
     if sampling.from_images:
-      origin = pixel_diffusion.origins_of(data, only, stream(key, "origins"))
+      origin = pixel_sampling.origins_of(data, only, stream(key, "origins"))
     placed = mesh_lib.replicate(mesh, (np.uint32(seed), np.int32(start), np.float32(scale)))
     images.append(np.asarray(mesh_lib.fetch(program(params, unnamed, memory, origin, *placed))))
-  return np.concatenate(images)[:number]
+  return np.concatenate(images)[:total]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,10 +179,11 @@ def _parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of the finished run")
-  parser.add_argument("--exemplars", type=pathlib.Path, required=True, help="folder of one class")
+  parser.add_argument("--exemplars", type=pathlib.Path, help="folder of one class")
+  parser.add_argument("--prompts", nargs="*", default=[], help="sentences")
   parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the images")
-  parser.add_argument("--number", type=int, default=64, help="images to draw")
-  parser.add_argument("--method", default="", help="of the run; the first that sees exemplars")
+  parser.add_argument("--number", type=int, default=64, help="images, for each prompt")
+  parser.add_argument("--method", default="", help="of the run; the first that is able")
   parser.add_argument("--scale", type=float, default=1.0, help="of the guidance; 1: none")
   parser.add_argument("--seed", type=int, default=0, help="of the noise")
   return parser
@@ -155,12 +194,16 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     if arguments.number < 1 or arguments.scale < 0 or not 0 <= arguments.seed < 2**32:
       raise ConfigError("--number must be at least 1, --scale and --seed at least 0.")
-    shape = read_report(arguments.workdir)["images"]["image_shape"]
-    exemplars = read_exemplars(arguments.exemplars, shape)
+    if not arguments.exemplars and not arguments.prompts:
+      raise ConfigError("There is nothing to draw from; give --exemplars, --prompts, or both.")
+    shape, exemplars = read_report(arguments.workdir)["images"]["image_shape"], None
+    if arguments.exemplars:
+      exemplars = read_exemplars(arguments.exemplars, shape)
     images = draw(
       arguments.workdir,
-      exemplars,
       arguments.number,
+      exemplars=exemplars,
+      prompts=arguments.prompts,
       method=arguments.method,
       scale=arguments.scale,
       seed=arguments.seed,
@@ -169,8 +212,13 @@ def main(argv: Sequence[str] | None = None) -> int:
       arguments.out.mkdir(parents=True, exist_ok=True)
     for number, pixels in enumerate(images):
       write_atomically(arguments.out / f"{number:06d}.png", png_bytes(pixels))
-    write_arrays(arguments.out / "images.npz", {"images": images})
-    print(f"{len(images)} images drawn from {len(exemplars)} exemplars: {arguments.out}")
+    arrays = {"images": images}
+    if arguments.prompts:
+      arrays["prompt"] = np.repeat(arguments.prompts, arguments.number)
+    write_arrays(arguments.out / "images.npz", arrays)
+    sources = [f"{len(exemplars)} exemplars"] if arguments.exemplars else []
+    sources += [f"{len(arguments.prompts)} prompts"] if arguments.prompts else []
+    print(f"{len(images)} images drawn from {' and '.join(sources)}: {arguments.out}")
   except MemdiffError as error:
     print(f"memdiff: {error}", file=sys.stderr)
     return error.exit_code

@@ -1,6 +1,7 @@
 """Draws images of known classes by a trained U-Net, chunk by chunk."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,8 +10,35 @@ from jax.sharding import Mesh
 
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import stream
-from memdiff.synthesis import pixel_diffusion
-from memdiff.synthesis.pixel_diffusion import ImageData, PixelDiffusionConfig, SolverConfig
+from memdiff.synthesis import pixel_sampling
+from memdiff.synthesis.pixel_data import ImageData
+from memdiff.synthesis.pixel_settings import PixelDiffusionConfig, SolverConfig
+from memdiff.synthesis.text_to_image.prompts import Prompts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chunk:
+  """Images that are drawn together, out of a series.
+
+  Attributes:
+    start: the number of the first.
+    labels: [n] their classes.
+    turns: [n] how many images of its class come before each in the series.
+  """
+
+  start: int
+  labels: np.ndarray
+  turns: np.ndarray
+
+
+def chunks(labels: np.ndarray, size: int) -> Iterator[Chunk]:
+  """A series of images of `labels` [N], `size` at a time."""
+  turns = np.zeros(len(labels), int)
+  for c in np.unique(labels):
+    turns[labels == c] = np.arange((labels == c).sum())
+  for start in range(0, len(labels), size):
+    rows = slice(start, start + size)
+    yield Chunk(start, labels[rows], turns[rows])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +53,7 @@ class Drawer:
     params: its averaged weights.
     seed: of the noise.
     key: of the choice of exemplars, and of images to begin from.
+    prompts: of the classes, if the U-Net reads them.
   """
 
   config: PixelDiffusionConfig
@@ -34,19 +63,20 @@ class Drawer:
   params: Any
   seed: int
   key: jax.Array
+  prompts: Prompts | None = None
 
-  def draw(self, labels: np.ndarray, start: int, scale: float) -> np.ndarray:
+  def draw(self, chunk: Chunk, scale: float) -> dict[str, np.ndarray]:
     """A chunk of images, of which none depends on how many there are.
 
     Args:
-      labels: [n], at most `sampling.chunk_size`.
-      start: the number of the first image.
+      chunk: at most `sampling.chunk_size` images.
       scale: of the guidance, 1 for none.
 
     Returns:
-      [n, H, W, ch] uint8.
+      {"images": [n, H, W, ch] uint8, "labels": [n] int32}, and {"prompt": [n] texts} if the U-Net
+      reads them.
     """
-    program = pixel_diffusion.sampling_program(
+    program = pixel_sampling.sampling_program(
       self.config,
       self.sampling,
       self.data.images.shape[1:],
@@ -54,15 +84,19 @@ class Drawer:
       scale != 1,
       self.mesh,
     )
-    padded = np.resize(labels, self.sampling.chunk_size).astype(np.int32)
-    numbers = np.uint32(self.seed), np.int32(start), np.float32(scale)
+    drawn = {"labels": chunk.labels.astype(np.int32)}
+    size, vectors = self.sampling.chunk_size, None
+    if self.prompts:
+      texts, vectors = self.prompts.of(chunk.labels, chunk.turns)
+      drawn["prompt"] = np.array(texts)
+      vectors = mesh_lib.replicate(self.mesh, np.resize(vectors, (size, vectors.shape[1])))
+    padded = np.resize(drawn["labels"], size)
+    numbers = np.uint32(self.seed), np.int32(chunk.start), np.float32(scale)
     placed, *numbers = mesh_lib.replicate(self.mesh, (padded, *numbers))
-    key = stream(self.key, "of_chunk", start)
-    memory, number = (), self.config.memory.num_exemplars
-    if number:
-      memory = pixel_diffusion.exemplars_of(self.data, placed, key, number)
+    key = stream(self.key, "of_chunk", chunk.start)
+    memory = pixel_sampling.memory_of(self.config, self.data, placed, key, vectors)
     origin = ()
     if self.sampling.from_images:
-      origin = pixel_diffusion.origins_of(self.data, placed, stream(key, "origins"))
+      origin = pixel_sampling.origins_of(self.data, placed, stream(key, "origins"))
     images = mesh_lib.fetch(program(self.params, placed, memory, origin, *numbers))
-    return np.asarray(images)[: len(labels)]
+    return drawn | {"images": np.asarray(images)[: len(chunk.labels)]}

@@ -13,7 +13,7 @@ from memdiff.evaluation import networks
 from memdiff.experiments.base import check_classifier, check_seeds, seeds_field
 from memdiff.runtime.stage import ExecutionConfig, LoopConfig
 from memdiff.synthesis import image_methods
-from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig, SamplingConfig
+from memdiff.synthesis.pixel_settings import PixelDiffusionConfig, SamplingConfig
 
 CLASSIFIER = "classifier"
 NETWORKS = (CLASSIFIER, *networks.NETWORKS)
@@ -78,6 +78,12 @@ class ImagesConfig:
 
   def __post_init__(self):
     check_seeds(self.seeds)
+
+  @property
+  def input_files(self) -> dict[str, str]:
+    """Files that the run reads beside its data: what they are, and where."""
+    text = image_methods.text_of(self.methods, self.diffusion)
+    return text.input_files if text else {}
 
 
 def check(settings: ImagesConfig, data: LongTailDataset) -> None:

@@ -10,10 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from memdiff.experiments import prompting
 from memdiff.experiments.base import Experiment
 from memdiff.runtime import results
 from memdiff.runtime.workdir import read_arrays
-from memdiff.synthesis import image_methods, pixel_diffusion
+from memdiff.synthesis import image_methods, pixel_data
 
 
 def sample_folder(experiment: Experiment, method: str, scale: float, seed: int) -> pathlib.Path:
@@ -28,6 +29,15 @@ def read_samples(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
   return tuple(np.concatenate([part[name] for part in parts]) for name in ("images", "labels"))
 
 
+def read_prompts(folder: pathlib.Path) -> np.ndarray | None:
+  """What each of these images was drawn from, a text; None if from no prompt."""
+  paths = sorted(folder.glob("*.npz"))
+  parts = [read_arrays(path) for path in paths]
+  if "prompt" not in parts[0]:
+    return None
+  return np.concatenate([part["prompt"] for part in parts])
+
+
 def trained(experiment: Experiment, method: str, seed: int) -> Any:
   """The averaged weights of a method's U-Net, of the `seed`-th seed."""
   folder = experiment.workdir.folder("diffusion") / image_methods.trained(method)
@@ -40,11 +50,15 @@ def params_of_seed(folder: pathlib.Path, seed: int, mesh: Mesh) -> Any:
   return jax.tree.map(lambda x: x[seed], results.load(folder, mesh).ema_params)
 
 
-def device_data(experiment: Experiment) -> pixel_diffusion.ImageData:
+def device_data(experiment: Experiment) -> pixel_data.ImageData:
   """The long-tailed training images, on every device."""
   data = experiment.dataset
-  return pixel_diffusion.make_data(
-    data.train_images, data.train_labels, data.num_classes, experiment.mesh
+  return pixel_data.make_data(
+    data.train_images,
+    data.train_labels,
+    data.num_classes,
+    experiment.mesh,
+    prompting.caption_vectors(experiment),
   )
 
 

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 from memdiff.diffusion.unet import ReserveConfig
 from memdiff.synthesis.pixel_augmentation import AugmentationConfig
-from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig, SolverConfig
+from memdiff.synthesis.pixel_settings import PixelDiffusionConfig, SolverConfig
+from memdiff.synthesis.pixel_text import PixelTextConfig
+from memdiff.synthesis.text_to_image.prompts import SOURCES
 
 JOINED, PLAIN = "+", "ddpm"
 EXEMPLARS = 4
@@ -26,11 +28,13 @@ class ImageMethod:
     change: of the training.
     description: for reports.
     drawn: how images are drawn; None: as configured.
+    needs: another method without which it would change nothing; "": none.
   """
 
   change: Callable[[PixelDiffusionConfig], PixelDiffusionConfig]
   description: str
   drawn: Callable[[SolverConfig], SolverConfig] | None = None
+  needs: str = ""
 
 
 def _objective(config: PixelDiffusionConfig, **groups: Any) -> PixelDiffusionConfig:
@@ -65,6 +69,26 @@ def _cm_code(config: PixelDiffusionConfig) -> PixelDiffusionConfig:
   """Its scale is configured as 0.5, but never applied, and it trains on targets of T2H."""
   config = dataclasses.replace(_cm(config, scale=1.0), dropped_by="batch")
   return _objective(config, transfer={"rule": "t2h"})
+
+
+def _prompted(config: PixelDiffusionConfig) -> PixelDiffusionConfig:
+  """With the configured encoder of sentences, or MiniLM."""
+  if config.text.is_read:
+    return config
+  return dataclasses.replace(config, text=dataclasses.replace(config.text, encoder="minilm"))
+
+
+def _by(source: str) -> ImageMethod:
+  """Prompts from another source."""
+
+  def drawn(sampling: T) -> T:
+    return dataclasses.replace(
+      sampling, prompts=dataclasses.replace(sampling.prompts, source=source)
+    )
+
+  return ImageMethod(
+    lambda config: config, f"prompts are {SOURCES[source]}", drawn, needs="prompted"
+  )
 
 
 def _memdiff(config: PixelDiffusionConfig) -> PixelDiffusionConfig:
@@ -127,12 +151,20 @@ METHODS = {
     "images are drawn from training images of the class, half noised",
     lambda sampling: dataclasses.replace(sampling, start=0.5),
   ),
+  "prompted": ImageMethod(_prompted, "the U-Net reads captions, and is told prompts"),
+  "by_name": _by("names"),
+  "by_caption": _by("captions"),
+  "by_map": _by("mapped"),
 }
 
 
 def is_known(name: str) -> bool:
   parts = name.split(JOINED)
-  return all(part in METHODS for part in parts) and len(set(parts)) == len(parts)
+  return (
+    all(part in METHODS for part in parts)
+    and len(set(parts)) == len(parts)
+    and all(METHODS[part].needs in ("", *parts) for part in parts)
+  )
 
 
 def apply(name: str, config: PixelDiffusionConfig) -> PixelDiffusionConfig:
@@ -158,6 +190,12 @@ def trained(name: str) -> str:
 def trainings(names: Sequence[str]) -> list[str]:
   """The methods that are trained for these, each once."""
   return list(dict.fromkeys(map(trained, names)))
+
+
+def text_of(names: Sequence[str], config: PixelDiffusionConfig) -> PixelTextConfig | None:
+  """How the methods that read captions do it; None if none does."""
+  found = (apply(name, config).text for name in names)
+  return next((text for text in found if text.is_read), None)
 
 
 def describe(name: str) -> str:

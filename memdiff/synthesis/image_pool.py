@@ -15,7 +15,6 @@ makes such a file.
 """
 
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -81,19 +80,6 @@ def write(
   """
   about = provenance(class_names, np.array(learned_from, np.int32), train_sha256)
   write_arrays(path, {"images": images, "labels": labels} | about | others)
-
-
-def sha256(path: str) -> str:
-  """The digest of a file.
-
-  Raises:
-    DataError: if it cannot be read.
-  """
-  try:
-    with open(path, "rb") as file:
-      return hashlib.file_digest(file, "sha256").hexdigest()
-  except OSError as error:
-    raise DataError(f"Cannot read the images in {path}: {error.strerror}.") from error
 
 
 def never_saw_the_data(path: str) -> bool:

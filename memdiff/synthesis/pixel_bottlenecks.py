@@ -19,13 +19,10 @@ from memdiff.diffusion.sampler import model_time
 from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import normal
-from memdiff.synthesis.pixel_diffusion import (
-  ImageData,
-  PixelDiffusionConfig,
-  exemplars_of,
-  make_denoiser,
-  to_model,
-)
+from memdiff.synthesis.pixel_data import ImageData, to_model
+from memdiff.synthesis.pixel_diffusion import make_denoiser
+from memdiff.synthesis.pixel_sampling import memory_of
+from memdiff.synthesis.pixel_settings import PixelDiffusionConfig
 
 NOISED = 0.25  # share of the steps of the diffusion
 _PER_CLASS, _CLASSES = 8, 64  # images in a probe, at most
@@ -93,8 +90,8 @@ def evaluation(config: PixelDiffusionConfig, num_classes: int) -> Callable:
 
   def evaluate(state, data: ImageData, per_seed):
     del per_seed
-    key, number = jax.random.key(0), config.memory.num_exemplars
-    memory = exemplars_of(data, data.probe.labels, key, number) if number else ()
+    key = jax.random.key(0)
+    memory = memory_of(config, data, data.probe.labels, key)
     rows = bottlenecks(config, num_classes, state.ema_params, data.probe, memory, key)
     return class_cosines(rows, data.probe.labels, num_classes)
 

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import augmented, pages
 from configs.augmented import digits_lt
+from input_pipeline import identity
 from memdiff import config as config_lib
 from memdiff import pipeline
 from memdiff.errors import MemdiffError
@@ -234,7 +235,7 @@ def test_images_of_files_are_rows_that_are_judged_beforehand_only_if_they_know_n
   judged = {f"{name}+cross_entropy" for name in ("real", *files[:2])}
   assert set(report["recommendation"]["scores"]) == judged
   assert not (tmp_path / "run" / "classifiers" / "folds" / "run_0:none").exists()
-  assert report["dataset"]["sha256"]["images of run_0"] == image_pool.sha256(str(own))
+  assert report["dataset"]["sha256"]["images of run_0"] == identity.of_file(own)
   assert "diffusion" not in text
   ours = pools(tmp_path / "run")[pathlib.Path("final", "run_0", "run_0.npz")]
   np.testing.assert_array_equal(ours["images"], np.load(own)["images"])

@@ -13,7 +13,7 @@ from memdiff import config as config_lib
 from memdiff import pipeline
 from memdiff.errors import ConfigError, MemdiffError
 from memdiff.evaluation import image_sets
-from memdiff.experiments import draw, image_settings
+from memdiff.experiments import draw
 from tests import support
 from tests.support import ROOT
 
@@ -261,10 +261,10 @@ def test_every_config_is_valid(name):
   )  # fmt: skip
   for variant in variants.split(", "):
     config = module.get_config(variant).to_dict()
-    built = config_lib.build(image_settings.ImagesConfig, config)
+    config_lib.build(pipeline.KINDS[config["experiment"]].settings, config)
     assert f"configs/images/{name}.py" in module.__doc__
     assert config["diffusion"]["num_steps"] >= config["loop"]["checkpoint_every"]
-    assert built.experiment == "images"
+    assert config["experiment"] == "images" or name == "prompted_emoji"
 
 
 def test_the_uncut_set_is_all_that_was_there_before():

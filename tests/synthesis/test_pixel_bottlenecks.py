@@ -11,8 +11,14 @@ from memdiff.contrastive import class_cosines
 from memdiff.diffusion.unet import UNetConfig
 from memdiff.runtime import loop
 from memdiff.runtime.writers import read_history
-from memdiff.synthesis import image_methods, pixel_bottlenecks, pixel_diffusion
-from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig
+from memdiff.synthesis import (
+  image_methods,
+  pixel_bottlenecks,
+  pixel_data,
+  pixel_diffusion,
+  pixel_sampling,
+)
+from memdiff.synthesis.pixel_settings import PixelDiffusionConfig
 from tests.support import make_run
 
 TINY = UNetConfig(channels=8, multipliers=(1, 2), num_blocks=1, attention=())
@@ -37,7 +43,7 @@ def test_curves_hold_the_cosines_of_the_averaged_weights(mesh, tmp_path, name):
   base = PixelDiffusionConfig(unet=TINY, batch_size=8, num_steps=2, ema_decay=0.5)
   config = image_methods.apply(name, base)
   probe = pixel_bottlenecks.make_probe(IMAGES, LABELS, COUNTS, mesh)
-  data = pixel_diffusion.make_data(IMAGES, LABELS, 3, mesh).replace(probe=probe)
+  data = pixel_data.make_data(IMAGES, LABELS, 3, mesh).replace(probe=probe)
   stage = pixel_diffusion.make_stage(config, data, COUNTS, mesh)
   stage = dataclasses.replace(stage, evaluate=pixel_bottlenecks.evaluation(config, 3))
   state = loop.train(stage, make_run(mesh, (0, 1), 2), tmp_path)
@@ -49,7 +55,7 @@ def test_curves_hold_the_cosines_of_the_averaged_weights(mesh, tmp_path, name):
   key = jax.random.key(0)
   memory = ()
   if config.memory.num_exemplars:
-    memory = pixel_diffusion.exemplars_of(data, probe.labels, key, config.memory.num_exemplars)
+    memory = pixel_sampling.exemplars_of(data, probe.labels, key, config.memory.num_exemplars)
   program = pixel_bottlenecks.bottleneck_program(config, 3, mesh)
   for seed in (0, 1):
     rows = program(jax.tree.map(lambda x, s=seed: x[s], state.ema_params), probe, memory, key)

@@ -11,9 +11,15 @@ from memdiff.diffusion import terms
 from memdiff.diffusion.exemplar_images import ExemplarImages
 from memdiff.diffusion.unet import UNetConfig
 from memdiff.runtime import loop
-from memdiff.synthesis import image_methods, pixel_diffusion, pixel_memory
+from memdiff.synthesis import (
+  image_methods,
+  pixel_data,
+  pixel_diffusion,
+  pixel_memory,
+  pixel_sampling,
+)
 from memdiff.synthesis.pixel_augmentation import AugmentationConfig
-from memdiff.synthesis.pixel_diffusion import PixelDiffusionConfig, SamplingConfig, SolverConfig
+from memdiff.synthesis.pixel_settings import PixelDiffusionConfig, SamplingConfig, SolverConfig
 from tests.support import make_run
 
 TINY = UNetConfig(channels=8, multipliers=(1, 2), num_blocks=1, attention=(), dropout=0.1)
@@ -37,7 +43,7 @@ IMAGES = make_images()
 
 @pytest.fixture(scope="module")
 def data(mesh):
-  return pixel_diffusion.make_data(IMAGES, LABELS, 3, mesh)
+  return pixel_data.make_data(IMAGES, LABELS, 3, mesh)
 
 
 def draw(data, **changes):
@@ -48,16 +54,16 @@ def draw(data, **changes):
 
 def drawn_numbers(batch):
   """Which image every row is."""
-  pixels = np.asarray(pixel_diffusion.to_pixels(batch.x0))
+  pixels = np.asarray(pixel_data.to_pixels(batch.x0))
   return pixels[:, 0, SIDE // 2, 0]
 
 
 def test_pixels_survive_the_way_to_the_model_and_back():
   pixels = jnp.arange(256, dtype=jnp.uint8)
-  x = pixel_diffusion.to_model(pixels)
+  x = pixel_data.to_model(pixels)
   assert (x.min(), x.max()) == (-1, 1)
-  np.testing.assert_array_equal(pixel_diffusion.to_pixels(x), pixels)
-  np.testing.assert_array_equal(pixel_diffusion.to_pixels(jnp.array([-3.0, 3.0])), [0, 255])
+  np.testing.assert_array_equal(pixel_data.to_pixels(x), pixels)
+  np.testing.assert_array_equal(pixel_data.to_pixels(jnp.array([-3.0, 3.0])), [0, 255])
 
 
 def test_labels_go_with_images_and_a_share_of_them_is_dropped(data):
@@ -186,14 +192,14 @@ def test_samples_of_a_known_denoiser_are_its_images(mesh, monkeypatch):
       return inputs[0] if method == "condition" else self.denoise(params, *inputs)
 
     def denoise(self, params, x, t, label):
-      schedule = pixel_diffusion.NoiseSchedule(CONFIG.schedule)
+      schedule = pixel_sampling.NoiseSchedule(CONFIG.schedule)
       step = (t * CONFIG.schedule.num_steps / 1000).astype(int)
       signal, noise = schedule.scales(step, x)
       x0 = centres[label][:, None, None, None] + params["params"]
       return (x - signal * x0) / noise, None
 
-  monkeypatch.setattr(pixel_diffusion, "make_denoiser", lambda *_: Oracle())
-  pixel_diffusion.sampling_program.cache_clear()
+  monkeypatch.setattr(pixel_sampling, "make_denoiser", lambda *_: Oracle())
+  pixel_sampling.sampling_program.cache_clear()
   labels = jnp.arange(3).repeat(2)
   for guides, scale, expected in (
     (False, 1.0, centres[:3]),
@@ -201,14 +207,14 @@ def test_samples_of_a_known_denoiser_are_its_images(mesh, monkeypatch):
     (True, 0.5, (centres[:3] + centres[3:]) / 2),
   ):
     sampling = SamplingConfig(num_steps=10)
-    program = pixel_diffusion.sampling_program(CONFIG, sampling, (4, 4, 1), 3, guides, mesh)
+    program = pixel_sampling.sampling_program(CONFIG, sampling, (4, 4, 1), 3, guides, mesh)
     images = np.asarray(program(0.0, labels, (), (), np.uint32(0), 0, scale))
     assert images.shape == (6, 4, 4, 1) and images.dtype == np.uint8
-    shown = np.asarray(pixel_diffusion.to_pixels(expected)).repeat(2)
+    shown = np.asarray(pixel_data.to_pixels(expected)).repeat(2)
     np.testing.assert_allclose(images.astype(int), shown[:, None, None, None].repeat(4, 1).repeat(
       4, 2
     ), atol=1)  # fmt: skip
-  pixel_diffusion.sampling_program.cache_clear()
+  pixel_sampling.sampling_program.cache_clear()
 
 
 def test_samples_that_begin_from_images_keep_what_noise_leaves_of_them(mesh, monkeypatch):
@@ -219,22 +225,22 @@ def test_samples_that_begin_from_images_keep_what_noise_leaves_of_them(mesh, mon
       first = arguments[0]
       return (jnp.zeros_like(first), None) if method == "denoise" else first
 
-  monkeypatch.setattr(pixel_diffusion, "make_denoiser", lambda *_: Still())
-  pixel_diffusion.sampling_program.cache_clear()
+  monkeypatch.setattr(pixel_sampling, "make_denoiser", lambda *_: Still())
+  pixel_sampling.sampling_program.cache_clear()
   origin = np.random.default_rng(0).integers(60, 200, (6, 4, 4, 1)).astype(np.uint8)
   labels, distance = jnp.zeros(6, int), []
   for start in (0.01, 0.3, 0.6):
     sampling = SolverConfig(num_steps=10, start=start)
-    program = pixel_diffusion.sampling_program(CONFIG, sampling, (4, 4, 1), 3, False, mesh)
+    program = pixel_sampling.sampling_program(CONFIG, sampling, (4, 4, 1), 3, False, mesh)
     images = np.asarray(program(0.0, labels, (), origin, np.uint32(0), 0, 1.0))
     distance.append(np.abs(images.astype(float) - origin).mean())
-  pixel_diffusion.sampling_program.cache_clear()
+  pixel_sampling.sampling_program.cache_clear()
   assert distance[0] < 4 < distance[1] < distance[2]
 
 
 def test_images_to_begin_from_are_of_the_class_and_all_come_up(data):
   labels = jnp.arange(2000) % 3
-  found = np.asarray(pixel_diffusion.origins_of(data, labels, jax.random.key(0)))
+  found = np.asarray(pixel_sampling.origins_of(data, labels, jax.random.key(0)))
   for c in range(3):
     own = {image.tobytes() for image in IMAGES[c == LABELS]}
     assert {image.tobytes() for image in found[np.asarray(labels) == c]} == own
@@ -255,7 +261,7 @@ MEMORY = pixel_memory.PixelMemoryConfig(num_exemplars=3, hidden=0.5, invented=0.
 
 def exemplar_numbers(memory):
   """Which training image every exemplar is, [B, K]."""
-  return np.asarray(pixel_diffusion.to_pixels(memory.images))[:, :, SIDE // 2, SIDE // 2, 0]
+  return np.asarray(pixel_data.to_pixels(memory.images))[:, :, SIDE // 2, SIDE // 2, 0]
 
 
 def test_exemplars_are_of_the_class_and_never_the_image_itself(data):
@@ -272,7 +278,7 @@ def test_exemplars_are_of_the_class_and_never_the_image_itself(data):
 
 
 def test_a_class_of_one_image_has_no_exemplar_and_keeps_its_label(mesh):
-  alone = pixel_diffusion.make_data(IMAGES[[0, 1, 83]], np.array([0, 0, 1]), 2, mesh)
+  alone = pixel_data.make_data(IMAGES[[0, 1, 83]], np.array([0, 0, 1]), 2, mesh)
   config = dataclasses.replace(CONFIG, memory=MEMORY, label_dropout=0.0, mirror=False)
   function = pixel_diffusion._draw(config, (2, 1), 1.0)
   batch = jax.jit(lambda key: function(key, alone, ()))(jax.random.key(0))
@@ -352,7 +358,7 @@ def test_the_unet_looks_at_exemplars_in_any_order_and_only_where_they_are(mesh):
 
 def test_exemplars_for_sampling_are_of_the_class_that_is_asked_for(data):
   labels = jnp.asarray(np.array([0, 1, 2, 2], np.int32))
-  memory = pixel_diffusion.exemplars_of(data, labels, jax.random.key(0), 5)
+  memory = pixel_sampling.exemplars_of(data, labels, jax.random.key(0), 5)
   found, mask = exemplar_numbers(memory), np.asarray(memory.mask)
   assert (LABELS[found] == np.asarray(labels)[:, None])[mask].all() and mask.any(axis=1).all()
   assert not np.array_equal(found[2], found[3])

@@ -7,7 +7,13 @@ by its colour alone. `to_png` turns a figure into a file.
 from memdiff.evaluation.plots.accuracy import gap_closed, long_tail_profile, per_class_accuracy
 from memdiff.evaluation.plots.confidence_figures import confidence_histogram, reliability
 from memdiff.evaluation.plots.curves import training_curves
-from memdiff.evaluation.plots.images import by_class, sample_grid, shown_classes, sweep
+from memdiff.evaluation.plots.images import (
+  by_class,
+  prompt_sheet,
+  sample_grid,
+  shown_classes,
+  sweep,
+)
 from memdiff.evaluation.plots.maps import FeaturePlane, embed, feature_map
 from memdiff.evaluation.plots.style import REAL, SYNTHETIC, style, to_png
 
@@ -22,6 +28,7 @@ __all__ = [
   "gap_closed",
   "long_tail_profile",
   "per_class_accuracy",
+  "prompt_sheet",
   "reliability",
   "sample_grid",
   "shown_classes",

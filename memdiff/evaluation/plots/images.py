@@ -1,5 +1,6 @@
 """Figures of generated images."""
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ from memdiff.evaluation.plots.style import (
 
 MOST_ROWS = 12  # classes in a grid
 _GAP = 2  # pixels between images of 32
+_PROMPTED = 6  # images in a row of a sheet with prompts
+_PROMPT_WIDTH, _PROMPT_INCHES = 22, 0.42  # letters of a line, and room for three of them
 
 
 def shown_classes(train_counts: np.ndarray) -> np.ndarray:
@@ -58,6 +61,38 @@ def sample_grid(
       [(row + 0.5) * height for row in range(len(names))], [short(name, 22) for name in names]
     )
     first.tick_params(axis="y", length=0)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+  return figure
+
+
+def prompt_sheet(
+  title: str, names: Sequence[str], rows: Sequence[tuple[np.ndarray, Sequence[str]]]
+) -> Figure:
+  """Images of some classes, a row each, with the prompt of each below it.
+
+  Args:
+    title: of the figure.
+    names: [R] of the rows.
+    rows: R of (images [n, H, W, 1 or 3] uint8, n prompts); the first few are shown.
+  """
+  cell = (WIDTH - 1.6) / _PROMPTED
+  with style():
+    figure = Figure(figsize=(WIDTH, 0.6 + (cell + _PROMPT_INCHES) * len(rows)))
+    axes = figure.subplots(len(rows), _PROMPTED, squeeze=False)
+    for of_class, name, (images, prompts) in zip(axes, names, rows, strict=True):
+      for place in of_class:
+        place.set_axis_off()
+      for place, image, prompt in zip(of_class, images, prompts, strict=False):
+        place.imshow(np.broadcast_to(image, (*image.shape[:2], 3)), interpolation="nearest")
+        lines = textwrap.wrap(short(prompt, 3 * _PROMPT_WIDTH), _PROMPT_WIDTH)
+        place.text(
+          0.5, -0.04, "\n".join(lines), transform=place.transAxes, ha="center", va="top",
+          fontsize=6.5, color=MUTED,
+        )  # fmt: skip
+      of_class[0].text(
+        -0.1, 0.5, "\n".join(textwrap.wrap(short(name, 36), 18)), va="center", ha="right",
+        transform=of_class[0].transAxes, fontsize=9,
+      )  # fmt: skip
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
   return figure
 

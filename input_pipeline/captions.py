@@ -1,0 +1,75 @@
+"""Captions of images in a folder, as Hugging Face's ImageFolder reads them.
+
+Beside the folders of classes lies metadata.csv or metadata.jsonl. Each of its rows has `file_name`,
+a path that starts at that folder, and `text` (or `caption`), what the image shows.
+"""
+
+import csv
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from memdiff.errors import DataError
+
+NAMES = ("metadata.csv", "metadata.jsonl")
+_FILE, _TEXTS = "file_name", ("text", "caption")
+
+
+def read(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> tuple[str, ...] | None:
+  """The captions of images, "" for those that have none; None if there is no file of captions.
+
+  Args:
+    folder: of the classes, where the file lies.
+    paths: of the images, below the folder.
+
+  Raises:
+    DataError: naming the file, and the line that is wrong.
+  """
+  there = [folder / name for name in NAMES if (folder / name).is_file()]
+  if not there:
+    return None
+  if len(there) > 1:
+    raise DataError(f"{folder} has both {NAMES[0]} and {NAMES[1]}; keep one of them.")
+  known: dict[str, str] = {}
+  for number, row in _rows(there[0]):
+    name, text = row.get(_FILE), next((row[t] for t in _TEXTS if t in row), None)
+    if not isinstance(name, str) or not isinstance(text, str):
+      raise DataError(
+        f"{there[0]}, line {number}: it needs {_FILE} and {' or '.join(_TEXTS)}, both texts."
+      )
+    known[pathlib.PurePosixPath(name).as_posix()] = " ".join(text.split())
+  found = tuple(known.get(path.relative_to(folder).as_posix(), "") for path in paths)
+  if not any(found):
+    raise DataError(
+      f"{there[0]} has no caption for any image of {folder}; {_FILE} has to be a path from that"
+      f" folder on, such as {paths[0].relative_to(folder).as_posix()}."
+    )
+  return found
+
+
+def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+  """(number of the line, row)."""
+  try:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+      if path.suffix == ".csv":
+        reader = csv.DictReader(file)
+        for row in reader:
+          yield reader.line_num, row
+      else:
+        for number, line in enumerate(file, 1):
+          if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+              raise ValueError(f"line {number} is no object")
+            yield number, row
+  except OSError as error:
+    raise DataError(f"Cannot read {path} ({error.strerror}).") from error
+  except (ValueError, csv.Error) as error:  # torn JSON, or no UTF-8
+    raise DataError(f"Cannot read the captions in {path} ({error}).") from error
+
+
+def describe(captions: Sequence[str] | None) -> str:
+  """How many there are: "with 90 captions of 100"; "" if there are none at all."""
+  if captions is None:
+    return ""
+  return f"with {sum(map(bool, captions))} captions of {len(captions)}"

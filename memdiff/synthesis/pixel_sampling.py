@@ -1,0 +1,113 @@
+"""Samples of pixel diffusion: a trained U-Net run backwards."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from input_pipeline.batches import draw_members
+from memdiff.diffusion.exemplar_images import ExemplarImages
+from memdiff.diffusion.sampler import Solver, guided, sample
+from memdiff.diffusion.schedules import NoiseSchedule
+from memdiff.diffusion.text_condition import Captioned
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.random import stream
+from memdiff.synthesis import pixel_memory
+from memdiff.synthesis.pixel_data import ImageData, to_model, to_pixels
+from memdiff.synthesis.pixel_diffusion import make_denoiser
+from memdiff.synthesis.pixel_settings import PixelDiffusionConfig, SolverConfig
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def exemplars_of(data: ImageData, labels: jax.Array, key: jax.Array, number: int) -> ExemplarImages:
+  """Exemplars of `labels` [B], `number` of each at most, drawn anew for every row."""
+  index, mask = pixel_memory.draw_exemplars(key, data.by_class, labels, number)
+  return ExemplarImages(to_model(data.images[index]), mask)
+
+
+def memory_of(
+  config: PixelDiffusionConfig,
+  data: ImageData,
+  labels: jax.Array,
+  key: jax.Array,
+  prompts: jax.Array | None = None,
+) -> Any:
+  """The memory that the U-Net of a config takes for rows of `labels` [B].
+
+  Args:
+    config: of the training.
+    data: whose exemplars are shown.
+    labels: [B] classes.
+    key: of the choice of exemplars.
+    prompts: [B, D] embeddings of what is said; None: nothing is.
+  """
+  memory, number = (), config.memory.num_exemplars
+  if number:
+    memory = exemplars_of(data, labels, key, number)
+  if not config.text.is_read:
+    return memory
+  if prompts is None:
+    prompts = jnp.zeros((len(labels), data.captions.shape[1]))
+  return Captioned(memory, prompts)
+
+
+@jax.jit
+def origins_of(data: ImageData, labels: jax.Array, key: jax.Array) -> jax.Array:
+  """Images of `labels` [B] to begin from, drawn at random. uint8 [B, H, W, ch]."""
+  return data.images[draw_members(key, data.by_class, labels)]
+
+
+@functools.lru_cache(maxsize=16)
+def sampling_program(
+  config: PixelDiffusionConfig,
+  sampling: SolverConfig,
+  shape: tuple[int, ...],
+  num_classes: int,
+  guides: bool,
+  mesh: Mesh,
+) -> Callable:
+  """The jitted (params, labels [B], memory, origin, seed, chunk, scale) -> uint8 [B, H, W, ch].
+
+  Memory is as of `memory_of`; label C with exemplars or a prompt is a class that training need not
+  have seen. Origin is () or, if the solver starts from
+  images, uint8 [B, H, W, ch]. Seed and chunk, whole numbers, decide the noise; it is the same for
+  all methods and scales.
+
+  Args:
+    config: of the training.
+    sampling: its solver.
+    shape: [H, W, ch] of an image.
+    num_classes: C, the label that means "no class".
+    guides: whether there is guidance; at a scale of 1 the denoiser needs to run only once a step.
+    mesh: the device mesh.
+  """
+  denoiser = make_denoiser(config, num_classes, shape[-1])
+  solver = Solver(sampling.sampler, sampling.num_steps, config.prediction, x0_limit=1.0)
+  schedule = NoiseSchedule(config.schedule)
+
+  def draw(params, labels, memory, origin, seed, chunk, scale):
+    key = stream(jax.random.key(seed), "sampling", chunk)
+
+    def condition(label, memory):
+      label, memory = mesh_lib.shard_batch((label, memory), mesh)
+      return denoiser.apply({"params": params}, label, memory, method="condition")
+
+    def unconditional():
+      silent = memory.forget(jnp.ones(len(labels), bool)) if memory else memory
+      return condition(jnp.full_like(labels, num_classes), silent)
+
+    def call(x, t, context):
+      x, context = mesh_lib.shard_batch((x, context), mesh)
+      return denoiser.apply({"params": params}, x, t, context, method="denoise")[0]
+
+    context = condition(labels, memory)
+    predict = guided(call, context, unconditional, scale if guides else 1.0)
+    begin = {}
+    if sampling.from_images:
+      begin = {"origin": to_model(origin), "start": sampling.start}
+    return to_pixels(sample(predict, schedule, (len(labels), *shape), key, solver, **begin))
+
+  return jax.jit(draw)
