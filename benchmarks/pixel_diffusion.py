@@ -235,7 +235,8 @@ def make_sampler(work: Workload, params: Any, scale: float) -> Callable[[], jax.
     work.config, SamplingConfig(), shape, _CLASSES, scale != 1, mesh
   )
   labels, seeds = jnp.arange(work.sampled) % _CLASSES, itertools.count()
-  return lambda: program(params, labels, (), (), next(seeds), 0, scale)
+  wanted = pixel_sampling.Wanted(labels)
+  return lambda: program(params, wanted, next(seeds), 0, scale)
 
 
 def measure(work: Workload, rounds: int, compiles: bool) -> tuple[list[Row], dict[str, Any]]:

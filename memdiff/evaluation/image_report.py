@@ -46,6 +46,10 @@ def columns(network: str) -> dict[str, Column]:
     "right": Column("right class", False, "share of generated images in which the classifier sees"
       " the class that was asked for", True),
     "right_few": Column("right, few", False, "the same for the rarest classes", True),
+    "caption": Column("prompt", False, "share of generated images that lie nearer to their own"
+      " prompt than to 99 other captions (R-precision), by a linear map from the network's features"
+      " to sentences that was learned from real images; 1 % is chance", True),
+    "caption_few": Column("prompt, few", False, "the same for the rarest classes", True),
     "diversity": Column("diversity", None, "mean distance of two generated images of a class over"
       " that of two real ones; 1 is as varied as real images"),
     "copied": Column("copied", True, "share of generated images less than a third as far from one"
@@ -60,7 +64,7 @@ def columns(network: str) -> dict[str, Column]:
   }  # fmt: skip
 
 
-_SHORT = ("fd_few", "fd", "kid", "right_few", "right", "copied_few", "recall")
+_SHORT = ("fd_few", "fd", "kid", "right_few", "right", "caption", "copied_few", "recall")
 _BY_CLASS = (
   ("per_class_kid", "KID", "Kernel distance from the class's real images, lower is better."),
   ("per_class_right", "Right class", "Share in which the classifier sees the class asked for."),
@@ -203,6 +207,10 @@ def protocol(page: Mapping[str, Any]) -> str:
   sampling, diffusion = config["sampling"], config["diffusion"]
   scale = sampling["guidance"][0]
   seeds = len(found["rows"][0]["seeds"])
+  real = found.get("caption_of_real")
+  captions = "" if real is None else (
+    f" {numerals.percent(real)} % of real test images lie nearest to their own caption."
+  )  # fmt: skip
   reference = {
     "train": "real training images, those included that the long tail left out",
     "test": "real test images",
@@ -213,6 +221,7 @@ def protocol(page: Mapping[str, Any]) -> str:
     f" {diffusion['num_steps']:,} training steps of {diffusion['batch_size']} images, EMA"
     f" {diffusion['ema_decay']:g}; {sampling['sampler']} with {sampling['num_steps']} steps,"
     f" guidance scale {scale:g} (ω = {scale - 1:g})."
+    f"{captions}"
     f" {'Mean ± standard deviation over ' + str(seeds) + ' seeds.' if seeds > 1 else 'One seed.'}"
   )
 
@@ -291,7 +300,7 @@ def render_html(page: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
   methods = [row["method"] for row in page["images"]["rows"]]
   of_methods = {
     kind: [(m, pictures[f"{kind}_{m}"]) for m in methods if f"{kind}_{m}" in pictures]
-    for kind in ("samples", "bottleneck")
+    for kind in ("samples", "prompts", "bottleneck")
   }
   placed = {*_FIGURES, *(f"{kind}_{m}" for kind in of_methods for m in methods)}
   view = {
@@ -300,6 +309,7 @@ def render_html(page: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     "protocol": protocol(page),
     "terms": [(c.title, c.meaning) for c in columns(page["images"]["network"]).values()],
     "samples": of_methods["samples"],
+    "prompts": of_methods["prompts"],
     "bottlenecks": of_methods["bottleneck"],
     "first_seed": page["config"]["seeds"][0],
     "by_class": _by_class(page),

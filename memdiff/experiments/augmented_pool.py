@@ -34,7 +34,7 @@ from memdiff.experiments.augmented_settings import (
   Row,
 )
 from memdiff.experiments.base import Experiment
-from memdiff.experiments.drawer import Drawer, chunks
+from memdiff.experiments.drawer import Drawer, chunks, most_alike
 from memdiff.experiments.image_store import (
   device_data,
   params_of_seed,
@@ -121,20 +121,23 @@ def _drawer(experiment: Experiment, part: Part, method: str, run: int) -> Drawer
     data.num_classes,
     experiment.mesh,
   )
+  rows, sampling = part.rows_of(run), image_methods.apply_drawing(method, config.sampling)
+  features = functools.cache(lambda: real_features(experiment, part, run))
   of_run = jax.tree.map(lambda x: x[0], seen).of(device_data(experiment))
   trained = image_methods.trained(method)
   folder = experiment.workdir.folder("diffusion") / part.name / trained
   return Drawer(
     config=diffusion,
-    sampling=image_methods.apply_drawing(method, config.sampling),
+    sampling=sampling,
     data=of_run,
     mesh=experiment.mesh,
     params=params_of_seed(folder, run, experiment.mesh),
     seed=part.run.seeds[run],
     key=part.run.keys("exemplars")[run],
-    prompts=prompting.make_prompts(
-      experiment, method, part.rows_of(run), lambda: real_features(experiment, part, run)
-    ),
+    prompts=prompting.make_prompts(experiment, method, rows, features),
+    alike=most_alike(features(), data.train_labels[rows], data.num_classes)
+    if sampling.guide.needs_negative
+    else None,
   )
 
 

@@ -13,7 +13,7 @@ from memdiff.config import Allowed, at_least, between, each, one_of, path_settin
 from memdiff.errors import ConfigError
 from memdiff.evaluation.cross_validation import SelectionConfig
 from memdiff.experiments.base import check_classifier, check_seeds, seeds_field
-from memdiff.experiments.image_settings import check_unet, methods_field
+from memdiff.experiments.image_settings import check_guidance, check_unet, methods_field
 from memdiff.runtime.stage import ExecutionConfig, LoopConfig
 from memdiff.synthesis import image_filters, image_methods, image_pool
 from memdiff.synthesis.pixel_settings import PixelDiffusionConfig, SolverConfig
@@ -302,6 +302,7 @@ def check(settings: AugmentedConfig, data: LongTailDataset) -> None:
   """Raises ConfigError if settings do not fit each other or the data."""
   check_classifier(settings, data)
   check_unet(settings, data)
+  check_guidance(settings, (settings.pool.guidance,), "pool.guidance")
   if data.train_images.shape[-1] not in (1, 3):
     raise ConfigError(
       f"The images have {data.train_images.shape[-1]} channels, but only grey and colour can be"

@@ -167,8 +167,9 @@ def draw(
     origin = ()
     if sampling.from_images:
       origin = pixel_sampling.origins_of(data, only, stream(key, "origins"))
+    wanted = pixel_sampling.Wanted(unnamed, memory, origin)
     placed = mesh_lib.replicate(mesh, (np.uint32(seed), np.int32(start), np.float32(scale)))
-    images.append(np.asarray(mesh_lib.fetch(program(params, unnamed, memory, origin, *placed))))
+    images.append(np.asarray(mesh_lib.fetch(program(params, wanted, *placed))))
   return np.concatenate(images)[:total]
 
 

@@ -41,6 +41,16 @@ def chunks(labels: np.ndarray, size: int) -> Iterator[Chunk]:
     yield Chunk(start, labels[rows], turns[rows])
 
 
+def most_alike(features: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+  """The other class whose mean of features [n, D] has the nearest direction, of each. [C]."""
+  sums = np.zeros((num_classes, features.shape[1]))
+  np.add.at(sums, labels, features)
+  unit = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+  cosines = unit @ unit.T
+  np.fill_diagonal(cosines, -np.inf)
+  return cosines.argmax(axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Drawer:
   """A trained U-Net, and what decides its samples.
@@ -54,6 +64,7 @@ class Drawer:
     seed: of the noise.
     key: of the choice of exemplars, and of images to begin from.
     prompts: of the classes, if the U-Net reads them.
+    alike: [C] the class that is most like each, if guidance leads away from it.
   """
 
   config: PixelDiffusionConfig
@@ -64,6 +75,7 @@ class Drawer:
   seed: int
   key: jax.Array
   prompts: Prompts | None = None
+  alike: np.ndarray | None = None
 
   def draw(self, chunk: Chunk, scale: float) -> dict[str, np.ndarray]:
     """A chunk of images, of which none depends on how many there are.
@@ -84,19 +96,29 @@ class Drawer:
       scale != 1,
       self.mesh,
     )
-    drawn = {"labels": chunk.labels.astype(np.int32)}
-    size, vectors = self.sampling.chunk_size, None
-    if self.prompts:
-      texts, vectors = self.prompts.of(chunk.labels, chunk.turns)
-      drawn["prompt"] = np.array(texts)
-      vectors = mesh_lib.replicate(self.mesh, np.resize(vectors, (size, vectors.shape[1])))
-    padded = np.resize(drawn["labels"], size)
-    numbers = np.uint32(self.seed), np.int32(chunk.start), np.float32(scale)
-    placed, *numbers = mesh_lib.replicate(self.mesh, (padded, *numbers))
     key = stream(self.key, "of_chunk", chunk.start)
-    memory = pixel_sampling.memory_of(self.config, self.data, placed, key, vectors)
-    origin = ()
+    labels, memory, texts = self._told(chunk.labels, chunk.turns, key)
+    wanted = pixel_sampling.Wanted(labels, memory)
     if self.sampling.from_images:
-      origin = pixel_sampling.origins_of(self.data, placed, stream(key, "origins"))
-    images = mesh_lib.fetch(program(self.params, placed, memory, origin, *numbers))
-    return drawn | {"images": np.asarray(images)[: len(chunk.labels)]}
+      origin = pixel_sampling.origins_of(self.data, labels, stream(key, "origins"))
+      wanted = wanted.replace(origin=origin)
+    if self.alike is not None:
+      others = self.alike[chunk.labels]
+      labels, memory, _ = self._told(others, np.zeros_like(chunk.turns), stream(key, "others"))
+      wanted = wanted.replace(other_labels=labels, other_memory=memory)
+    numbers = np.uint32(self.seed), np.int32(chunk.start), np.float32(scale)
+    images = mesh_lib.fetch(program(self.params, wanted, *mesh_lib.replicate(self.mesh, numbers)))
+    drawn = {"images": np.asarray(images)[: len(chunk.labels)]}
+    drawn["labels"] = chunk.labels.astype(np.int32)
+    return drawn | ({"prompt": np.array(texts)} if texts else {})
+
+  def _told(
+    self, labels: np.ndarray, turns: np.ndarray, key: jax.Array
+  ) -> tuple[jax.Array, Any, list[str]]:
+    """(labels, memory, prompts): what the U-Net is told of a chunk, filled up to its size."""
+    texts, vectors, size = [], None, self.sampling.chunk_size
+    if self.prompts:
+      texts, vectors = self.prompts.of(labels, turns)
+      vectors = mesh_lib.replicate(self.mesh, np.resize(vectors, (size, vectors.shape[1])))
+    placed = mesh_lib.replicate(self.mesh, np.resize(labels, size).astype(np.int32))
+    return placed, pixel_sampling.memory_of(self.config, self.data, placed, key, vectors), texts

@@ -9,10 +9,10 @@ from input_pipeline.dataset import LongTailDataset, uncut
 from memdiff.evaluation import image_quality, images, networks, scores
 from memdiff.evaluation.image_quality import Labelled
 from memdiff.evaluation.image_sets import ImageSet
-from memdiff.experiments import bottlenecks, image_figures, record, summaries
+from memdiff.experiments import bottlenecks, image_figures, prompting, record, summaries
 from memdiff.experiments.base import Experiment, forward_images
 from memdiff.experiments.image_settings import CLASSIFIER
-from memdiff.experiments.image_store import read_samples, sample_folder
+from memdiff.experiments.image_store import read_prompts, read_samples, sample_folder
 from memdiff.runtime import results
 from memdiff.synthesis import image_methods
 
@@ -90,11 +90,22 @@ class _Judging:
     rows, labels = _reference(experiment)
     self.real = Labelled(self.network.encode(rows)[0], labels)
     self._unseen = _unseen_distance(data)
+    self._captions = None
+    self.caption_of_real = None  # share of test images that lie nearest to their own caption
+    if prompting.reads_text(experiment.config):
+      train = self.network.encode(data.train_images)[0]
+      self._captions = prompting.learn_captions(experiment, train)
+      if data.test_captions and any(data.test_captions):
+        said = np.array([bool(caption) for caption in data.test_captions])
+        features = self.network.encode(data.test_images[said])[0]
+        texts = np.array(data.test_captions)[said]
+        self.caption_of_real = float(self._captions.hits(features, texts).mean())
 
   def judge(self, method: str, scale: float, seed: int) -> dict[str, np.ndarray | float]:
     """The metrics of one set."""
     config, data = self._experiment.config.evaluation, self._data
-    rows, labels = read_samples(sample_folder(self._experiment, method, scale, seed))
+    folder = sample_folder(self._experiment, method, scale, seed)
+    rows, labels = read_samples(folder)
     features, predicted = self.network.encode(rows)
     generated = Labelled(features, labels)
     found = image_quality.compare_sets(
@@ -105,7 +116,10 @@ class _Judging:
     near = image_quality.nearest(rows, data.train_images)
     found["copied"] = float(near.copied.mean())
     found["nearness"] = float(near.distance.mean() / max(self._unseen, 1e-9))
-    shares = {"copied": near.copied}
+    shares, prompts = {"copied": near.copied}, read_prompts(folder)
+    if prompts is not None:
+      shares["caption"] = self._captions.hits(features, prompts)
+      found["caption"] = float(shares["caption"].mean())
     if predicted is not None:
       shares["right"] = predicted == labels
       found["right"] = float(shares["right"].mean())
@@ -162,6 +176,7 @@ def evaluate(experiment: Experiment) -> dict:
       "reference": config.evaluation.reference,
       "reference_number": len(judging.real.labels),
       "image_shape": list(experiment.dataset.train_images.shape[1:]),
+      "caption_of_real": judging.caption_of_real,
       "generated_number": config.sampling.per_class * experiment.dataset.num_classes,
       "rows": first,
       "sweep": rows if len(config.sampling.guidance) > 1 else [],

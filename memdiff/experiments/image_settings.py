@@ -1,13 +1,14 @@
 """Settings of experiments that generate images, and whether settings and data fit each other."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from input_pipeline.dataset import DatasetConfig, LongTailDataset, uncut
 from memdiff.classifier.encoder import EncoderConfig
 from memdiff.classifier.encoder_training import ClassifierConfig
 from memdiff.config import Allowed, at_least, one_of, path_setting, setting
-from memdiff.diffusion import unet
+from memdiff.diffusion import guidance, unet
 from memdiff.errors import ConfigError
 from memdiff.evaluation import networks
 from memdiff.experiments.base import check_classifier, check_seeds, seeds_field
@@ -89,6 +90,7 @@ class ImagesConfig:
 def check(settings: ImagesConfig, data: LongTailDataset) -> None:
   """Raises MemdiffError if settings do not fit each other or the data."""
   check_unet(settings, data)
+  check_guidance(settings, settings.sampling.guidance, "sampling.guidance")
   _check_evaluation(settings, data)
 
 
@@ -106,6 +108,17 @@ def check_unet(settings: Any, data: LongTailDataset) -> None:
       f"config.sampling.num_steps is {settings.sampling.num_steps}, but the diffusion has only"
       f" {settings.diffusion.schedule.num_steps} steps."
     )
+
+
+def check_guidance(settings: Any, scales: Sequence[float], name: str) -> None:
+  """Raises ConfigError if a method would only change the guidance, but there is none."""
+  for method in settings.methods:
+    guide = image_methods.apply_drawing(method, settings.sampling).guide
+    if guide.kind == guidance.NEGATIVE and all(scale == 1 for scale in scales):
+      raise ConfigError(
+        f"{method} changes what guidance leads away from, but config.{name} is 1, which is none;"
+        " raise it, for example to 2."
+      )
 
 
 def _check_evaluation(settings: ImagesConfig, data: LongTailDataset) -> None:

@@ -17,7 +17,7 @@ from input_pipeline import dataset as dataset_lib
 from memdiff.evaluation import image_report
 from memdiff.experiments import image_evaluation, prompting
 from memdiff.experiments.base import Experiment, Kind, Phase, classifier_stage, last_metrics
-from memdiff.experiments.drawer import Chunk, Drawer, chunks
+from memdiff.experiments.drawer import Chunk, Drawer, chunks, most_alike
 from memdiff.experiments.image_settings import CLASSIFIER, ImagesConfig, check
 from memdiff.experiments.image_store import device_data, png_bytes, sample_folder, trained
 from memdiff.runtime import loop, programs
@@ -114,17 +114,22 @@ def _draw_part(
   experiment: Experiment, part: _Part, shared: pixel_data.ImageData
 ) -> dict[str, np.ndarray]:
   """As of `Drawer.draw`; the noise of all methods and scales is the same."""
-  config = experiment.config
-  everything = np.arange(len(experiment.dataset.train_labels))
+  config, data = experiment.config, experiment.dataset
+  sampling = image_methods.apply_drawing(part.method, config.sampling)
+  everything, alike = np.arange(len(data.train_labels)), None
+  if sampling.guide.needs_negative:
+    vectors = prompting.caption_vectors(experiment)
+    alike = most_alike(vectors, data.train_labels, data.num_classes)
   drawer = Drawer(
     config=image_methods.apply(part.method, config.diffusion),
-    sampling=image_methods.apply_drawing(part.method, config.sampling),
+    sampling=sampling,
     data=shared,
     mesh=experiment.mesh,
     params=trained(experiment, part.method, part.seed),
     seed=experiment.seeds[part.seed],
     key=experiment.run.keys("exemplars")[part.seed],
     prompts=prompting.make_prompts(experiment, part.method, everything),
+    alike=alike,
   )
   return drawer.draw(part.chunk, part.scale)
 
@@ -166,7 +171,7 @@ def load(config: dataset_lib.DatasetConfig) -> dataset_lib.LongTailDataset:
 KIND = Kind(
   ImagesConfig,
   load,
-  (check, prompting.check, prompting.check_no_map),
+  (check, prompting.check, prompting.check_without_classifier),
   _PHASES,
   image_report.render_html,
   image_report.text_table,

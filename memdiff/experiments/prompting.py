@@ -3,6 +3,7 @@
 captions   captions of the training images -> their embeddings   captions/embeddings.npz
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from input_pipeline.dataset import LongTailDataset
 from memdiff.errors import ConfigError
+from memdiff.evaluation import caption_match
 from memdiff.experiments.base import Experiment, Phase
 from memdiff.runtime.workdir import read_arrays, write_arrays
 from memdiff.synthesis import image_methods
@@ -54,9 +56,17 @@ def check(settings: Any, data: LongTailDataset) -> None:
     encoder.embed(texts)
 
 
-def check_no_map(settings: Any, data: LongTailDataset) -> None:
-  """Raises ConfigError if prompts are to come from features, but no classifier makes them."""
+def check_without_classifier(settings: Any, data: LongTailDataset) -> None:
+  """Raises ConfigError if something is to come from features, but no classifier makes them."""
   del data
+  if not reads_text(settings):
+    for method in settings.methods:
+      if image_methods.apply_drawing(method, settings.sampling).guide.needs_negative:
+        raise ConfigError(
+          f"{method} leads away from the class that is most alike, which captions tell, or a"
+          " classifier of the long-tailed images; add prompted, or take a config of"
+          " configs/augmented."
+        )
   if any(config.source == "mapped" for config in _prompt_configs(settings)):
     raise ConfigError(
       "Prompts by_map come from the features of a classifier of the long-tailed images, which this"
@@ -171,6 +181,31 @@ def _embedded(experiment: Experiment, texts: Sequence[Sequence[str]]) -> Prompts
   every = [text for of_class in texts for text in of_class]
   ends = np.cumsum([len(of_class) for of_class in texts])[:-1]
   return Prompts(texts, np.split(_embed(experiment, every, "prompts"), ends))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CaptionJudge:
+  """Tells whether images show what they were asked for, by a map learned from real images.
+
+  Attributes:
+    experiment: whose encoder embeds captions.
+    mapped: from a network's features to sentences.
+  """
+
+  experiment: Experiment
+  mapped: caption_map.CaptionMap
+
+  def hits(self, features: np.ndarray, captions: np.ndarray) -> np.ndarray:
+    """Whether images [n, D] lie nearer to their own captions, n texts, than to 99 others. [n]."""
+    own = _embed(self.experiment, captions.tolist(), "prompts")
+    return caption_match.own_is_nearest(self.mapped.soft(features), own, self.mapped.vectors)
+
+
+def learn_captions(experiment: Experiment, features: np.ndarray) -> CaptionJudge:
+  """From features [N, D] of the training images."""
+  captions = captions_of(experiment.dataset, experiment.config.sampling.prompts)
+  vectors = caption_vectors(experiment)
+  return CaptionJudge(experiment, caption_map.fit(features, vectors, captions))
 
 
 def draw_sheet(

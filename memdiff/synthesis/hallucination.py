@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from memdiff.config import at_least, each, one_of, setting
-from memdiff.diffusion import sampler
+from memdiff.diffusion import guidance, sampler
 from memdiff.diffusion.sampler import SAMPLERS, Solver
 from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.memory import memory_bank
@@ -115,7 +115,7 @@ def guided_denoiser(denoiser: nn.Module, params, label, memory, scale: float | j
   """(x [B, ...], t [1]) -> the denoiser's output, with the conditioning encoded once.
 
   Each of the G rows of `label` and `memory` conditions B / G rows of x in a row; see
-  `sampler.guided` for the scale.
+  `guidance.guided` for the scale.
   """
   variables = {"params": params}
 
@@ -129,7 +129,7 @@ def guided_denoiser(denoiser: nn.Module, params, label, memory, scale: float | j
   def denoise(x, t, context):
     return denoiser.apply(variables, x, t, context, method="denoise")[0]
 
-  return sampler.guided(denoise, condition(label, memory), unconditional, scale)
+  return guidance.guided(denoise, condition(label, memory), unconditional, scale)
 
 
 def group(labels: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray, int]:

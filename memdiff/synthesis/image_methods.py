@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from memdiff.diffusion import guidance
 from memdiff.diffusion.unet import ReserveConfig
 from memdiff.synthesis.pixel_augmentation import AugmentationConfig
 from memdiff.synthesis.pixel_settings import PixelDiffusionConfig, SolverConfig
@@ -91,6 +92,15 @@ def _by(source: str) -> ImageMethod:
   )
 
 
+def _guided(description: str, **changes: Any) -> ImageMethod:
+  """Images drawn under another guidance."""
+
+  def drawn(sampling: T) -> T:
+    return dataclasses.replace(sampling, guide=dataclasses.replace(sampling.guide, **changes))
+
+  return ImageMethod(lambda config: config, description, drawn)
+
+
 def _memdiff(config: PixelDiffusionConfig) -> PixelDiffusionConfig:
   """With the configured exemplars, or four."""
   number = config.memory.num_exemplars or EXEMPLARS
@@ -152,6 +162,18 @@ METHODS = {
     lambda sampling: dataclasses.replace(sampling, start=0.5),
   ),
   "prompted": ImageMethod(_prompted, "the U-Net reads captions, and is told prompts"),
+  # Koh et al. 2025 lead away from the class that is most alike, and fade conditions in.
+  "negative": _guided(
+    "guidance leads away from the class that is most alike", kind=guidance.NEGATIVE
+  ),
+  "contrastive": _guided(
+    "guidance leads away from the class that is most alike, while it is near",
+    kind=guidance.CONTRASTIVE,
+  ),
+  "annealed": _guided(
+    "conditions fade in, so that images of a class differ more",
+    annealing=guidance.AnnealingConfig(noise=0.25),
+  ),
   "by_name": _by("names"),
   "by_caption": _by("captions"),
   "by_map": _by("mapped"),

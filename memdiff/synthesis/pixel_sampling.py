@@ -4,13 +4,15 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from input_pipeline.batches import draw_members
+from memdiff.diffusion import guidance
 from memdiff.diffusion.exemplar_images import ExemplarImages
-from memdiff.diffusion.sampler import Solver, guided, sample
+from memdiff.diffusion.sampler import Solver, sample
 from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.diffusion.text_condition import Captioned
 from memdiff.runtime import mesh as mesh_lib
@@ -60,6 +62,25 @@ def origins_of(data: ImageData, labels: jax.Array, key: jax.Array) -> jax.Array:
   return data.images[draw_members(key, data.by_class, labels)]
 
 
+@flax.struct.dataclass
+class Wanted:
+  """What B images are to show.
+
+  Attributes:
+    labels: [B] classes; C with exemplars or a prompt is one that training need not have seen.
+    memory: of `memory_of`.
+    origin: uint8 [B, H, W, ch] to begin from, or () if the solver does not.
+    other_labels: [B] what they are not to show, or () if guidance needs nothing of the kind.
+    other_memory: the memory of that.
+  """
+
+  labels: Any
+  memory: Any = ()
+  origin: Any = ()
+  other_labels: Any = ()
+  other_memory: Any = ()
+
+
 @functools.lru_cache(maxsize=16)
 def sampling_program(
   config: PixelDiffusionConfig,
@@ -69,27 +90,26 @@ def sampling_program(
   guides: bool,
   mesh: Mesh,
 ) -> Callable:
-  """The jitted (params, labels [B], memory, origin, seed, chunk, scale) -> uint8 [B, H, W, ch].
+  """The jitted (params, Wanted, seed, chunk, scale) -> uint8 [B, H, W, ch].
 
-  Memory is as of `memory_of`; label C with exemplars or a prompt is a class that training need not
-  have seen. Origin is () or, if the solver starts from
-  images, uint8 [B, H, W, ch]. Seed and chunk, whole numbers, decide the noise; it is the same for
-  all methods and scales.
+  Seed and chunk, whole numbers, decide the noise; it is the same for all methods and scales.
 
   Args:
     config: of the training.
     sampling: its solver.
     shape: [H, W, ch] of an image.
     num_classes: C, the label that means "no class".
-    guides: whether there is guidance; at a scale of 1 the denoiser needs to run only once a step.
+    guides: whether the scale is not 1; at 1, all but contrastive guidance leaves the condition as
+      it is, and the denoiser needs to run only once a step.
     mesh: the device mesh.
   """
   denoiser = make_denoiser(config, num_classes, shape[-1])
   solver = Solver(sampling.sampler, sampling.num_steps, config.prediction, x0_limit=1.0)
   schedule = NoiseSchedule(config.schedule)
 
-  def draw(params, labels, memory, origin, seed, chunk, scale):
+  def draw(params, wanted, seed, chunk, scale):
     key = stream(jax.random.key(seed), "sampling", chunk)
+    labels, memory = wanted.labels, wanted.memory
 
     def condition(label, memory):
       label, memory = mesh_lib.shard_batch((label, memory), mesh)
@@ -99,15 +119,26 @@ def sampling_program(
       silent = memory.forget(jnp.ones(len(labels), bool)) if memory else memory
       return condition(jnp.full_like(labels, num_classes), silent)
 
+    def negative():
+      return condition(wanted.other_labels, wanted.other_memory)
+
     def call(x, t, context):
       x, context = mesh_lib.shard_batch((x, context), mesh)
       return denoiser.apply({"params": params}, x, t, context, method="denoise")[0]
 
-    context = condition(labels, memory)
-    predict = guided(call, context, unconditional, scale if guides else 1.0)
+    context, how = condition(labels, memory), sampling.guide
+    if how.annealing.noise:
+      context = guidance.annealed(how.annealing, context, stream(key, "annealing"))
+    if how.kind == guidance.CONTRASTIVE:
+      factor = guidance.eps_factor(config.prediction, schedule)
+      contexts = context, unconditional(), negative()
+      predict = guidance.contrasted(call, contexts, scale, how.temperature, factor)
+    else:
+      other = negative if how.kind == guidance.NEGATIVE else unconditional
+      predict = guidance.guided(call, context, other, scale if guides else 1.0)
     begin = {}
     if sampling.from_images:
-      begin = {"origin": to_model(origin), "start": sampling.start}
+      begin = {"origin": to_model(wanted.origin), "start": sampling.start}
     return to_pixels(sample(predict, schedule, (len(labels), *shape), key, solver, **begin))
 
   return jax.jit(draw)

@@ -5,6 +5,7 @@ import dataclasses
 from memdiff.config import at_least, between, each, one_of, setting
 from memdiff.diffusion import objectives, terms
 from memdiff.diffusion.denoiser_training import TrainingConfig
+from memdiff.diffusion.guidance import GuidanceConfig
 from memdiff.diffusion.sampler import SAMPLERS
 from memdiff.diffusion.schedules import ScheduleConfig
 from memdiff.diffusion.unet import UNetConfig
@@ -73,6 +74,7 @@ class SolverConfig:
     " noise alone (SDEdit)",
     between(0.01, 1),
   )
+  guide: GuidanceConfig = setting(GuidanceConfig(), "what guidance leads away from")
   prompts: PromptConfig = setting(PromptConfig(), "prompted: what is said of the classes")
 
   @property

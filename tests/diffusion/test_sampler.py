@@ -320,13 +320,6 @@ def test_samples_depend_on_the_key_alone():
   assert not np.allclose(one, other)
 
 
-def test_guidance_extrapolates_from_the_unconditional_prediction():
-  conditional, unconditional = jnp.array([3.0, -1.0]), jnp.array([1.0, 1.0])
-  np.testing.assert_allclose(sampler.guide(conditional, unconditional, 1.0), conditional)
-  np.testing.assert_allclose(sampler.guide(conditional, unconditional, 0.0), unconditional)
-  np.testing.assert_allclose(sampler.guide(conditional, unconditional, 2.5), [6.0, -4.0])
-
-
 # --- from a sample instead of from noise -----------------------------------------------------
 
 

@@ -14,7 +14,10 @@ from tests import support
 COLOURS = {"red-thing": (200, 30, 30), "green-thing": (30, 200, 30), "blue-thing": (30, 30, 200)}
 COUNTS = {"red-thing": 50, "green-thing": 16, "blue-thing": 3}
 PER_CLASS = 8  # prompts
-METHODS = ("balanced+prompted", "balanced+prompted+by_name", "balanced+prompted+by_map")
+METHODS = (
+  "balanced+prompted", "balanced+prompted+by_name", "balanced+prompted+by_map",
+  "balanced+prompted+contrastive",
+)  # fmt: skip
 UNCAPTIONED = "blue-thing/2.png"
 CONFIG = "configs/images/prompted_emoji.py"
 PHASES = 8
@@ -81,7 +84,7 @@ def test_every_image_is_kept_with_its_prompt_and_of_its_class(undisturbed):
     arrays = pool(workdir, method)
     assert len(arrays["prompt"]) == len(arrays["images"]) > 20
     for prompt, label in zip(arrays["prompt"], arrays["labels"], strict=True):
-      if method == "balanced+prompted":
+      if method in ("balanced+prompted", "balanced+prompted+contrastive"):
         assert "number" in prompt or prompt == "blue thing"  # of the image without caption
         assert prompt.split()[0] == names[label].split("-")[0]
       elif method.endswith("by_name"):
@@ -167,7 +170,10 @@ def test_a_run_killed_while_it_draws_ends_with_the_same_images(undisturbed, run,
 
 # --- quality, and prompts of one's own -------------------------------------------------------
 
-QUALITY = ("balanced+prompted+by_name", "memdiff+prompted")
+QUALITY = (
+  "balanced+prompted+by_name", "memdiff+prompted", "memdiff+prompted+negative",
+  "memdiff+prompted+contrastive", "memdiff+prompted+annealed",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=support.SLOW)
@@ -187,11 +193,30 @@ def quality(settings, tmp_path_factory):
 def test_the_quality_of_images_from_prompts_is_measured(quality):
   workdir, report = quality
   assert [row["method"] for row in report["images"]["rows"]] == list(QUALITY)
+  for row in report["images"]["rows"]:
+    assert 0 <= row["caption"]["mean"] <= 1 and 0 <= row["caption_few"]["mean"] <= 1
+  assert 0 <= report["images"]["caption_of_real"] <= 1
   for scale in ("1", "2"):
     folder = workdir / "sampling" / QUALITY[0] / f"scale_{scale}" / "seed_0"
     arrays = np.load(folder / "000000.npz")
     assert len(arrays["images"]) == 21 and set(arrays["prompt"]) == set(all_sentences()[-3:])
   assert (workdir / "evaluation" / f"prompts_{QUALITY[1]}.png").exists()
+
+
+def test_other_guidance_draws_other_images_from_the_same_weights(quality):
+  workdir, _ = quality
+
+  def drawn(method, scale):
+    folder = workdir / "sampling" / method / f"scale_{scale}" / "seed_0"
+    return np.load(folder / "000000.npz")["images"]
+
+  trained = {path.name for path in (workdir / "diffusion").iterdir() if path.is_dir()}
+  assert trained == {"balanced+prompted", "memdiff+prompted"}
+  plain, negative, contrastive, annealed = QUALITY[1:]
+  np.testing.assert_array_equal(drawn(negative, 1), drawn(plain, 1))  # no guidance at all
+  for method in (negative, contrastive, annealed):
+    assert not np.array_equal(drawn(method, 2), drawn(plain, 2)), method
+  assert not np.array_equal(drawn(annealed, 1), drawn(plain, 1))
 
 
 def test_anything_the_encoder_knows_is_drawn_by_its_words(quality, tmp_path, capsys):
@@ -248,8 +273,12 @@ def test_what_prompts_lack_is_said_before_anything_is_trained(run, settings, tmp
   assert "has no embedding of 'a blue thing at sea'" in words
   words = refused(run, tmp_path / "c", methods=("by_name",))
   assert "methods" in words
+  words = refused(run, tmp_path / "e", methods=("balanced+prompted+negative",))
+  assert "config.pool.guidance is 1, which is none" in words
   small = {"evaluation.kid_size": 10, "dataset.image_size": 8}
   quality = support.SmallRuns(f"{CONFIG}:quality", settings | small)
   words = refused(quality, tmp_path / "d")
   assert "Prompts by_map come from the features of a classifier" in words
+  words = refused(quality, tmp_path / "f", methods=("contrastive",))
+  assert "which captions tell, or a classifier" in words
   assert not (tmp_path / "a" / "critics").exists()

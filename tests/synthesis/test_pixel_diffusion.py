@@ -9,6 +9,7 @@ import pytest
 
 from memdiff.diffusion import terms
 from memdiff.diffusion.exemplar_images import ExemplarImages
+from memdiff.diffusion.guidance import GuidanceConfig
 from memdiff.diffusion.unet import UNetConfig
 from memdiff.runtime import loop
 from memdiff.synthesis import (
@@ -19,6 +20,7 @@ from memdiff.synthesis import (
   pixel_sampling,
 )
 from memdiff.synthesis.pixel_augmentation import AugmentationConfig
+from memdiff.synthesis.pixel_sampling import Wanted
 from memdiff.synthesis.pixel_settings import PixelDiffusionConfig, SamplingConfig, SolverConfig
 from tests.support import make_run
 
@@ -201,14 +203,18 @@ def test_samples_of_a_known_denoiser_are_its_images(mesh, monkeypatch):
   monkeypatch.setattr(pixel_sampling, "make_denoiser", lambda *_: Oracle())
   pixel_sampling.sampling_program.cache_clear()
   labels = jnp.arange(3).repeat(2)
-  for guides, scale, expected in (
-    (False, 1.0, centres[:3]),
-    (True, 0.0, centres[3:].repeat(3)),
-    (True, 0.5, (centres[:3] + centres[3:]) / 2),
+  others = (labels + 1) % 3
+  free, negative = GuidanceConfig(), GuidanceConfig("negative")
+  for guide, guides, scale, expected in (
+    (free, False, 1.0, centres[:3]),
+    (free, True, 0.0, centres[3:].repeat(3)),
+    (free, True, 0.5, (centres[:3] + centres[3:]) / 2),
+    (negative, True, 0.5, (centres[:3] + centres[jnp.array([1, 2, 0])]) / 2),
+    (negative, False, 1.0, centres[:3]),
   ):
-    sampling = SamplingConfig(num_steps=10)
+    sampling = SamplingConfig(num_steps=10, guide=guide)
     program = pixel_sampling.sampling_program(CONFIG, sampling, (4, 4, 1), 3, guides, mesh)
-    images = np.asarray(program(0.0, labels, (), (), np.uint32(0), 0, scale))
+    images = np.asarray(program(0.0, Wanted(labels, other_labels=others), np.uint32(0), 0, scale))
     assert images.shape == (6, 4, 4, 1) and images.dtype == np.uint8
     shown = np.asarray(pixel_data.to_pixels(expected)).repeat(2)
     np.testing.assert_allclose(images.astype(int), shown[:, None, None, None].repeat(4, 1).repeat(
@@ -232,7 +238,7 @@ def test_samples_that_begin_from_images_keep_what_noise_leaves_of_them(mesh, mon
   for start in (0.01, 0.3, 0.6):
     sampling = SolverConfig(num_steps=10, start=start)
     program = pixel_sampling.sampling_program(CONFIG, sampling, (4, 4, 1), 3, False, mesh)
-    images = np.asarray(program(0.0, labels, (), origin, np.uint32(0), 0, 1.0))
+    images = np.asarray(program(0.0, Wanted(labels, (), origin), np.uint32(0), 0, 1.0))
     distance.append(np.abs(images.astype(float) - origin).mean())
   pixel_sampling.sampling_program.cache_clear()
   assert distance[0] < 4 < distance[1] < distance[2]

@@ -132,8 +132,7 @@ def test_sentences_alone_decide_what_is_drawn(mesh, tmp_path):
     )
     told = np.eye(2, 6, dtype=np.float32)[[0, 1, 0, 1]]
     classes = jnp.array([0, 0, 2, 2])  # told and not
-    drawn = program(
-      params, classes, Captioned((), jnp.asarray(told)), (), np.uint32(0), 0, np.float32(scale)
-    )
+    wanted = pixel_sampling.Wanted(classes, Captioned((), jnp.asarray(told)))
+    drawn = program(params, wanted, np.uint32(0), 0, np.float32(scale))
     brightness = np.asarray(drawn).mean(axis=(1, 2, 3))
     assert (brightness[[1, 3]] - brightness[[0, 2]] > 120).all(), brightness
