@@ -89,7 +89,8 @@ def cifar_images(name: str, dataset: str, variant: str) -> ConfigDict:
     all_methods(config)
   elif variant != "default":
     if not image_methods.is_known(variant):
-      names = ", ".join(["default", "all", *image_methods.METHODS])
+      alone = [name for name, method in image_methods.METHODS.items() if not method.needs]
+      names = ", ".join(["default", "all", *alone])
       raise ValueError(f"unknown variant {variant!r}; the variants are {names}, or joined by +.")
     config.methods = (variant,)
   return config

@@ -75,12 +75,13 @@ def without_encoding(tree):
     keywords = {k.arg: k.value for k in call.keywords}
     if function in ("read_text", "write_text"):
       is_text = True
-    elif function == "open" and module not in ("Image", "os"):
+    elif function == "open" and module not in ("Image", "os", "tarfile"):
       place = 0 if module and module != "io" else 1  # of the mode; path.open has no path before it
       mode = keywords.get("mode", call.args[place] if len(call.args) > place else None)
       is_text = mode is None or "b" not in ast.literal_eval(mode)
     else:
-      is_text = bool({"text", "universal_newlines"} & keywords.keys())  # subprocess
+      starts = function in ("run", "Popen", "call", "check_call", "check_output")  # subprocess
+      is_text = starts and bool({"text", "universal_newlines"} & keywords.keys())
     if is_text and "encoding" not in keywords:
       yield call
 
