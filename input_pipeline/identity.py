@@ -69,6 +69,14 @@ def of_file(path: str | os.PathLike) -> str:
     raise DataError(f"Cannot read the file {path} ({error.strerror}).") from error
 
 
+def of_path(path: str | os.PathLike) -> str:
+  """SHA-256 of a file, or of the files in a folder as `of_files` has it."""
+  if not os.path.isdir(path):
+    return of_file(path)
+  found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+  return of_files(sorted(found))
+
+
 def of_files(paths: Sequence[str | os.PathLike]) -> str:
   """SHA-256 of files, in order: paths below their common folder, sizes, and samples of content.
 

@@ -1,6 +1,7 @@
 """The experiment with generated images: classifiers are trained on real and generated ones.
 
 critics      real images -> the classifiers that filters ask     critics/<part>/...
+text_to_image  prompts -> images of a model trained elsewhere    text_to_image/*.npz
 captions     captions of training images -> their embeddings      captions/embeddings.npz
 diffusion    training images -> a U-Net, per method              diffusion/<part>/<method>
 sampling     U-Nets -> images of the classes that lack some      sampling/<part>/<method>/run_<r>
@@ -22,7 +23,13 @@ import numpy as np
 from memdiff.classifier import encoder, encoder_training, new_head
 from memdiff.classifier.encoder_training import Recipe
 from memdiff.evaluation import report
-from memdiff.experiments import augmented_evaluation, augmented_pool, images, prompting
+from memdiff.experiments import (
+  augmented_evaluation,
+  augmented_pool,
+  images,
+  prompting,
+  text_to_image,
+)
 from memdiff.experiments.augmented_runs import (
   PREDICTIONS,
   Part,
@@ -183,6 +190,13 @@ _PHASES = (
     train_critics,
     ("seeds", "dataset", "encoder", "classifier", "loop", "selection.folds", "selection.repeats"),
   ),
+  Phase(
+    "text_to_image",
+    "asking the text-to-image model for images",
+    text_to_image.ask,
+    ("text_to_image", "pool.fill_to", "pool.surplus"),
+    lambda settings: bool(settings.text_to_image.model),
+  ),
   prompting.EMBED_CAPTIONS,
   Phase(
     "diffusion",
@@ -211,7 +225,7 @@ _PHASES = (
 KIND = Kind(
   AugmentedConfig,
   images.load,
-  (check, prompting.check),
+  (check, prompting.check, text_to_image.check),
   _PHASES,
   report.render_html,
   report.text_table,

@@ -16,20 +16,23 @@ from input_pipeline.dataset import LongTailDataset
 from memdiff.classifier import added_images
 from memdiff.classifier.added_images import AddedImagesConfig
 from memdiff.evaluation import image_quality
-from memdiff.experiments import prompting
+from memdiff.experiments import prompting, text_to_image
 from memdiff.experiments.augmented_critic import Critic, make_critic, real_features
 from memdiff.experiments.augmented_runs import (
   Part,
+  lacking,
   part_of,
   parts,
   pool_path,
   save,
+  wanted,
 )
 from memdiff.experiments.augmented_settings import (
   AFFINE,
   ELASTIC,
   ORACLE,
   OVERSAMPLING,
+  TEXT_TO_IMAGE,
   UNSEEN,
   Row,
 )
@@ -53,22 +56,6 @@ from memdiff.synthesis import (
 from memdiff.synthesis.image_filters import Limits, Signs
 
 _SAMPLE = 500  # images by which the strength of moves is found
-
-
-def wanted(experiment: Experiment, part: Part) -> np.ndarray:
-  """How many images each class of each run lacks. [R, C].
-
-  In a fold, classes are filled up to the same share of the training images.
-  """
-  largest = int(experiment.dataset.train_counts.max())
-  return _lacking(experiment, part, experiment.config.pool.fill_to or largest)
-
-
-def _lacking(experiment: Experiment, part: Part, fill: int) -> np.ndarray:
-  """How many images each class of each run has less than `fill`, less in a fold. [R, C]."""
-  data, counts = experiment.dataset, part.counts(experiment.dataset)
-  shares = counts.sum(axis=1) / len(data.train_labels)
-  return np.maximum(np.round(fill * shares).astype(int)[:, None] - counts, 0)
 
 
 def pool_size(experiment: Experiment) -> int:
@@ -172,16 +159,18 @@ def _described(
   data, path = experiment.dataset, experiment.config.pool.path_of.get(source)
   rows = part.rows_of(run)
   if path is None:
+    asked = source == TEXT_TO_IMAGE
     folder = experiment.workdir.folder("sampling") / part.name / source / f"run_{run}"
+    folder = text_to_image.folder(experiment) if asked else folder
     images, labels = read_samples(folder)
-    origin = {
-      "seed": np.array(part.run.seeds[run]),
-      "guidance": np.array(experiment.config.pool.guidance),
-    }
+    config = experiment.config
+    seed = config.text_to_image.seed if asked else part.run.seeds[run]
+    scale = config.text_to_image.guidance if asked else config.pool.guidance
+    origin = {"seed": np.array(seed), "guidance": np.array(scale)}
     prompts = read_prompts(folder)
     if prompts is not None:
       origin["prompt"] = prompts
-    learned_from = rows
+    learned_from = text_to_image.learned_from(experiment) if asked else rows
   else:
     found = image_pool.read(path, data)
     images, labels, learned_from = found.images, found.labels, found.learned_from
@@ -307,7 +296,7 @@ def _unseen(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, n
 
 def _oracle(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, np.ndarray]:
   largest = int(experiment.dataset.train_counts.max())
-  return _left_out(experiment.dataset, _lacking(experiment, part, largest)[run])
+  return _left_out(experiment.dataset, lacking(experiment, part, largest)[run])
 
 
 def _left_out(data: LongTailDataset, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -65,6 +65,22 @@ def part_of(experiment: Experiment, name: str) -> Part:
   return next(part for part in parts(experiment) if part.name == name)
 
 
+def wanted(experiment: Experiment, part: Part) -> np.ndarray:
+  """How many images each class of each run lacks. [R, C].
+
+  In a fold, classes are filled up to the same share of the training images.
+  """
+  largest = int(experiment.dataset.train_counts.max())
+  return lacking(experiment, part, experiment.config.pool.fill_to or largest)
+
+
+def lacking(experiment: Experiment, part: Part, fill: int) -> np.ndarray:
+  """How many images each class of each run has less than `fill`, less in a fold. [R, C]."""
+  data, counts = experiment.dataset, part.counts(experiment.dataset)
+  shares = counts.sum(axis=1) / len(data.train_labels)
+  return np.maximum(np.round(fill * shares).astype(int)[:, None] - counts, 0)
+
+
 def classifier_folder(
   experiment: Experiment, part: Part, row: Row, training: Training
 ) -> pathlib.Path:

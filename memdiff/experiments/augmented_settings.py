@@ -17,8 +17,9 @@ from memdiff.experiments.image_settings import check_guidance, check_unet, metho
 from memdiff.runtime.stage import ExecutionConfig, LoopConfig
 from memdiff.synthesis import image_filters, image_methods, image_pool
 from memdiff.synthesis.pixel_settings import PixelDiffusionConfig, SolverConfig
+from memdiff.synthesis.text_to_image.backends import TextToImageConfig
 
-REAL = "real"
+REAL, TEXT_TO_IMAGE = "real", "text_to_image"
 AFFINE, ELASTIC = "affine", "elastic"
 OVERSAMPLING, STRONG, MIXUP = "oversampling", "strong", "mixup"
 CONTROLS = {
@@ -74,6 +75,8 @@ class Row:
       made = f"of the file {self.source}"
       if image_methods.is_known(self.source):
         made = image_methods.describe(self.source)
+      elif self.source == TEXT_TO_IMAGE:
+        made = "of a text-to-image model that was trained elsewhere"
       words = (
         f"real images and generated ones ({made}; used: {image_filters.describe(self.filter)})"
       )
@@ -121,7 +124,7 @@ class PoolConfig:
 
   def __post_init__(self):
     names = [pathlib.Path(path).stem for path in self.files]
-    taken = {*CONTROLS, *REFERENCES}
+    taken = {*CONTROLS, *REFERENCES, TEXT_TO_IMAGE}
     for name in names:
       if not name.replace("-", "_").isidentifier() or image_methods.is_known(name) or name in taken:
         raise ValueError(
@@ -156,6 +159,9 @@ class AugmentedConfig:
   methods: tuple[str, ...] = methods_field(needed=False)
   diffusion: PixelDiffusionConfig = setting(PixelDiffusionConfig(), "the training of DDPM")
   sampling: SolverConfig = setting(SolverConfig(), "how images are drawn")
+  text_to_image: TextToImageConfig = setting(
+    TextToImageConfig(), "a model trained elsewhere that is asked for images too"
+  )
   pool: PoolConfig = setting(PoolConfig(), "how many images, and which are used")
   controls: tuple[str, ...] = setting(
     (REAL, OVERSAMPLING, AFFINE, STRONG),
@@ -189,8 +195,6 @@ class AugmentedConfig:
     check_seeds(self.seeds)
     if REAL not in self.controls:
       raise ValueError(f"controls is {self.controls}, but has to have real in it.")
-    if not self.sources:
-      raise ValueError("methods and pool.files are empty, but images must come from somewhere.")
     if not self.losses:
       raise ValueError("losses is empty, but classifiers must be trained by one.")
     if self.pool.needs_limits and not self.selection.folds:
@@ -206,14 +210,17 @@ class AugmentedConfig:
 
   @property
   def sources(self) -> tuple[str, ...]:
-    """What generated images come from: methods that are trained here, and files."""
-    return (*self.methods, *self.pool.path_of)
+    """What generated images come from: methods that are trained here, files, another's model."""
+    asked = [TEXT_TO_IMAGE] if self.text_to_image.model else []
+    return (*self.methods, *self.pool.path_of, *asked)
 
   @property
   def input_files(self) -> dict[str, str]:
     """Files that the run reads beside its data: what they are, and where."""
     text = image_methods.text_of(self.methods, self.diffusion)
     files = {f"images of {name}": path for name, path in self.pool.path_of.items()}
+    if self.text_to_image.model:
+      files["text_to_image_model"] = self.text_to_image.model
     return files | (text.input_files if text else {})
 
 
@@ -278,6 +285,8 @@ def _references(config: AugmentedConfig, data: LongTailDataset) -> list[Row]:
 def in_folds(config: AugmentedConfig, row: Row) -> bool:
   """Whether cross-validation can judge a row: its images know nothing of what a fold holds out."""
   path = config.pool.path_of.get(row.source)
+  if row.source == TEXT_TO_IMAGE:
+    return config.text_to_image.prompts.source == "names"
   return not row.reference and (path is None or image_pool.never_saw_the_data(path))
 
 
@@ -300,6 +309,11 @@ def augmentation_of(config: AugmentedConfig, control: str, shape: tuple[int, ...
 
 def check(settings: AugmentedConfig, data: LongTailDataset) -> None:
   """Raises ConfigError if settings do not fit each other or the data."""
+  if not settings.sources:
+    raise ConfigError(
+      "Images must come from somewhere: give config.methods, config.pool.files, or the folder of a"
+      " text-to-image model as config.text_to_image.model."
+    )
   check_classifier(settings, data)
   check_unet(settings, data)
   check_guidance(settings, (settings.pool.guidance,), "pool.guidance")

@@ -55,7 +55,7 @@ class Experiment:
     if hasattr(self.config, "encoder"):
       digests["initial_weights"] = encoder.weights_sha256(self.config.encoder)
     for name, path in getattr(self.config, "input_files", {}).items():
-      digests[name] = identity.of_file(path)
+      digests[name] = identity.of_path(path)
     return digests
 
   @property

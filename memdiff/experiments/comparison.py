@@ -128,7 +128,8 @@ def headline(
   chosen, control = comparison["method"], comparison["control"]
   entry = None
   if recommendation:
-    chosen, entry = recommendation["method"], recommendation["scores"][synthetic]
+    chosen = recommendation["method"]
+    entry = recommendation["scores"].get(synthetic)  # none, if folds can judge no synthetic data
   reference = comparison["reference"]
   return {
     "recommended": chosen,

@@ -1,13 +1,11 @@
 """Captions in training: which rows of a batch are told by their sentence, their class, or both."""
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
 
 from memdiff.config import between, one_of, path_setting, setting
-from memdiff.synthesis.text_to_image import minilm
 from memdiff.synthesis.text_to_image.sentences import ENCODERS
 
 NONE = "none"
@@ -28,11 +26,8 @@ class PixelTextConfig:
 
   @property
   def input_files(self) -> dict[str, str]:
-    """The file that decides embeddings, if it is not a package's: what it is, and where."""
-    if not self.weights:
-      return {}
-    path = pathlib.Path(self.weights)
-    return {"sentence_encoder": str(path / minilm.ARRAYS if path.is_dir() else path)}
+    """What decides embeddings, if it is not a package: what it is, and where."""
+    return {"sentence_encoder": self.weights} if self.weights else {}
 
   @property
   def is_read(self) -> bool:

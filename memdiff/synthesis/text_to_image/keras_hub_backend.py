@@ -1,0 +1,112 @@
+"""Stable Diffusion 3 and 3.5 by KerasHub, on JAX.
+
+Esser et al., "Scaling rectified flow transformers for high-resolution image synthesis", 2024. A
+model is a folder as KerasHub saves it (`save_to_preset`, or what it downloads).
+"""
+
+import dataclasses
+import os
+import pathlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memdiff.errors import ConfigError, DataError
+from memdiff.synthesis.text_to_image.backends import TextToImageConfig
+
+_INSTALL = "pip install --no-deps -r requirements-text-to-image.txt"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KerasHub:
+  """A model in memory.
+
+  Attributes:
+    task: a `keras_hub.models.TextToImage`.
+    config: how it draws.
+  """
+
+  task: Any
+  config: TextToImageConfig
+
+  def generate(
+    self, prompts: Sequence[str], negative: str, seeds: Sequence[int], guidance: float
+  ) -> np.ndarray:
+    size, images = self.config.batch_size, []
+    for start in range(0, len(prompts), size):
+      rows = [min(i, len(prompts) - 1) for i in range(start, start + size)]  # one program for all
+      said, keys = [prompts[i] for i in rows], [seeds[i] for i in rows]
+      images.append(self._draw(said, negative, keys, guidance)[: len(prompts) - start])
+    return np.concatenate(images)
+
+  def _draw(
+    self, prompts: Sequence[str], negative: str, seeds: Sequence[int], guidance: float
+  ) -> np.ndarray:
+    """As `TextToImage.generate`, which draws the noise of a batch from one seed."""
+    tokens = [
+      self.task.preprocessor.generate_preprocess(list(texts))
+      for texts in (prompts, [negative] * len(prompts))
+    ]
+    shape = self.task.latent_shape[1:]
+    noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))
+    latents = noise(jnp.array(seeds, jnp.uint32))
+    self.task.backbone.configure_scheduler(self.config.num_steps)
+    scale = jnp.float32(guidance) if guidance > 1 else None
+    draw = self.task.make_generate_function()
+    try:
+      images = np.asarray(draw(latents, tuple(tokens), self.config.num_steps, scale), np.float32)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      raise ConfigError(
+        f"The text-to-image model needs more memory than there is for {len(prompts)} images at a"
+        " time; lower config.text_to_image.batch_size or side."
+      ) from error
+    return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
+
+  def too_long(self, prompts: Sequence[str]) -> list[str]:
+    preprocessor = self.task.preprocessor.clip_l_preprocessor
+    room = preprocessor.sequence_length - 2  # marks of begin and end
+    return [text for text in prompts if len(preprocessor.tokenizer(text)) > room]
+
+
+def load(config: TextToImageConfig) -> KerasHub:
+  """Reads the model in `config.model`.
+
+  Raises:
+    ConfigError: if KerasHub is not installed, or Keras runs on another library than JAX.
+    DataError: if there is no such model, or it is torn or of another kind.
+  """
+  os.environ.setdefault("KERAS_BACKEND", "jax")
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # those of libraries are theirs
+      import keras
+      import keras_hub
+  except ImportError as error:
+    raise ConfigError(f"config.text_to_image.model needs KerasHub ({error}): {_INSTALL}.") from None
+  if keras.backend.backend() != "jax":
+    raise ConfigError(
+      f"Keras runs on {keras.backend.backend()}, but has to run on JAX; set KERAS_BACKEND=jax."
+    )
+  folder = pathlib.Path(config.model)
+  if not (folder / "task.json").is_file():
+    raise DataError(
+      f"config.text_to_image.model is {config.model}, which holds no task.json; give the folder of"
+      " a text-to-image model as KerasHub saves it."
+    )
+  shape = {"image_shape": (config.side, config.side, 3)} if config.side else {}
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      task = keras_hub.models.TextToImage.from_preset(str(folder), dtype=config.dtype, **shape)
+  except Exception as error:  # Keras raises many types for torn files
+    reason = str(error).strip().split("\n")[0]
+    raise DataError(
+      f"Cannot read the text-to-image model in {config.model} ({type(error).__name__}: {reason})."
+    ) from error
+  return KerasHub(task, config)
