@@ -286,7 +286,7 @@ def in_folds(config: AugmentedConfig, row: Row) -> bool:
   """Whether cross-validation can judge a row: its images know nothing of what a fold holds out."""
   path = config.pool.path_of.get(row.source)
   if row.source == TEXT_TO_IMAGE:
-    return config.text_to_image.prompts.source == "names"
+    return config.text_to_image.knows_no_image
   return not row.reference and (path is None or image_pool.never_saw_the_data(path))
 
 

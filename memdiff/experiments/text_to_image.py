@@ -3,6 +3,7 @@
 text_to_image   names of classes, or captions -> images, as many as any run lacks   *.npz
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
@@ -17,7 +18,9 @@ from memdiff.experiments.augmented_runs import part_of, parts, save, wanted
 from memdiff.experiments.augmented_settings import AugmentedConfig
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.drawer import chunks
+from memdiff.runtime.workdir import read_arrays
 from memdiff.synthesis.text_to_image import backends, prompts
+from memdiff.synthesis.text_to_image.tuning import Examples
 
 _FILE = 32  # images in a file: what an interruption costs at most
 
@@ -80,8 +83,7 @@ def ask(experiment: Experiment) -> dict:
     path = folder(experiment) / f"{chunk.start:06d}.npz"
     if not path.exists():
       if backend is None:
-        backend = backends.load(config)
-        _name_long(experiment, backend, said)
+        backend = _backend(experiment, said)
       texts = [
         said[c][turn % len(said[c])] for c, turn in zip(chunk.labels, chunk.turns, strict=True)
       ]
@@ -92,6 +94,48 @@ def ask(experiment: Experiment) -> dict:
       save(path, arrays | {"seed": seeds})
     progress.step("asking the text-to-image model", number, len(work), {})
   return {"images": len(labels)}
+
+
+def _backend(experiment: Experiment, said: Sequence[Sequence[str]]) -> backends.Backend:
+  """The model, tuned if that is asked for."""
+  config = experiment.config.text_to_image
+  backend = backends.load(config)
+  _name_long(experiment, backend, said)
+  if config.tuning.rank:
+    run = dataclasses.replace(experiment.run, seeds=experiment.seeds[:1])
+    place = folder(experiment) / "tuning"
+    real, prior = _real_examples(experiment, backend.side), None
+    if config.tuning.prior_weight:
+      prior = _prior_examples(experiment, backend, place / "prior.npz")
+    backend.tune(config.tuning, real, prior, run, place)
+  return backend
+
+
+def _real_examples(experiment: Experiment, side: int) -> Examples:
+  """The training images with their captions, or with the names of their classes."""
+  data, config = experiment.dataset, experiment.config.text_to_image.prompts
+  own = data.train_captions or ("",) * len(data.train_labels)
+  texts = [
+    caption or prompts.from_name(config, data.class_names[c])[0]
+    for caption, c in zip(own, data.train_labels, strict=True)
+  ]
+  images = np.broadcast_to(data.train_images, (*data.train_images.shape[:3], 3))
+  return Examples(_fitting(images, (side, side, 3)), data.train_labels, texts)
+
+
+def _prior_examples(
+  experiment: Experiment, backend: backends.Backend, path: pathlib.Path
+) -> Examples:
+  """What the model draws of every class before it is tuned; kept in a file."""
+  data, config = experiment.dataset, experiment.config.text_to_image
+  labels = np.repeat(np.arange(data.num_classes), config.tuning.prior_images)
+  texts = [prompts.from_name(config.prompts, data.class_names[c])[0] for c in labels]
+  if not path.exists():
+    experiment.run.progress.say(f"drawing {len(labels):,} images that keep what the model knows")
+    seeds = (config.seed + np.arange(len(labels))).tolist()
+    images = backend.generate(texts, config.negative, seeds, config.guidance)
+    save(path, {"images": images})
+  return Examples(read_arrays(path, ("images",))["images"], labels, texts)
 
 
 def _name_long(
@@ -114,7 +158,7 @@ def _fitting(images: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def learned_from(experiment: Experiment) -> np.ndarray:
-  """Training images that the prompts tell of, by number."""
-  if experiment.config.text_to_image.prompts.source == "names":
+  """Training images that the model or its prompts know, by number."""
+  if experiment.config.text_to_image.knows_no_image:
     return np.zeros(0, int)
   return np.arange(len(experiment.dataset.train_labels))

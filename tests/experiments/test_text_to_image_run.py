@@ -36,6 +36,11 @@ class Painter:
       images.append(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
     return np.stack(images)
 
+  side = SIDE
+
+  def tune(self, config, real, prior, run, folder):
+    self.tuned = config, real, prior, run.seeds
+
   def too_long(self, prompts):
     return [prompt for prompt in prompts if len(prompt) > 40]
 
@@ -127,6 +132,21 @@ def test_captions_tell_of_training_images_so_that_folds_do_not_judge(data, paint
   assert "text_to_image:none+balanced_softmax" in rows
   pool = np.load(tmp_path / "run" / "pool" / "final" / "text_to_image" / "run_0.npz")
   assert len(pool["learned_from"]) == sum(COUNTS.values())
+
+
+@pytest.mark.slow
+def test_a_tuned_model_has_seen_the_real_images_and_its_own(data, painters, tmp_path):
+  report = run(data, tmp_path / "run", **{"text_to_image.tuning.rank": 2})
+  _, real, prior, seeds = painters[0].tuned
+  assert real.images.shape == (69, SIDE, SIDE, 3) and len(seeds) == 1
+  names = report["dataset"]["class_names"]
+  for prompt, label in zip(real.prompts, real.labels, strict=True):
+    assert names[label].split("-")[0] in prompt
+  assert sum("number" in prompt for prompt in real.prompts) == 68  # captions, but for one image
+  assert len(prior.images) == 3 * 8 and set(prior.prompts) == {
+    f"a photo of a {name.replace('-', ' ')}" for name in names
+  }
+  assert not any("text_to_image" in method for method in report["recommendation"]["scores"])
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """Text-to-image models of other libraries: prompts -> images, each decided by its own seed."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from memdiff.config import Allowed, at_least, one_of, path_setting, setting
+from memdiff.runtime.stage import Run
 from memdiff.synthesis.text_to_image.prompts import PromptConfig
+from memdiff.synthesis.text_to_image.tuning import Examples, TuningConfig
 
 DTYPES = ("float32", "bfloat16")
 
@@ -30,6 +33,20 @@ class Backend(Protocol):
       [n, S, S, 3] uint8.
     """
 
+  @property
+  def side(self) -> int:
+    """Pixels that it draws."""
+
+  def tune(
+    self,
+    config: TuningConfig,
+    real: Examples,
+    prior: Examples | None,
+    run: Run,
+    folder: pathlib.Path,
+  ) -> None:
+    """Trains what `config` adds to the model, or reads what was trained in `folder` before."""
+
   def too_long(self, prompts: Sequence[str]) -> list[str]:
     """Prompts of which only the beginning is read."""
 
@@ -49,11 +66,17 @@ class TextToImageConfig:
   )
   dtype: str = setting("bfloat16", "of its weights and computation", one_of(DTYPES))
   prompts: PromptConfig = setting(PromptConfig(source="names"), "what is said of the classes")
+  tuning: TuningConfig = setting(TuningConfig(), "how it is tuned on the real images, if at all")
   negative: str = setting("", "what no image is to show; a sentence")
   num_steps: int = setting(28, "steps of its sampler", at_least(1))
   guidance: float = setting(7.0, "scale of its guidance; 1: none", at_least(1))
   batch_size: int = setting(4, "images at a time; fewer need less memory", at_least(1))
   seed: int = setting(0, "of the noise", at_least(0))
+
+  @property
+  def knows_no_image(self) -> bool:
+    """Whether nothing of the training images is in what it draws."""
+    return self.prompts.source == "names" and not self.tuning.rank
 
 
 def load(config: TextToImageConfig) -> Backend:

@@ -16,7 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from memdiff.errors import ConfigError, DataError
+from memdiff.runtime.stage import Run
+from memdiff.synthesis.text_to_image import keras_hub_tuning
 from memdiff.synthesis.text_to_image.backends import TextToImageConfig
+from memdiff.synthesis.text_to_image.tuning import Examples, TuningConfig
 
 _INSTALL = "pip install --no-deps -r requirements-text-to-image.txt"
 
@@ -67,6 +70,21 @@ class KerasHub:
         " time; lower config.text_to_image.batch_size or side."
       ) from error
     return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
+
+  @property
+  def side(self) -> int:
+    return self.task.backbone.image_shape[0]
+
+  def tune(
+    self,
+    config: TuningConfig,
+    real: Examples,
+    prior: Examples | None,
+    run: Run,
+    folder: pathlib.Path,
+  ) -> None:
+    keras_hub_tuning.tune(self.task, config, real, prior, run, folder)
+    self.task.generate_function = None  # the compiled one knows only the variables that were there
 
   def too_long(self, prompts: Sequence[str]) -> list[str]:
     preprocessor = self.task.preprocessor.clip_l_preprocessor
