@@ -67,6 +67,20 @@ def small_folder_images(config: ConfigDict) -> None:
   config.classifier.batch_size = 32
 
 
+def few_steps(config: ConfigDict) -> None:
+  """Classifiers on real and generated images in seconds, for tests; they learn little."""
+  config.seeds = (0,)
+  config.selection.folds = 2
+  config.dataset.image_size = 8
+  config.losses = ("balanced_softmax",)
+  config.controls = ("real", "oversampling")
+  config.added.counts = ("real",)
+  config.encoder.backbone.name = "resnet8"
+  config.classifier.optimizer = nesterov_cosine(0.05, 5e-4)
+  config.classifier.num_epochs = 4.0
+  config.loop.update(steps_per_dispatch=5, eval_every=10, checkpoint_every=10)
+
+
 def all_methods(config: ConfigDict) -> None:
   """Every method, both readings of those whose paper and code differ, and combinations."""
   config.methods = (

@@ -47,19 +47,11 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.evaluation.kid_size = 500
 
   def smoke():
-    config.seeds = (0,)
-    config.selection.folds = 2
-    config.dataset.image_size = 8
-    config.losses = ("balanced_softmax",)
-    config.controls = ("real", "oversampling")
-    config.added.counts = ("real",)
+    base.few_steps(config)
     config.pool.update(filters=("none",), fill_to=0)
     config.diffusion.unet.update(channels=8, multipliers=(1, 2), attention=())
     config.diffusion.num_steps = 20
-    config.encoder.backbone.name = "resnet8"
-    config.classifier.num_epochs = 4.0
     config.sampling.update(num_steps=3, chunk_size=20)
-    config.loop.update(steps_per_dispatch=5, eval_every=10, checkpoint_every=10)
 
   base.choose(variant, {QUALITY: quality, "smoke": smoke})
   return config

@@ -33,18 +33,9 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.selection.folds = 3
 
   def smoke():
-    config.seeds = (0,)
-    config.selection.folds = 2
-    config.dataset.image_size = 8
-    config.losses = ("balanced_softmax",)
-    config.controls = ("real", "oversampling")
-    config.added.counts = ("real",)
+    base.few_steps(config)
     config.pool.update(filters=("none",), fill_to=0, surplus=1.0)
     config.text_to_image.update(side=0, num_steps=3, dtype="float32")
-    config.encoder.backbone.name = "resnet8"
-    config.classifier.optimizer = base.nesterov_cosine(0.05, 5e-4)
-    config.classifier.num_epochs = 4.0
-    config.loop.update(steps_per_dispatch=5, eval_every=10, checkpoint_every=10)
 
   base.choose(variant, {"smoke": smoke})
   return config

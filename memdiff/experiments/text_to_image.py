@@ -13,6 +13,7 @@ from PIL import Image
 from input_pipeline.dataset import LongTailDataset
 from input_pipeline.lazy_images import resize_and_crop
 from memdiff.errors import ConfigError
+from memdiff.experiments import prompting
 from memdiff.experiments.augmented_critic import real_features
 from memdiff.experiments.augmented_runs import part_of, parts, save, wanted
 from memdiff.experiments.augmented_settings import AugmentedConfig
@@ -114,11 +115,7 @@ def _backend(experiment: Experiment, said: Sequence[Sequence[str]]) -> backends.
 def _real_examples(experiment: Experiment, side: int) -> Examples:
   """The training images with their captions, or with the names of their classes."""
   data, config = experiment.dataset, experiment.config.text_to_image.prompts
-  own = data.train_captions or ("",) * len(data.train_labels)
-  texts = [
-    caption or prompts.from_name(config, data.class_names[c])[0]
-    for caption, c in zip(own, data.train_labels, strict=True)
-  ]
+  texts = prompting.captions_of(data, config)
   images = np.broadcast_to(data.train_images, (*data.train_images.shape[:3], 3))
   return Examples(_fitting(images, (side, side, 3)), data.train_labels, texts)
 

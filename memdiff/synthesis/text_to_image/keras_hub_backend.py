@@ -105,6 +105,9 @@ def load(config: TextToImageConfig) -> KerasHub:
       warnings.simplefilter("ignore")  # those of libraries are theirs
       import keras
       import keras_hub
+      import tensorflow
+
+    tensorflow.config.set_visible_devices([], "GPU")  # KerasHub only reads prompts with it
   except ImportError as error:
     raise ConfigError(f"config.text_to_image.model needs KerasHub ({error}): {_INSTALL}.") from None
   if keras.backend.backend() != "jax":

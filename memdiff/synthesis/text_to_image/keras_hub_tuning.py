@@ -16,7 +16,7 @@ import numpy as np
 
 from input_pipeline.batches import ByClass, draw_members, group_by_class
 from memdiff.errors import ConfigError
-from memdiff.runtime import loop, train_state
+from memdiff.runtime import distributed, loop, train_state
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import stream
 from memdiff.synthesis.text_to_image.tuning import Examples, TuningConfig
@@ -63,7 +63,9 @@ def tune(
   state = loop.train(stage, run, folder)
   for name, variable in adapted(task.backbone).items():
     variable.assign(np.asarray(state.params[name][0]))
-  task.backbone.save_lora_weights(str(path))
+  if distributed.is_main():
+    task.backbone.save_lora_weights(str(path))
+  distributed.barrier(str(path))
 
 
 def adapted(backbone: Any) -> dict[str, Any]:
