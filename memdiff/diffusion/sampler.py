@@ -104,12 +104,14 @@ class Solver:
     x0_limit: clips every predicted x0 to [-x0_limit, x0_limit]. At the first steps of a schedule
       that ends in pure noise, x0 is the difference of two large numbers; data of known range need
       not suffer from it. 0 leaves x0 alone.
+    last: how many of the last predicted x0 are given beside the samples.
   """
 
   method: str
   num_steps: int
   prediction: str = "eps"
   x0_limit: float = 0.0
+  last: int = 0
 
 
 def sample(
@@ -121,7 +123,8 @@ def sample(
   *,
   origin: jax.Array | None = None,
   start: float | jax.Array = 1.0,
-) -> jax.Array:
+  noise: jax.Array | None = None,
+) -> Any:
   """Draws samples; pure, to be called inside jit.
 
   Args:
@@ -135,12 +138,14 @@ def sample(
       as t is `start` T or more, x0 is taken to be `origin`, so that x_t is a draw from
       q(x_t | origin), whatever the method.
     start: in [0, 1], may be traced: 0 gives `origin` back, 1 nearly forgets it.
+    noise: [B, ...] to begin with; None: drawn from `key`. Its gradient computes every step anew, so
+      that it needs the memory of one.
 
   Returns:
-    Samples x_0, [B, ...] float32.
+    Samples x_0, [B, ...] float32; with `solver.last`, (samples, predicted x0 [last, B, ...]).
   """
   start_key, step_key = jax.random.split(key)
-  x = normal(start_key, shape)
+  x = normal(start_key, shape) if noise is None else noise
   table = coefficients(schedule, solver.method, solver.num_steps, solver.prediction)
   rows = {name: jnp.asarray(column, jnp.float32) for name, column in table.items()}
   rows["index"] = jnp.arange(solver.num_steps)
@@ -158,10 +163,12 @@ def sample(
     if stochastic:
       z = normal(jax.random.fold_in(step_key, row["index"]), shape)
       x = x + row["sigma"] * z
-    return (x, x0), None
+    return (x, x0), x0 if solver.last else None
 
-  (x, _), _ = jax.lax.scan(step, (x, jnp.zeros(shape)), rows)
-  return x
+  if noise is not None:
+    step = jax.checkpoint(step)
+  (x, _), predicted = jax.lax.scan(step, (x, jnp.zeros(shape)), rows)
+  return (x, predicted[-solver.last :]) if solver.last else x
 
 
 def sample_in_chunks(

@@ -1,17 +1,20 @@
 """Classifiers of real images that look at generated ones, so that filters can choose."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
-from memdiff.classifier import image_batches
+from memdiff.classifier import encoder, image_batches
 from memdiff.experiments.augmented_runs import Part, critic_folder, second_folder
 from memdiff.experiments.augmented_settings import CRITIC_LOSS
 from memdiff.experiments.base import Experiment, forward_images
+from memdiff.experiments.drawer import Judge
 from memdiff.runtime import results
 from memdiff.synthesis.image_filters import Signs
 
@@ -61,8 +64,8 @@ def _state(experiment: Experiment, folder: pathlib.Path, run: int) -> Any:
 
 
 def _statistics(experiment: Experiment, part: Part, run: int) -> Mapping[str, np.ndarray]:
-  encoder, rows = experiment.config.encoder, part.rows[run : run + 1]
-  return image_batches.fold_data(encoder, experiment.dataset, rows)["statistics"]
+  config, rows = experiment.config.encoder, part.rows[run : run + 1]
+  return image_batches.fold_data(config, experiment.dataset, rows)["statistics"]
 
 
 def real_features(experiment: Experiment, part: Part, run: int) -> np.ndarray:
@@ -82,3 +85,38 @@ def make_critic(experiment: Experiment, part: Part, run: int) -> Critic:
   np.add.at(sums, data.train_labels[part.rows_of(run)], features)
   states = tuple(_state(experiment, folder, run) for folder in folders)
   return Critic(experiment, states, _statistics(experiment, part, run), _unit(sums))
+
+
+def make_judge(experiment: Experiment, part: Part, run: int) -> Judge:
+  """The run's critic, as far as noise is chosen by it."""
+  data, config = experiment.dataset, experiment.config
+  rows = part.rows_of(run)
+  labels, images = data.train_labels[rows], data.train_images[rows]
+  sums = np.zeros((data.num_classes, *images.shape[1:]))
+  np.add.at(sums, labels, images / 127.5 - 1)
+  counts = np.bincount(labels, minlength=data.num_classes)
+  features = real_features(experiment, part, run)
+  means = np.zeros((data.num_classes, features.shape[-1]))
+  np.add.at(means, labels, features)
+  state = jax.tree.map(lambda x: x[0], _state(experiment, critic_folder(experiment, part), run))
+  statistics = {name: x[0] for name, x in _statistics(experiment, part, run).items()}
+  model = encoder.make_model(config.encoder, CRITIC_LOSS, data.num_classes)
+  return Judge(
+    features=_features(model, config.encoder.input),
+    params=(state.params, state.model_state, statistics),
+    targets=_unit(means).astype(np.float32),
+    references=(sums / np.maximum(counts, 1)[:, None, None, None]).astype(np.float32),
+  )
+
+
+@functools.lru_cache(maxsize=4)
+def _features(model: nn.Module, input_config: encoder.InputConfig) -> Callable:
+  """As `Judge.features`; the same function for all runs, so that their program is one."""
+
+  def features(params, images):
+    weights, batch_stats, statistics = params
+    rows = encoder.normalize(input_config, (images + 1) * 127.5, statistics)
+    variables = {"params": weights, "batch_stats": batch_stats}
+    return model.apply(variables, rows, train=False)[1]
+
+  return features

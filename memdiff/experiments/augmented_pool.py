@@ -17,7 +17,7 @@ from memdiff.classifier import added_images
 from memdiff.classifier.added_images import AddedImagesConfig
 from memdiff.evaluation import image_quality
 from memdiff.experiments import prompting, text_to_image
-from memdiff.experiments.augmented_critic import Critic, make_critic, real_features
+from memdiff.experiments.augmented_critic import Critic, make_critic, make_judge, real_features
 from memdiff.experiments.augmented_runs import (
   Part,
   lacking,
@@ -125,6 +125,7 @@ def _drawer(experiment: Experiment, part: Part, method: str, run: int) -> Drawer
     alike=most_alike(features(), data.train_labels[rows], data.num_classes)
     if sampling.guide.needs_negative
     else None,
+    judge=make_judge(experiment, part, run) if sampling.seeds.iterations else None,
   )
 
 

@@ -1,7 +1,7 @@
 """Draws images of known classes by a trained U-Net, chunk by chunk."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -51,6 +51,23 @@ def most_alike(features: np.ndarray, labels: np.ndarray, num_classes: int) -> np
   return cosines.argmax(axis=1)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Judge:
+  """A classifier of real images, by which noise is chosen.
+
+  Attributes:
+    features: (params, images [B, H, W, ch] from -1 to 1) -> [B, D]; one function for all runs.
+    params: of one run.
+    targets: float32 [C, D] means of the features of each class, of length one.
+    references: float32 [C, H, W, ch] its mean image, from -1 to 1.
+  """
+
+  features: Callable[[Any, jax.Array], jax.Array]
+  params: Any
+  targets: np.ndarray
+  references: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Drawer:
   """A trained U-Net, and what decides its samples.
@@ -65,6 +82,7 @@ class Drawer:
     key: of the choice of exemplars, and of images to begin from.
     prompts: of the classes, if the U-Net reads them.
     alike: [C] the class that is most like each, if guidance leads away from it.
+    judge: what chooses the noise, if it is chosen.
   """
 
   config: PixelDiffusionConfig
@@ -76,6 +94,7 @@ class Drawer:
   key: jax.Array
   prompts: Prompts | None = None
   alike: np.ndarray | None = None
+  judge: Judge | None = None
 
   def draw(self, chunk: Chunk, scale: float) -> dict[str, np.ndarray]:
     """A chunk of images, of which none depends on how many there are.
@@ -95,6 +114,7 @@ class Drawer:
       self.data.by_class.counts.shape[0],
       scale != 1,
       self.mesh,
+      self.judge and self.judge.features,
     )
     key = stream(self.key, "of_chunk", chunk.start)
     labels, memory, texts = self._told(chunk.labels, chunk.turns, key)
@@ -106,6 +126,11 @@ class Drawer:
       others = self.alike[chunk.labels]
       labels, memory, _ = self._told(others, np.zeros_like(chunk.turns), stream(key, "others"))
       wanted = wanted.replace(other_labels=labels, other_memory=memory)
+    if self.judge:
+      of_class = np.resize(chunk.labels, self.sampling.chunk_size)
+      targets, references = self.judge.targets[of_class], self.judge.references[of_class]
+      told = mesh_lib.replicate(self.mesh, (self.judge.params, targets, references))
+      wanted = wanted.replace(**dict(zip(("judge", "targets", "references"), told, strict=True)))
     numbers = np.uint32(self.seed), np.int32(chunk.start), np.float32(scale)
     images = mesh_lib.fetch(program(self.params, wanted, *mesh_lib.replicate(self.mesh, numbers)))
     drawn = {"images": np.asarray(images)[: len(chunk.labels)]}

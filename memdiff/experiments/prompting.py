@@ -67,6 +67,12 @@ def check_without_classifier(settings: Any, data: LongTailDataset) -> None:
           " classifier of the long-tailed images; add prompted, or take a config of"
           " configs/augmented."
         )
+  for method in settings.methods:
+    if image_methods.apply_drawing(method, settings.sampling).seeds.iterations:
+      raise ConfigError(
+        f"{method} chooses noise by the features of a classifier of the long-tailed images, which"
+        " this kind of experiment does not train; take a config of configs/augmented."
+      )
   if any(config.source == "mapped" for config in _prompt_configs(settings)):
     raise ConfigError(
       "Prompts by_map come from the features of a classifier of the long-tailed images, which this"

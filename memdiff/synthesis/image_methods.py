@@ -174,6 +174,14 @@ METHODS = {
     "conditions fade in, so that images of a class differ more",
     annealing=guidance.AnnealingConfig(noise=0.25),
   ),
+  "seed_select": ImageMethod(
+    lambda config: config,
+    "noise is chosen so that images resemble the class's real ones",
+    lambda sampling: dataclasses.replace(
+      sampling,
+      seeds=dataclasses.replace(sampling.seeds, iterations=sampling.seeds.iterations or 20),
+    ),
+  ),
   "by_name": _by("names"),
   "by_caption": _by("captions"),
   "by_map": _by("mapped"),

@@ -1,5 +1,6 @@
 """Samples of pixel diffusion: a trained U-Net run backwards."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from input_pipeline.batches import draw_members
-from memdiff.diffusion import guidance
+from memdiff.diffusion import guidance, seed_select
 from memdiff.diffusion.exemplar_images import ExemplarImages
 from memdiff.diffusion.sampler import Solver, sample
 from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.diffusion.text_condition import Captioned
 from memdiff.runtime import mesh as mesh_lib
-from memdiff.runtime.random import stream
+from memdiff.runtime.random import normal, stream
 from memdiff.synthesis import pixel_memory
 from memdiff.synthesis.pixel_data import ImageData, to_model, to_pixels
 from memdiff.synthesis.pixel_diffusion import make_denoiser
@@ -72,6 +73,9 @@ class Wanted:
     origin: uint8 [B, H, W, ch] to begin from, or () if the solver does not.
     other_labels: [B] what they are not to show, or () if guidance needs nothing of the kind.
     other_memory: the memory of that.
+    judge: what `features` needs, if noise is chosen; then also
+    targets: [B, D] means of the features of each image's class, of length one, and
+    references: [B, H, W, ch] its mean image, from -1 to 1.
   """
 
   labels: Any
@@ -79,6 +83,9 @@ class Wanted:
   origin: Any = ()
   other_labels: Any = ()
   other_memory: Any = ()
+  judge: Any = ()
+  targets: Any = ()
+  references: Any = ()
 
 
 @functools.lru_cache(maxsize=16)
@@ -89,6 +96,7 @@ def sampling_program(
   num_classes: int,
   guides: bool,
   mesh: Mesh,
+  features: Callable[[Any, jax.Array], jax.Array] | None = None,
 ) -> Callable:
   """The jitted (params, Wanted, seed, chunk, scale) -> uint8 [B, H, W, ch].
 
@@ -102,6 +110,8 @@ def sampling_program(
     guides: whether the scale is not 1; at 1, all but contrastive guidance leaves the condition as
       it is, and the denoiser needs to run only once a step.
     mesh: the device mesh.
+    features: (Wanted.judge, images [B, H, W, ch] from -1 to 1) -> [B, D], by which the noise is
+      chosen (SeedSelect); None: it is not.
   """
   denoiser = make_denoiser(config, num_classes, shape[-1])
   solver = Solver(sampling.sampler, sampling.num_steps, config.prediction, x0_limit=1.0)
@@ -139,6 +149,16 @@ def sampling_program(
     begin = {}
     if sampling.from_images:
       begin = {"origin": to_model(wanted.origin), "start": sampling.start}
-    return to_pixels(sample(predict, schedule, (len(labels), *shape), key, solver, **begin))
+    run = functools.partial(sample, predict, schedule, (len(labels), *shape), key, **begin)
+    if features is None:
+      return to_pixels(run(solver))
+    judged = functools.partial(features, wanted.judge)
+    loss = seed_select.loss_of(sampling.seeds, judged, wanted.targets, wanted.references)
+    traced = dataclasses.replace(solver, last=len(seed_select.LAST))
+    drawn = normal(stream(key, "seeds"), (len(labels), *shape))
+    noise, _ = seed_select.select(
+      sampling.seeds, lambda noise: run(traced, noise=noise), loss, drawn
+    )
+    return to_pixels(run(solver, noise=noise))
 
   return jax.jit(draw)

@@ -8,6 +8,7 @@ from memdiff.diffusion.denoiser_training import TrainingConfig
 from memdiff.diffusion.guidance import GuidanceConfig
 from memdiff.diffusion.sampler import SAMPLERS
 from memdiff.diffusion.schedules import ScheduleConfig
+from memdiff.diffusion.seed_select import SeedSelectConfig
 from memdiff.diffusion.unet import UNetConfig
 from memdiff.runtime.train_state import OptimizerConfig
 from memdiff.synthesis.pixel_augmentation import AugmentationConfig
@@ -75,6 +76,7 @@ class SolverConfig:
     between(0.01, 1),
   )
   guide: GuidanceConfig = setting(GuidanceConfig(), "what guidance leads away from")
+  seeds: SeedSelectConfig = setting(SeedSelectConfig(), "noise that is chosen, not only drawn")
   prompts: PromptConfig = setting(PromptConfig(), "prompted: what is said of the classes")
 
   @property

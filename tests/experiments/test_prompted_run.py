@@ -16,8 +16,9 @@ COUNTS = {"red-thing": 50, "green-thing": 16, "blue-thing": 3}
 PER_CLASS = 8  # prompts
 METHODS = (
   "balanced+prompted", "balanced+prompted+by_name", "balanced+prompted+by_map",
-  "balanced+prompted+contrastive",
+  "balanced+prompted+contrastive", "balanced+prompted+seed_select",
 )  # fmt: skip
+OF_CAPTIONS = (METHODS[0], *METHODS[3:])
 UNCAPTIONED = "blue-thing/2.png"
 CONFIG = "configs/images/prompted_emoji.py"
 PHASES = 8
@@ -84,7 +85,7 @@ def test_every_image_is_kept_with_its_prompt_and_of_its_class(undisturbed):
     arrays = pool(workdir, method)
     assert len(arrays["prompt"]) == len(arrays["images"]) > 20
     for prompt, label in zip(arrays["prompt"], arrays["labels"], strict=True):
-      if method in ("balanced+prompted", "balanced+prompted+contrastive"):
+      if method in OF_CAPTIONS:
         assert "number" in prompt or prompt == "blue thing"  # of the image without caption
         assert prompt.split()[0] == names[label].split("-")[0]
       elif method.endswith("by_name"):
@@ -123,6 +124,13 @@ def test_all_prompts_share_one_training(undisturbed):
   ]
   images = [pool(workdir, method)["images"] for method in METHODS[:2]]
   assert images[0].shape == images[1].shape and not np.array_equal(*images)
+
+
+def test_chosen_noise_draws_images_nearer_to_their_class(undisturbed):
+  workdir, _, _ = undisturbed
+  drawn, chosen = (pool(workdir, method) for method in (METHODS[0], METHODS[-1]))
+  np.testing.assert_array_equal(drawn["labels"], chosen["labels"])
+  assert chosen["distance"].mean() < 0.95 * drawn["distance"].mean()
 
 
 def test_what_has_no_caption_is_said_and_told_by_its_class(undisturbed):
@@ -277,8 +285,10 @@ def test_what_prompts_lack_is_said_before_anything_is_trained(run, settings, tmp
   assert "config.pool.guidance is 1, which is none" in words
   small = {"evaluation.kid_size": 10, "dataset.image_size": 8}
   quality = support.SmallRuns(f"{CONFIG}:quality", settings | small)
-  words = refused(quality, tmp_path / "d")
+  words = refused(quality, tmp_path / "d", methods=METHODS[2:3])
   assert "Prompts by_map come from the features of a classifier" in words
   words = refused(quality, tmp_path / "f", methods=("contrastive",))
   assert "which captions tell, or a classifier" in words
+  words = refused(quality, tmp_path / "g", methods=("seed_select",))
+  assert "chooses noise by the features of a classifier" in words
   assert not (tmp_path / "a" / "critics").exists()
