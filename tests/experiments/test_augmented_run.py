@@ -272,7 +272,7 @@ def settings(**changes):
     ({"sampling.num_steps": 1001}, "the diffusion has only 1000 steps"),
     ({"methods": ("real",)}, "config.methods is ('real',)"),
     ({"pool.filters": ("sure",)}, "such joined by &"),
-    ({"methods": ()}, "but images must come from somewhere"),
+    ({"methods": ()}, "Images must come from somewhere"),
     ({"pool.files": ("/nowhere/mine.npz",)}, "Cannot read the images in /nowhere/mine.npz"),
     ({"pool.files": ("/nowhere/ddpm.npz",)}, "names ddpm, which is no good name of a row"),
     ({"pool.files": ("/nowhere/a b.npz",)}, "rename the file to letters, digits"),
