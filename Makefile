@@ -41,7 +41,7 @@ lint: $(READY)
 test-prompts: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  -r requirements-prompts.txt -r requirements-text-to-image.txt
-	$(BIN)/python -m pytest tests/synthesis/text_to_image $(ARGS)
+	$(BIN)/python -m pytest tests/synthesis/text_to_image tests/evaluation/test_clip_score.py $(ARGS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

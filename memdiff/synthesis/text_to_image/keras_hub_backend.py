@@ -5,7 +5,6 @@ model is a folder as KerasHub saves it (`save_to_preset`, or what it downloads).
 """
 
 import dataclasses
-import os
 import pathlib
 import warnings
 from collections.abc import Sequence
@@ -16,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from memdiff.errors import ConfigError, DataError
+from memdiff.runtime import keras_library
 from memdiff.runtime.stage import Run
 from memdiff.synthesis.text_to_image import keras_hub_tuning
 from memdiff.synthesis.text_to_image.backends import TextToImageConfig
 from memdiff.synthesis.text_to_image.tuning import Examples, TuningConfig
-
-_INSTALL = "pip install --no-deps -r requirements-text-to-image.txt"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,21 +97,7 @@ def load(config: TextToImageConfig) -> KerasHub:
     ConfigError: if KerasHub is not installed, or Keras runs on another library than JAX.
     DataError: if there is no such model, or it is torn or of another kind.
   """
-  os.environ.setdefault("KERAS_BACKEND", "jax")
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # those of libraries are theirs
-      import keras
-      import keras_hub
-      import tensorflow
-
-    tensorflow.config.set_visible_devices([], "GPU")  # KerasHub only reads prompts with it
-  except ImportError as error:
-    raise ConfigError(f"config.text_to_image.model needs KerasHub ({error}): {_INSTALL}.") from None
-  if keras.backend.backend() != "jax":
-    raise ConfigError(
-      f"Keras runs on {keras.backend.backend()}, but has to run on JAX; set KERAS_BACKEND=jax."
-    )
+  keras_hub = keras_library.keras_hub("config.text_to_image.model")
   folder = pathlib.Path(config.model)
   if not (folder / "task.json").is_file():
     raise DataError(

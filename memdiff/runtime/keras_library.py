@@ -1,0 +1,35 @@
+"""KerasHub on JAX, an extra that few runs need."""
+
+import os
+import warnings
+from types import ModuleType
+
+from memdiff.errors import ConfigError
+
+INSTALL = "pip install --no-deps -r requirements-text-to-image.txt"
+
+
+def keras_hub(needed_by: str) -> ModuleType:
+  """The module keras_hub.
+
+  Args:
+    needed_by: what asks for it, the subject of a sentence.
+
+  Raises:
+    ConfigError: if it is not installed, or Keras runs on another library than JAX.
+  """
+  os.environ.setdefault("KERAS_BACKEND", "jax")
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # those of libraries are theirs
+      import keras
+      import keras_hub
+      import tensorflow
+  except ImportError as error:
+    raise ConfigError(f"{needed_by} needs KerasHub ({error}): {INSTALL}.") from None
+  tensorflow.config.set_visible_devices([], "GPU")  # KerasHub only reads texts with it
+  if keras.backend.backend() != "jax":
+    raise ConfigError(
+      f"Keras runs on {keras.backend.backend()}, but has to run on JAX; set KERAS_BACKEND=jax."
+    )
+  return keras_hub
