@@ -8,6 +8,7 @@ from memdiff.evaluation.plots.accuracy import gap_closed, long_tail_profile, per
 from memdiff.evaluation.plots.confidence_figures import confidence_histogram, reliability
 from memdiff.evaluation.plots.curves import training_curves
 from memdiff.evaluation.plots.images import (
+  PROMPTED,
   by_class,
   prompt_sheet,
   sample_grid,
@@ -18,6 +19,7 @@ from memdiff.evaluation.plots.maps import FeaturePlane, embed, feature_map
 from memdiff.evaluation.plots.style import REAL, SYNTHETIC, style, to_png
 
 __all__ = [
+  "PROMPTED",
   "REAL",
   "SYNTHETIC",
   "FeaturePlane",

@@ -20,7 +20,7 @@ from memdiff.evaluation.plots.style import (
 
 MOST_ROWS = 12  # classes in a grid
 _GAP = 2  # pixels between images of 32
-_PROMPTED = 6  # images in a row of a sheet with prompts
+PROMPTED = 6  # images in a row of a sheet with prompts
 _PROMPT_WIDTH, _PROMPT_INCHES = 22, 0.42  # letters of a line, and room for three of them
 
 
@@ -75,10 +75,10 @@ def prompt_sheet(
     names: [R] of the rows.
     rows: R of (images [n, H, W, 1 or 3] uint8, n prompts); the first few are shown.
   """
-  cell = (WIDTH - 1.6) / _PROMPTED
+  cell = (WIDTH - 1.6) / PROMPTED
   with style():
     figure = Figure(figsize=(WIDTH, 0.6 + (cell + _PROMPT_INCHES) * len(rows)))
-    axes = figure.subplots(len(rows), _PROMPTED, squeeze=False)
+    axes = figure.subplots(len(rows), PROMPTED, squeeze=False)
     for of_class, name, (images, prompts) in zip(axes, names, rows, strict=True):
       for place in of_class:
         place.set_axis_off()
