@@ -105,19 +105,19 @@ def _backend(experiment: Experiment, said: Sequence[Sequence[str]]) -> backends.
   if config.tuning.rank:
     run = dataclasses.replace(experiment.run, seeds=experiment.seeds[:1])
     place = folder(experiment) / "tuning"
-    real, prior = _real_examples(experiment, backend.side), None
+    real, prior = _real_examples(experiment), None
     if config.tuning.prior_weight:
       prior = _prior_examples(experiment, backend, place / "prior.npz")
     backend.tune(config.tuning, real, prior, run, place)
   return backend
 
 
-def _real_examples(experiment: Experiment, side: int) -> Examples:
+def _real_examples(experiment: Experiment) -> Examples:
   """The training images with their captions, or with the names of their classes."""
   data, config = experiment.dataset, experiment.config.text_to_image.prompts
   texts = prompting.captions_of(data, config)
   images = np.broadcast_to(data.train_images, (*data.train_images.shape[:3], 3))
-  return Examples(_fitting(images, (side, side, 3)), data.train_labels, texts)
+  return Examples(images, data.train_labels, texts)
 
 
 def _prior_examples(

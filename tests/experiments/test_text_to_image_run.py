@@ -36,8 +36,6 @@ class Painter:
       images.append(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
     return np.stack(images)
 
-  side = SIDE
-
   def tune(self, config, real, prior, run, folder):
     self.tuned = config, real, prior, run.seeds
 
@@ -138,7 +136,7 @@ def test_captions_tell_of_training_images_so_that_folds_do_not_judge(data, paint
 def test_a_tuned_model_has_seen_the_real_images_and_its_own(data, painters, tmp_path):
   report = run(data, tmp_path / "run", **{"text_to_image.tuning.rank": 2})
   _, real, prior, seeds = painters[0].tuned
-  assert real.images.shape == (69, SIDE, SIDE, 3) and len(seeds) == 1
+  assert real.images.shape == (69, 8, 8, 3) and len(seeds) == 1
   names = report["dataset"]["class_names"]
   for prompt, label in zip(real.prompts, real.labels, strict=True):
     assert names[label].split("-")[0] in prompt

@@ -33,10 +33,6 @@ class Backend(Protocol):
       [n, S, S, 3] uint8.
     """
 
-  @property
-  def side(self) -> int:
-    """Pixels that it draws."""
-
   def tune(
     self,
     config: TuningConfig,

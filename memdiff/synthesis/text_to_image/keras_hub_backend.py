@@ -69,10 +69,6 @@ class KerasHub:
       ) from error
     return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
-  @property
-  def side(self) -> int:
-    return self.task.backbone.image_shape[0]
-
   def tune(
     self,
     config: TuningConfig,

@@ -13,8 +13,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from input_pipeline.batches import ByClass, draw_members, group_by_class
+from input_pipeline.lazy_images import resize_and_crop
 from memdiff.errors import ConfigError
 from memdiff.runtime import distributed, loop, train_state
 from memdiff.runtime import mesh as mesh_lib
@@ -145,10 +147,11 @@ def make_stage(
 def _told(task: Any, examples: Examples) -> _Told:
   known, prompt = np.unique(np.array(examples.prompts), return_inverse=True)
   tokens = task.preprocessor.generate_preprocess(known.tolist())
-  latents = [
-    _encoded(task.backbone, examples.images[start : start + _BATCH])
-    for start in range(0, len(examples.images), _BATCH)
-  ]
+  side, latents = task.backbone.image_shape[0], []
+  for start in range(0, len(examples.images), _BATCH):  # large images are many bytes
+    rows = [Image.fromarray(image) for image in examples.images[start : start + _BATCH]]
+    rows = np.stack([resize_and_crop(image, side) for image in rows])
+    latents.append(_encoded(task.backbone, rows))
   classes, labels = np.unique(examples.labels, return_inverse=True)
   return _Told(
     latents=np.concatenate(latents),

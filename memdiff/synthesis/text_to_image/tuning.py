@@ -36,7 +36,7 @@ class Examples:
   """Images and what is said of them.
 
   Attributes:
-    images: uint8 [N, S, S, 3], as large as the model draws.
+    images: uint8 [N, S, S, 3] of any size; the model resizes them to its own.
     labels: [N] classes.
     prompts: N texts.
   """

@@ -116,7 +116,7 @@ TUNING = TuningConfig(
 @pytest.fixture(scope="module")
 def examples():
   rng = np.random.default_rng(0)
-  shape = (6, tiny_sd3.SIDE, tiny_sd3.SIDE, 3)
+  shape = (6, 8, 8, 3)  # enlarged to what the model draws
   images = rng.integers(0, 60, shape).astype(np.uint8)
   images[3:] += 180
   return Examples(images, np.repeat([4, 7], 3), ["a red bird"] * 3 + ["a cat"] * 3)
