@@ -45,7 +45,8 @@ IMAGES = make_images()
 
 @pytest.fixture(scope="module")
 def data(mesh):
-  return pixel_data.make_data(IMAGES, LABELS, 3, mesh)
+  captions = np.eye(len(LABELS), 16, dtype=np.float32)  # for the method that reads them
+  return pixel_data.make_data(IMAGES, LABELS, 3, mesh, captions)
 
 
 def draw(data, **changes):
