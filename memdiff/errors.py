@@ -1,5 +1,8 @@
 """Errors that speak to people: one sentence that says what is wrong, where, and what to do."""
 
+import sys
+from collections.abc import Callable
+
 
 class MemdiffError(Exception):
   """A failure whose message is meant for the user; `main.py` prints it without a traceback."""
@@ -35,3 +38,13 @@ class LostProcessError(MemdiffError):
   """Another process of the run is gone; the same command on all hosts resumes it."""
 
   exit_code = 75  # EX_TEMPFAIL: try again
+
+
+def exit_code(work: Callable[[], None]) -> int:
+  """Does the work of a command; what fails becomes a sentence on stderr, and its exit code."""
+  try:
+    work()
+  except MemdiffError as error:
+    print(f"memdiff: {error}", file=sys.stderr)
+    return error.exit_code
+  return 0

@@ -406,7 +406,7 @@ OUT_OF_RANGE = {
     "experiment": ["images"], "seeds": [(-1,)], "methods": [("gan",)],
     "pool.fill_to": [-1], "pool.surplus": [0.5], "pool.guidance": [-1.0],
     "pool.filters": [(), ("sure",), ("none", "none"), ("new&new",), ("new@0",), ("new@much",)],
-    "text_to_image.backend": ["dalle"], "text_to_image.side": [-8, 12],
+    "text_to_image.side": [-8, 12],
     "text_to_image.dtype": ["float16"], "text_to_image.num_steps": [0],
     "text_to_image.tuning.rank": [-1], "text_to_image.tuning.num_steps": [0],
     "text_to_image.tuning.batch_size": [0], "text_to_image.tuning.prior_weight": [-1.0],

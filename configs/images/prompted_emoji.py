@@ -19,12 +19,12 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-QUALITY = "quality"
+_QUALITY = "quality"
 _METHODS = ("balanced", "memdiff+balanced", "balanced+prompted", "balanced+prompted+by_name")
 
 
 def get_config(variant: str = "default") -> ConfigDict:
-  make = base.images if variant == QUALITY else base.augmented
+  make = base.images if variant == _QUALITY else base.augmented
   config = make("prompted_emoji")
   config.seeds = (0, 1, 2)
   config.dataset.name = "folder"
@@ -37,7 +37,7 @@ def get_config(variant: str = "default") -> ConfigDict:
   config.sampling.prompts.templates = ("{class}",)
   config.encoder.backbone.name = "resnet20"
   config.classifier.num_epochs = 60.0
-  if variant != QUALITY:
+  if variant != _QUALITY:
     config.methods = (*_METHODS, "balanced+prompted+by_map")
     config.pool.fill_to = 40
     config.added.counts = ("real", "effective")
@@ -54,5 +54,5 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.diffusion.num_steps = 20
     config.sampling.update(num_steps=3, chunk_size=20)
 
-  base.choose(variant, {QUALITY: quality, "smoke": smoke})
+  base.choose(variant, {_QUALITY: quality, "smoke": smoke})
   return config

@@ -170,18 +170,19 @@ def annealed(config: AnnealingConfig, context: Any, key: jax.Array) -> Callable[
   def at(t):
     time = t[0] / 1000
     whole = jnp.clip((config.end - time) / (config.end - config.begin), 0, 1)
-    keys = iter(jax.random.split(jax.random.fold_in(key, t[0].astype(int)), 64))
+    leaves, structure = jax.tree.flatten(context)
+    keys = jax.random.split(jax.random.fold_in(key, t[0].astype(int)), len(leaves))
 
-    def fade(y):
+    def fade(y, key):
       if not jnp.issubdtype(y.dtype, jnp.floating):
         return y
       axes = tuple(range(1, y.ndim))
       mean, deviation = y.mean(axis=axes, keepdims=True), y.std(axis=axes, keepdims=True)
-      noisy = jnp.sqrt(whole) * y + config.noise * jnp.sqrt(1 - whole) * normal(next(keys), y.shape)
+      noisy = jnp.sqrt(whole) * y + config.noise * jnp.sqrt(1 - whole) * normal(key, y.shape)
       spread = jnp.maximum(noisy.std(axis=axes, keepdims=True), 1e-6)
       back = (noisy - noisy.mean(axis=axes, keepdims=True)) / spread * deviation + mean
       return config.mix * back + (1 - config.mix) * noisy
 
-    return jax.tree.map(fade, context)
+    return jax.tree.unflatten(structure, map(fade, leaves, keys))
 
   return at

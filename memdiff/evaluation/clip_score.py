@@ -15,14 +15,13 @@ import dataclasses
 import json
 import pathlib
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from memdiff.errors import DataError, MemdiffError
+from memdiff.errors import DataError, MemdiffError, exit_code
 from memdiff.runtime import keras_library
 from memdiff.runtime.workdir import read_arrays
 
@@ -88,16 +87,9 @@ def load(path: str) -> Clip:
   keras_hub = keras_library.keras_hub("The CLIP score")
   if not (pathlib.Path(path) / "config.json").is_file():
     raise DataError(f"{path} holds no config.json; give the folder of a CLIP as KerasHub saves it.")
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")
-      backbone = keras_hub.models.CLIPBackbone.from_preset(path)
-      preprocessor = keras_hub.models.CLIPPreprocessor.from_preset(path)
-  except Exception as error:  # Keras raises many types for torn files
-    reason = str(error).strip().split("\n")[0]
-    raise DataError(
-      f"Cannot read the CLIP in {path} ({type(error).__name__}: {reason})."
-    ) from error
+  with keras_library.reading(f"the CLIP in {path}"):
+    backbone = keras_hub.models.CLIPBackbone.from_preset(path)
+    preprocessor = keras_hub.models.CLIPPreprocessor.from_preset(path)
   return Clip(backbone, preprocessor)
 
 
@@ -140,6 +132,16 @@ def evaluate(path: str, model: str) -> dict[str, Any]:
   }
 
 
+def _score(arguments: argparse.Namespace) -> None:
+  result = evaluate(arguments.images, arguments.model)
+  print(
+    f"CLIP score {result['clip_score']:.4f} (standard deviation over {result['number']:,} images"
+    f" {result['std']:.4f})\n{result['definition']}; images resized to {result['side']} px"
+  )
+  if arguments.json:
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m memdiff.evaluation.clip_score",
@@ -150,18 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--model", required=True, help="folder of a CLIP")
   parser.add_argument("--json", type=pathlib.Path, help="write the result to this file too")
   arguments = parser.parse_args(argv)
-  try:
-    result = evaluate(arguments.images, arguments.model)
-    print(
-      f"CLIP score {result['clip_score']:.4f} (standard deviation over {result['number']:,} images"
-      f" {result['std']:.4f})\n{result['definition']}; images resized to {result['side']} px"
-    )
-    if arguments.json:
-      arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-  except MemdiffError as error:
-    print(f"memdiff: {error}", file=sys.stderr)
-    return error.exit_code
-  return 0
+  return exit_code(lambda: _score(arguments))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from input_pipeline import identity
-from memdiff.errors import ConfigError, MemdiffError
+from memdiff.errors import ConfigError, exit_code
 from memdiff.evaluation import class_metrics, image_quality, image_sets, networks, set_metrics
 from memdiff.evaluation.networks import NETWORKS
 from memdiff.runtime.workdir import read_arrays, write_arrays, writing
@@ -166,6 +166,13 @@ def table(result: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+  result = evaluate(arguments)
+  print(table(result))
+  if arguments.json:
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m memdiff.evaluation.images",
@@ -185,15 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--cache", type=pathlib.Path, help="folder: keep the reference's features")
   parser.add_argument("--json", type=pathlib.Path, help="write the result to this file too")
   arguments = parser.parse_args(argv)
-  try:
-    result = evaluate(arguments)
-    print(table(result))
-    if arguments.json:
-      arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-  except MemdiffError as error:
-    print(f"memdiff: {error}", file=sys.stderr)
-    return error.exit_code
-  return 0
+  return exit_code(lambda: _compare(arguments))
 
 
 if __name__ == "__main__":

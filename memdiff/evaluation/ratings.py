@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from memdiff.errors import ConfigError, DataError, MemdiffError
+from memdiff.errors import ConfigError, DataError, exit_code
 from memdiff.evaluation import clip_score
 from memdiff.runtime.workdir import write_atomically
 
@@ -131,6 +131,22 @@ def _sources(arguments: Sequence[str]) -> dict[str, str]:
   return {name: path for name, _, path in pairs}
 
 
+def _rate(arguments: argparse.Namespace) -> None:
+  if arguments.step == "make":
+    if arguments.number < 1:
+      raise ConfigError("--number must be at least 1.")
+    made = make(_sources(arguments.images), arguments.out, arguments.number, arguments.seed)
+    print(f"{made} images to rate: fill in {arguments.out / _RATINGS}")
+    return
+  result = read(arguments.out)
+  for name, found in result.items():
+    for what, row in found.items():
+      low, high = row["interval"] or (row["mean"], row["mean"])
+      print(f"{name:24s} {what:8s} {row['mean']:.2f} ({low:.2f} to {high:.2f}), {row['number']}")
+  if arguments.json:
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m memdiff.evaluation.ratings",
@@ -144,24 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--seed", type=int, default=0, help="make: which images, in which order")
   parser.add_argument("--json", type=pathlib.Path, help="read: write the result to this file too")
   arguments = parser.parse_args(argv)
-  try:
-    if arguments.step == "make":
-      if arguments.number < 1:
-        raise ConfigError("--number must be at least 1.")
-      made = make(_sources(arguments.images), arguments.out, arguments.number, arguments.seed)
-      print(f"{made} images to rate: fill in {arguments.out / _RATINGS}")
-      return 0
-    result = read(arguments.out)
-    for name, found in result.items():
-      for what, row in found.items():
-        low, high = row["interval"] or (row["mean"], row["mean"])
-        print(f"{name:24s} {what:8s} {row['mean']:.2f} ({low:.2f} to {high:.2f}), {row['number']}")
-    if arguments.json:
-      arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-  except MemdiffError as error:
-    print(f"memdiff: {error}", file=sys.stderr)
-    return error.exit_code
-  return 0
+  return exit_code(lambda: _rate(arguments))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from memdiff.classifier import encoder, image_batches
 from memdiff.experiments.augmented_runs import Part, critic_folder, second_folder
 from memdiff.experiments.augmented_settings import CRITIC_LOSS
 from memdiff.experiments.base import Experiment, forward_images
-from memdiff.experiments.drawer import Judge
+from memdiff.experiments.drawer import Judge, class_directions
 from memdiff.runtime import results
 from memdiff.synthesis.image_filters import Signs
 
@@ -81,10 +81,9 @@ def make_critic(experiment: Experiment, part: Part, run: int) -> Critic:
   if experiment.config.pool.needs_second:
     folders.append(second_folder(experiment, part))
   features = real_features(experiment, part, run)
-  sums = np.zeros((data.num_classes, features.shape[-1]))
-  np.add.at(sums, data.train_labels[part.rows_of(run)], features)
+  means = class_directions(features, data.train_labels[part.rows_of(run)], data.num_classes)
   states = tuple(_state(experiment, folder, run) for folder in folders)
-  return Critic(experiment, states, _statistics(experiment, part, run), _unit(sums))
+  return Critic(experiment, states, _statistics(experiment, part, run), means)
 
 
 def make_judge(experiment: Experiment, part: Part, run: int) -> Judge:
@@ -96,15 +95,13 @@ def make_judge(experiment: Experiment, part: Part, run: int) -> Judge:
   np.add.at(sums, labels, images / 127.5 - 1)
   counts = np.bincount(labels, minlength=data.num_classes)
   features = real_features(experiment, part, run)
-  means = np.zeros((data.num_classes, features.shape[-1]))
-  np.add.at(means, labels, features)
-  state = jax.tree.map(lambda x: x[0], _state(experiment, critic_folder(experiment, part), run))
-  statistics = {name: x[0] for name, x in _statistics(experiment, part, run).items()}
+  state = _state(experiment, critic_folder(experiment, part), run)
+  params = jax.tree.map(lambda x: x[0], (state, _statistics(experiment, part, run)))
   model = encoder.make_model(config.encoder, CRITIC_LOSS, data.num_classes)
   return Judge(
     features=_features(model, config.encoder.input),
-    params=(state.params, state.model_state, statistics),
-    targets=_unit(means).astype(np.float32),
+    params=params,
+    targets=class_directions(features, labels, data.num_classes).astype(np.float32),
     references=(sums / np.maximum(counts, 1)[:, None, None, None]).astype(np.float32),
   )
 
@@ -114,9 +111,8 @@ def _features(model: nn.Module, input_config: encoder.InputConfig) -> Callable:
   """As `Judge.features`; the same function for all runs, so that their program is one."""
 
   def features(params, images):
-    weights, batch_stats, statistics = params
+    state, statistics = params
     rows = encoder.normalize(input_config, (images + 1) * 127.5, statistics)
-    variables = {"params": weights, "batch_stats": batch_stats}
-    return model.apply(variables, rows, train=False)[1]
+    return encoder.apply_eval(model, state, rows)[1]
 
   return features

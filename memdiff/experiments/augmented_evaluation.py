@@ -224,8 +224,7 @@ def _draw(
   for method in experiment.config.sources:
     arrays = read_arrays(pool_path(experiment, final, method, 0))
     if "prompt" in arrays:
-      drawn = (arrays[name] for name in ("images", "labels", "prompt"))
-      yield f"prompts_{method}", prompting.draw_sheet(experiment, method, *drawn)
+      yield f"prompts_{method}", prompting.draw_sheet(experiment, method, arrays)
 
 
 def _grid(experiment: Experiment, method: str, filter_name: str) -> "Figure":

@@ -37,12 +37,11 @@ from memdiff.experiments.augmented_settings import (
   Row,
 )
 from memdiff.experiments.base import Experiment
-from memdiff.experiments.drawer import Drawer, chunks, most_alike
+from memdiff.experiments.drawer import Drawer, chunks, class_directions, most_alike
 from memdiff.experiments.image_store import (
   device_data,
   params_of_seed,
-  read_prompts,
-  read_samples,
+  read_drawn,
 )
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.workdir import read_arrays
@@ -110,6 +109,9 @@ def _drawer(experiment: Experiment, part: Part, method: str, run: int) -> Drawer
   )
   rows, sampling = part.rows_of(run), image_methods.apply_drawing(method, config.sampling)
   features = functools.cache(lambda: real_features(experiment, part, run))
+  alike = None
+  if sampling.guide.needs_negative:
+    alike = most_alike(class_directions(features(), data.train_labels[rows], data.num_classes))
   of_run = jax.tree.map(lambda x: x[0], seen).of(device_data(experiment))
   trained = image_methods.trained(method)
   folder = experiment.workdir.folder("diffusion") / part.name / trained
@@ -122,9 +124,7 @@ def _drawer(experiment: Experiment, part: Part, method: str, run: int) -> Drawer
     seed=part.run.seeds[run],
     key=part.run.keys("exemplars")[run],
     prompts=prompting.make_prompts(experiment, method, rows, features),
-    alike=most_alike(features(), data.train_labels[rows], data.num_classes)
-    if sampling.guide.needs_negative
-    else None,
+    alike=alike,
     judge=make_judge(experiment, part, run) if sampling.seeds.iterations else None,
   )
 
@@ -163,14 +163,14 @@ def _described(
     asked = source == TEXT_TO_IMAGE
     folder = experiment.workdir.folder("sampling") / part.name / source / f"run_{run}"
     folder = text_to_image.folder(experiment) if asked else folder
-    images, labels = read_samples(folder)
+    drawn = read_drawn(folder)
+    images, labels = drawn["images"], drawn["labels"]
     config = experiment.config
     seed = config.text_to_image.seed if asked else part.run.seeds[run]
     scale = config.text_to_image.guidance if asked else config.pool.guidance
     origin = {"seed": np.array(seed), "guidance": np.array(scale)}
-    prompts = read_prompts(folder)
-    if prompts is not None:
-      origin["prompt"] = prompts
+    if "prompt" in drawn:
+      origin["prompt"] = drawn["prompt"]
     learned_from = text_to_image.learned_from(experiment) if asked else rows
   else:
     found = image_pool.read(path, data)

@@ -23,7 +23,7 @@ from PIL import Image
 from input_pipeline import image_files
 from memdiff import config as config_lib
 from memdiff.diffusion.text_condition import Captioned
-from memdiff.errors import ConfigError, DataError, MemdiffError
+from memdiff.errors import ConfigError, DataError, exit_code
 from memdiff.experiments.image_settings import ImagesConfig
 from memdiff.experiments.image_store import params_of_seed, png_bytes
 from memdiff.runtime import mesh as mesh_lib
@@ -148,6 +148,11 @@ def draw(
   sampling = image_methods.apply_drawing(method, settings.sampling)
   if sampling.from_images and exemplars is None:
     raise ConfigError(f"{method} begins from images; give --exemplars, or another --method.")
+  if sampling.guide.needs_negative:
+    raise ConfigError(
+      f"{method} leads away from a class that is like the one that is drawn, but what is drawn here"
+      " is of none; give another --method."
+    )
   classes, shape = report["dataset"]["num_classes"], tuple(report["images"]["image_shape"])
   params = params_of_seed(workdir / "diffusion" / image_methods.trained(method), 0, mesh)
   told = _told(config, params, prompts, number)
@@ -190,40 +195,39 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
+def _draw(arguments: argparse.Namespace) -> None:
+  if arguments.number < 1 or arguments.scale < 0 or not 0 <= arguments.seed < 2**32:
+    raise ConfigError("--number must be at least 1, --scale and --seed at least 0.")
+  if not arguments.exemplars and not arguments.prompts:
+    raise ConfigError("There is nothing to draw from; give --exemplars, --prompts, or both.")
+  shape, exemplars = read_report(arguments.workdir)["images"]["image_shape"], None
+  if arguments.exemplars:
+    exemplars = read_exemplars(arguments.exemplars, shape)
+  images = draw(
+    arguments.workdir,
+    arguments.number,
+    exemplars=exemplars,
+    prompts=arguments.prompts,
+    method=arguments.method,
+    scale=arguments.scale,
+    seed=arguments.seed,
+  )
+  with writing(arguments.out):
+    arguments.out.mkdir(parents=True, exist_ok=True)
+  for number, pixels in enumerate(images):
+    write_atomically(arguments.out / f"{number:06d}.png", png_bytes(pixels))
+  arrays = {"images": images}
+  if arguments.prompts:
+    arrays["prompt"] = np.repeat(arguments.prompts, arguments.number)
+  write_arrays(arguments.out / "images.npz", arrays)
+  sources = [f"{len(exemplars)} exemplars"] if arguments.exemplars else []
+  sources += [f"{len(arguments.prompts)} prompts"] if arguments.prompts else []
+  print(f"{len(images)} images drawn from {' and '.join(sources)}: {arguments.out}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   arguments = _parser().parse_args(argv)
-  try:
-    if arguments.number < 1 or arguments.scale < 0 or not 0 <= arguments.seed < 2**32:
-      raise ConfigError("--number must be at least 1, --scale and --seed at least 0.")
-    if not arguments.exemplars and not arguments.prompts:
-      raise ConfigError("There is nothing to draw from; give --exemplars, --prompts, or both.")
-    shape, exemplars = read_report(arguments.workdir)["images"]["image_shape"], None
-    if arguments.exemplars:
-      exemplars = read_exemplars(arguments.exemplars, shape)
-    images = draw(
-      arguments.workdir,
-      arguments.number,
-      exemplars=exemplars,
-      prompts=arguments.prompts,
-      method=arguments.method,
-      scale=arguments.scale,
-      seed=arguments.seed,
-    )
-    with writing(arguments.out):
-      arguments.out.mkdir(parents=True, exist_ok=True)
-    for number, pixels in enumerate(images):
-      write_atomically(arguments.out / f"{number:06d}.png", png_bytes(pixels))
-    arrays = {"images": images}
-    if arguments.prompts:
-      arrays["prompt"] = np.repeat(arguments.prompts, arguments.number)
-    write_arrays(arguments.out / "images.npz", arrays)
-    sources = [f"{len(exemplars)} exemplars"] if arguments.exemplars else []
-    sources += [f"{len(arguments.prompts)} prompts"] if arguments.prompts else []
-    print(f"{len(images)} images drawn from {' and '.join(sources)}: {arguments.out}")
-  except MemdiffError as error:
-    print(f"memdiff: {error}", file=sys.stderr)
-    return error.exit_code
-  return 0
+  return exit_code(lambda: _draw(arguments))
 
 
 if __name__ == "__main__":

@@ -41,12 +41,16 @@ def chunks(labels: np.ndarray, size: int) -> Iterator[Chunk]:
     yield Chunk(start, labels[rows], turns[rows])
 
 
-def most_alike(features: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-  """The other class whose mean of features [n, D] has the nearest direction, of each. [C]."""
+def class_directions(features: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+  """The means of features [n, D] of each class, of length one. [C, D]."""
   sums = np.zeros((num_classes, features.shape[1]))
   np.add.at(sums, labels, features)
-  unit = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
-  cosines = unit @ unit.T
+  return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+
+
+def most_alike(directions: np.ndarray) -> np.ndarray:
+  """The other class whose direction [C, D] is the nearest, of each. [C]."""
+  cosines = directions @ directions.T
   np.fill_diagonal(cosines, -np.inf)
   return cosines.argmax(axis=1)
 

@@ -12,7 +12,7 @@ from memdiff.evaluation.image_sets import ImageSet
 from memdiff.experiments import bottlenecks, image_figures, prompting, record, summaries
 from memdiff.experiments.base import Experiment, forward_images
 from memdiff.experiments.image_settings import CLASSIFIER
-from memdiff.experiments.image_store import read_prompts, read_samples, sample_folder
+from memdiff.experiments.image_store import read_drawn, sample_folder
 from memdiff.runtime import results
 from memdiff.synthesis import image_methods
 
@@ -105,7 +105,8 @@ class _Judging:
     """The metrics of one set."""
     config, data = self._experiment.config.evaluation, self._data
     folder = sample_folder(self._experiment, method, scale, seed)
-    rows, labels = read_samples(folder)
+    drawn = read_drawn(folder)
+    rows, labels = drawn["images"], drawn["labels"]
     features, predicted = self.network.encode(rows)
     generated = Labelled(features, labels)
     found = image_quality.compare_sets(
@@ -116,9 +117,9 @@ class _Judging:
     near = image_quality.nearest(rows, data.train_images)
     found["copied"] = float(near.copied.mean())
     found["nearness"] = float(near.distance.mean() / max(self._unseen, 1e-9))
-    shares, prompts = {"copied": near.copied}, read_prompts(folder)
-    if prompts is not None:
-      shares["caption"] = self._captions.hits(features, prompts)
+    shares = {"copied": near.copied}
+    if "prompt" in drawn:
+      shares["caption"] = self._captions.hits(features, drawn["prompt"])
       found["caption"] = float(shares["caption"].mean())
     if predicted is not None:
       shares["right"] = predicted == labels

@@ -8,7 +8,7 @@ import numpy as np
 from memdiff.evaluation import image_quality, networks
 from memdiff.experiments import bottlenecks, prompting, record
 from memdiff.experiments.base import Experiment
-from memdiff.experiments.image_store import read_prompts, read_samples, sample_folder
+from memdiff.experiments.image_store import read_drawn, read_samples, sample_folder
 from memdiff.synthesis import image_methods
 
 if TYPE_CHECKING:
@@ -38,10 +38,9 @@ def draw(experiment: Experiment, result: Mapping[str, Any]) -> Iterator[tuple[st
   for row in found["rows"]:
     yield f"samples_{row['method']}", _grid(experiment, row["method"], row["scale"])
     folder = sample_folder(experiment, row["method"], row["scale"], 0)
-    prompts = read_prompts(folder)
-    if prompts is not None:
-      sheet = prompting.draw_sheet(experiment, row["method"], *read_samples(folder), prompts)
-      yield f"prompts_{row['method']}", sheet
+    drawn = read_drawn(folder)
+    if "prompt" in drawn:
+      yield f"prompts_{row['method']}", prompting.draw_sheet(experiment, row["method"], drawn)
   for row in found["rows"][:_MAPS]:
     yield f"bottleneck_{row['method']}", bottlenecks.draw(experiment, row["method"], row["scale"])
   kids = [

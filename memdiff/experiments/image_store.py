@@ -23,19 +23,16 @@ def sample_folder(experiment: Experiment, method: str, scale: float, seed: int) 
   return folder / f"seed_{experiment.seeds[seed]}"
 
 
+def read_drawn(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  """All that is known of the images of all files, in order: images, labels, perhaps prompt."""
+  parts = [read_arrays(path) for path in sorted(folder.glob("*.npz"))]
+  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def read_samples(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
   """(images, labels) of all files, in order."""
-  parts = [read_arrays(path, ("images", "labels")) for path in sorted(folder.glob("*.npz"))]
-  return tuple(np.concatenate([part[name] for part in parts]) for name in ("images", "labels"))
-
-
-def read_prompts(folder: pathlib.Path) -> np.ndarray | None:
-  """What each of these images was drawn from, a text; None if from no prompt."""
-  paths = sorted(folder.glob("*.npz"))
-  parts = [read_arrays(path) for path in paths]
-  if "prompt" not in parts[0]:
-    return None
-  return np.concatenate([part["prompt"] for part in parts])
+  drawn = read_drawn(folder)
+  return drawn["images"], drawn["labels"]
 
 
 def trained(experiment: Experiment, method: str, seed: int) -> Any:

@@ -8,6 +8,7 @@ evaluation   images -> report.json, report.html              evaluation/
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator
 
@@ -17,12 +18,13 @@ from input_pipeline import dataset as dataset_lib
 from memdiff.evaluation import image_report
 from memdiff.experiments import image_evaluation, prompting
 from memdiff.experiments.base import Experiment, Kind, Phase, classifier_stage, last_metrics
-from memdiff.experiments.drawer import Chunk, Drawer, chunks, most_alike
+from memdiff.experiments.drawer import Chunk, Drawer, chunks, class_directions, most_alike
 from memdiff.experiments.image_settings import CLASSIFIER, ImagesConfig, check
 from memdiff.experiments.image_store import device_data, png_bytes, sample_folder, trained
 from memdiff.runtime import loop, programs
 from memdiff.runtime.workdir import write_arrays, write_atomically, writing
 from memdiff.synthesis import image_methods, pixel_bottlenecks, pixel_data, pixel_diffusion
+from memdiff.synthesis.text_to_image.prompts import Prompts
 
 
 def train_network(experiment: Experiment) -> dict:
@@ -95,6 +97,7 @@ def sample_images(experiment: Experiment) -> dict:
   """Draws images chunk by chunk; those that are there already are kept."""
   parts, progress = list(_parts(experiment)), experiment.run.progress
   shared = device_data(experiment)
+  said = functools.cache(functools.partial(_said, experiment))  # the same for all files
   progress.start_stage(0)
   for number, part in enumerate(parts, 1):
     experiment.run.preemption.check(f"after {number - 1} of {len(parts)} files of samples")
@@ -102,7 +105,7 @@ def sample_images(experiment: Experiment) -> dict:
     if not part.path(folder).exists():
       with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-      drawn = _draw_part(experiment, part, shared)
+      drawn = _draw_part(experiment, part, shared, *said(part.method))
       if experiment.config.sampling.png:
         _write_png(folder, part.chunk.start, drawn["images"], drawn["labels"])
       write_arrays(part.path(folder), drawn)
@@ -110,25 +113,35 @@ def sample_images(experiment: Experiment) -> dict:
   return {"images": sum(len(part.chunk.labels) for part in parts)}
 
 
+def _said(experiment: Experiment, method: str) -> tuple[Prompts | None, np.ndarray | None]:
+  """What a method's U-Net is told of the classes, and from which class each is led away."""
+  data = experiment.dataset
+  prompts = prompting.make_prompts(experiment, method, np.arange(len(data.train_labels)))
+  guide = image_methods.apply_drawing(method, experiment.config.sampling).guide
+  if not guide.needs_negative:
+    return prompts, None
+  vectors = prompting.caption_vectors(experiment)
+  return prompts, most_alike(class_directions(vectors, data.train_labels, data.num_classes))
+
+
 def _draw_part(
-  experiment: Experiment, part: _Part, shared: pixel_data.ImageData
+  experiment: Experiment,
+  part: _Part,
+  shared: pixel_data.ImageData,
+  prompts: Prompts | None,
+  alike: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
   """As of `Drawer.draw`; the noise of all methods and scales is the same."""
-  config, data = experiment.config, experiment.dataset
-  sampling = image_methods.apply_drawing(part.method, config.sampling)
-  everything, alike = np.arange(len(data.train_labels)), None
-  if sampling.guide.needs_negative:
-    vectors = prompting.caption_vectors(experiment)
-    alike = most_alike(vectors, data.train_labels, data.num_classes)
+  config = experiment.config
   drawer = Drawer(
     config=image_methods.apply(part.method, config.diffusion),
-    sampling=sampling,
+    sampling=image_methods.apply_drawing(part.method, config.sampling),
     data=shared,
     mesh=experiment.mesh,
     params=trained(experiment, part.method, part.seed),
     seed=experiment.seeds[part.seed],
     key=experiment.run.keys("exemplars")[part.seed],
-    prompts=prompting.make_prompts(experiment, part.method, everything),
+    prompts=prompts,
     alike=alike,
   )
   return drawer.draw(part.chunk, part.scale)

@@ -5,7 +5,7 @@ captions   captions of the training images -> their embeddings   captions/embedd
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -214,18 +214,16 @@ def learn_captions(experiment: Experiment, features: np.ndarray) -> CaptionJudge
   return CaptionJudge(experiment, caption_map.fit(features, vectors, captions))
 
 
-def draw_sheet(
-  experiment: Experiment, method: str, images: np.ndarray, labels: np.ndarray, texts: np.ndarray
-) -> "Figure":
+def draw_sheet(experiment: Experiment, method: str, drawn: Mapping[str, np.ndarray]) -> "Figure":
   """Generated images of some classes, from common to rare, each over its prompt."""
   from memdiff.evaluation import plots  # matplotlib takes a second
 
-  data = experiment.dataset
+  data, labels = experiment.dataset, drawn["labels"]
   shown = [c for c in plots.shown_classes(data.train_counts) if (labels == c).any()]
   return plots.prompt_sheet(
     f"{method}: images and their prompts",
     [f"{data.class_names[c]} ({data.train_counts[c]:,})" for c in shown],
-    [(images[labels == c], texts[labels == c].tolist()) for c in shown],
+    [(drawn["images"][labels == c], drawn["prompt"][labels == c].tolist()) for c in shown],
   )
 
 
@@ -233,6 +231,12 @@ EMBED_CAPTIONS = Phase(
   "captions",
   "reading the captions of the training images",
   embed_captions,
-  ("dataset", "methods", "diffusion.text", "sampling.prompts.templates"),
+  (
+    "dataset",
+    "methods",
+    "diffusion.text",
+    "sampling.prompts.templates",
+    "sampling.prompts.contexts",
+  ),
   reads_text,
 )

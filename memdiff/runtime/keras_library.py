@@ -1,12 +1,30 @@
 """KerasHub on JAX, an extra that few runs need."""
 
+import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
-from memdiff.errors import ConfigError
+from memdiff.errors import ConfigError, DataError
 
 INSTALL = "pip install --no-deps -r requirements-text-to-image.txt"
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+  """Reads a model; whatever is wrong with it is one sentence.
+
+  Raises:
+    DataError: naming `what`; Keras itself raises many types for torn files.
+  """
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      yield
+  except Exception as error:
+    reason = str(error).strip().split("\n")[0]
+    raise DataError(f"Cannot read {what} ({type(error).__name__}: {reason}).") from error
 
 
 def keras_hub(needed_by: str) -> ModuleType:

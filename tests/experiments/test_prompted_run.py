@@ -260,7 +260,10 @@ def test_prompts_that_nothing_reads_are_refused(quality, tmp_path, capsys):
   common = [f"--workdir={quality[0]}", f"--out={tmp_path}"]
   assert draw.main(common) == 2
   assert draw.main([*common, "--prompts", "a unicorn"]) > 0
+  negative = f"--method={QUALITY[2]}"
+  assert draw.main([*common, negative, "--prompts", "red thing"]) == 2
   said = capsys.readouterr().err
+  assert "what is drawn here is of none" in said
   assert "give --exemplars, --prompts, or both" in said and "no embedding of 'a unicorn'" in said
 
 

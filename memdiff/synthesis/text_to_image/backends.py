@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -51,10 +51,7 @@ class Backend(Protocol):
 class TextToImageConfig:
   """A model that was trained elsewhere, and what it is asked for."""
 
-  model: str = path_setting('its folder, "": none is used')
-  backend: str = setting(
-    "keras_hub", "the library that reads it: Stable Diffusion 3", one_of(("keras_hub",))
-  )
+  model: str = path_setting('its folder, as KerasHub saves Stable Diffusion 3; "": none')
   side: int = setting(
     0,
     "pixels that it draws, before images are resized to those of the data set; 0: its own",
@@ -76,7 +73,7 @@ class TextToImageConfig:
 
 
 def load(config: TextToImageConfig) -> Backend:
-  """The model of a config.
+  """The model of a config, by KerasHub.
 
   Raises:
     ConfigError: if its library is not installed.
@@ -84,5 +81,4 @@ def load(config: TextToImageConfig) -> Backend:
   """
   from memdiff.synthesis.text_to_image import keras_hub_backend  # its library takes seconds
 
-  loaders: dict[str, Callable[[TextToImageConfig], Backend]] = {"keras_hub": keras_hub_backend.load}
-  return loaders[config.backend](config)
+  return keras_hub_backend.load(config)

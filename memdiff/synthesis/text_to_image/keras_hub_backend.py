@@ -6,7 +6,6 @@ model is a folder as KerasHub saves it (`save_to_preset`, or what it downloads).
 
 import dataclasses
 import pathlib
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,13 +100,6 @@ def load(config: TextToImageConfig) -> KerasHub:
       " a text-to-image model as KerasHub saves it."
     )
   shape = {"image_shape": (config.side, config.side, 3)} if config.side else {}
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")
-      task = keras_hub.models.TextToImage.from_preset(str(folder), dtype=config.dtype, **shape)
-  except Exception as error:  # Keras raises many types for torn files
-    reason = str(error).strip().split("\n")[0]
-    raise DataError(
-      f"Cannot read the text-to-image model in {config.model} ({type(error).__name__}: {reason})."
-    ) from error
+  with keras_library.reading(f"the text-to-image model in {config.model}"):
+    task = keras_hub.models.TextToImage.from_preset(str(folder), dtype=config.dtype, **shape)
   return KerasHub(task, config)

@@ -62,9 +62,8 @@ class SentenceEncoder:
     for start in range(0, len(order), _BATCH):
       rows = order[start : start + _BATCH]
       ids, mask = _padded([tokens[row].ids for row in rows])
-      found[rows] = np.asarray(_embed(self.weights, ids, mask, self.heads, self.epsilon))[
-        : len(rows)
-      ]
+      embedded = _embed(self.weights, ids, mask, self.heads, self.epsilon)
+      found[rows] = np.asarray(embedded)[: len(rows)]
     return found
 
   def too_long(self, sentences: Sequence[str]) -> list[str]:
