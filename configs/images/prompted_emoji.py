@@ -52,6 +52,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.pool.update(filters=("none",), fill_to=0)
     config.diffusion.unet.update(channels=8, multipliers=(1, 2), attention=())
     config.diffusion.num_steps = 20
+    config.diffusion.tuning.num_steps = 10
     config.sampling.update(num_steps=3, chunk_size=20)
 
   base.choose(variant, {_QUALITY: quality, "smoke": smoke})

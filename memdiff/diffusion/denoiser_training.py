@@ -4,6 +4,7 @@ A denoiser may have dropout, `nn.Dropout(rate, deterministic=not self.has_rng("d
 gives it a key, sampling does not.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -58,6 +59,31 @@ class Batch:
   class_count: Any = None  # [B] training examples of the true class, 0 if it was made up
   class_share: Any = None  # [B] of `capacity_weights`, 0 if it was made up
   class_rarity: Any = None  # [B] of the same
+
+
+class Tuning(abc.ABC):
+  """A few parameters that are trained while those of a denoiser stay; must be hashable."""
+
+  @abc.abstractmethod
+  def init(self, key: jax.Array, params: Any) -> Any:
+    """The few, at the beginning, given those that stay; must not be the same arrays."""
+
+  @abc.abstractmethod
+  def merged(self, params: Any, added: Any) -> Any:
+    """All parameters of the tuned denoiser."""
+
+  def told(self, params: Any, batch: Batch) -> Batch:
+    """What the denoiser is told, given all parameters: what it is told anyway."""
+    del params
+    return batch
+
+
+@flax.struct.dataclass
+class Tuned:
+  """What a run that is tuned has for itself."""
+
+  params: Any  # of the trained denoiser
+  per_seed: Any  # as of a run that is not tuned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +181,7 @@ def make_stage(
   per_seed: Any,
   mesh: Mesh,
   late: LateBatches | None = None,
+  tuning: Tuning | None = None,
 ) -> Stage:
   """Trains `denoiser` to predict the noise, or what the config names instead.
 
@@ -167,16 +194,19 @@ def make_stage(
     per_seed: arrays with a leading axis of runs.
     mesh: the device mesh.
     late: batches of the end of the training, if they are others.
+    tuning: what is trained of a denoiser that was trained before; `per_seed` is then a Tuned, and
+      the result is what is added. None: all parameters, from the beginning.
   """
   example = jax.eval_shape(
     lambda shared, per_seed: draw_batch(
       jax.random.key(0), shared, jax.tree.map(lambda x: x[0], per_seed)
     ),
     shared,
-    per_seed,
+    per_seed.per_seed if tuning else per_seed,
   )
   leaves, structure = jax.tree.flatten(example)
-  program = _program(config, denoiser, draw_batch, structure, tuple(leaves), mesh, late)
+  example_batch = structure, tuple(leaves)
+  program = _program(config, denoiser, draw_batch, example_batch, mesh, late, tuning)
   return Stage(
     name="diffusion",
     num_steps=config.num_steps,
@@ -204,22 +234,25 @@ def _program(
   config: TrainingConfig,
   denoiser: nn.Module,
   draw_batch: Callable,
-  structure: Any,
-  leaves: tuple[jax.ShapeDtypeStruct, ...],
+  example: tuple[Any, tuple[jax.ShapeDtypeStruct, ...]],
   mesh: Mesh,
   late: LateBatches | None,
+  tuning: Tuning | None,
 ) -> _Program:
   """The functions of a stage; the same ones for seeds and folds, so that they compile once.
 
-  `structure` and `leaves` are those of a batch, as shapes.
+  `example` is the structure and the leaves of a batch, as shapes.
   """
   num_times = config.schedule.num_steps
   optimizer = train_state.make_optimizer(config.optimizer, config.num_steps)
 
-  def init(key, _):
-    zeros = [jnp.zeros(x.shape, x.dtype) for x in leaves]
-    batch = jax.tree.unflatten(structure, zeros)
-    params = init_params(key, config, denoiser, batch)
+  def init(key, per_seed):
+    if tuning:
+      params = tuning.init(stream(key, "tuning"), per_seed.params)
+    else:
+      structure, leaves = example
+      zeros = [jnp.zeros(x.shape, x.dtype) for x in leaves]
+      params = init_params(key, config, denoiser, jax.tree.unflatten(structure, zeros))
     # A copy: the two trees are donated together and must not share buffers.
     ema_params = jax.tree.map(jnp.copy, params)
     return train_state.create(key, params, optimizer, ema_params=ema_params)
@@ -227,6 +260,7 @@ def _program(
   def noised_batch(state, shared, per_seed):
     """(batch, t [B], eps)."""
     key = stream(state.key, "batch", state.step)
+    per_seed = per_seed.per_seed if tuning else per_seed
     batch = draw_batch(key, shared, per_seed)
     if late is not None:
       is_late, others = state.step >= late.first, late.draw(key, shared, per_seed)
@@ -240,8 +274,12 @@ def _program(
     batch, t, eps = noised_batch(state, shared, per_seed)
     rngs = {name: stream(state.key, name, state.step) for name in ("dropout", "transfer")}
 
-    def loss_of(params):
-      summands = loss_terms(config, denoiser, params, batch, t, eps, rngs)
+    def loss_of(trained):
+      params, told = trained, batch
+      if tuning:
+        params = tuning.merged(per_seed.params, trained)
+        told = tuning.told(params, batch)
+      summands = loss_terms(config, denoiser, params, told, t, eps, rngs)
       return sum(summands.values()), summands
 
     (loss, summands), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)

@@ -16,7 +16,7 @@ classifiers have not seen what they are judged on.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from memdiff.experiments import (
   images,
   prompting,
   text_to_image,
+  unet_stages,
 )
 from memdiff.experiments.augmented_runs import (
   PREDICTIONS,
@@ -57,7 +58,7 @@ from memdiff.experiments.base import Experiment, Kind, Phase, forward_images, la
 from memdiff.experiments.image_store import device_data
 from memdiff.runtime import loop, programs, results
 from memdiff.runtime.train_state import TrainState
-from memdiff.synthesis import image_methods, pixel_data, pixel_diffusion
+from memdiff.synthesis import image_methods
 
 
 def classifier_stage(
@@ -115,28 +116,28 @@ def look_at_pools(experiment: Experiment) -> dict:
   return augmented_pool.look_at_pools(experiment)
 
 
-def method_stages(experiment: Experiment) -> Iterator[tuple[Part, str, loop.Stage]]:
-  """(part, method, its training); all methods draw the same noise."""
-  data, mesh, shared = experiment.dataset, experiment.mesh, device_data(experiment)
+def method_stages(
+  experiment: Experiment, methods: Sequence[str]
+) -> Iterator[tuple[Part, str, loop.Stage]]:
+  """(part, method, its training), made when it is asked for; all methods draw the same noise."""
+  shared = device_data(experiment)
   for part in parts(experiment):
-    for method in image_methods.trainings(experiment.config.methods):
-      config = image_methods.apply(method, experiment.config.diffusion)
-      seen = pixel_data.make_parts(
-        config.class_exponent, data.train_labels, part.rows, data.num_classes, mesh
-      )
-      stage = pixel_diffusion.make_stage(config, shared, data.train_counts, mesh, seen)
-      name = f"diffusion/{part.name}/{method}"
-      yield part, method, dataclasses.replace(stage, name=name, streams="diffusion")
+    folder = experiment.workdir.folder("diffusion") / part.name
+    for method in methods:
+      stage = unet_stages.make_stage(experiment, method, folder, shared, part.rows)
+      yield part, method, dataclasses.replace(stage, name=f"diffusion/{part.name}/{method}")
 
 
 def compile_denoisers(experiment: Experiment) -> None:
-  for part, _, stage in method_stages(experiment):
+  """Those whose stages can be made before anything is trained."""
+  for part, _, stage in method_stages(experiment, image_methods.bases(experiment.config.methods)):
     programs.compile_ahead(stage, part.run)
 
 
 def train_denoisers(experiment: Experiment) -> dict:
   summary = {}
-  for part, method, stage in method_stages(experiment):
+  methods = image_methods.trainings(experiment.config.methods)
+  for part, method, stage in method_stages(experiment, methods):
     folder = experiment.workdir.folder("diffusion") / part.name / method
     loop.train(stage, part.run, folder)
     summary[f"{part.name}/{method}"] = last_metrics(folder)

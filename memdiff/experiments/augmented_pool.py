@@ -40,7 +40,7 @@ from memdiff.experiments.base import Experiment
 from memdiff.experiments.drawer import Drawer, chunks, class_directions, most_alike
 from memdiff.experiments.image_store import (
   device_data,
-  params_of_seed,
+  load_unet,
   read_drawn,
 )
 from memdiff.runtime import mesh as mesh_lib
@@ -113,17 +113,20 @@ def _drawer(experiment: Experiment, part: Part, method: str, run: int) -> Drawer
   if sampling.guide.needs_negative:
     alike = most_alike(class_directions(features(), data.train_labels[rows], data.num_classes))
   of_run = jax.tree.map(lambda x: x[0], seen).of(device_data(experiment))
-  trained = image_methods.trained(method)
-  folder = experiment.workdir.folder("diffusion") / part.name / trained
+  folder = experiment.workdir.folder("diffusion") / part.name
+  params = load_unet(folder, method, config.diffusion.tuning, run, experiment.mesh)
   return Drawer(
     config=diffusion,
     sampling=sampling,
     data=of_run,
     mesh=experiment.mesh,
-    params=params_of_seed(folder, run, experiment.mesh),
+    params=params,
     seed=part.run.seeds[run],
     key=part.run.keys("exemplars")[run],
-    prompts=prompting.make_prompts(experiment, method, rows, features),
+    prompts=(
+      prompting.learned_prompts(experiment, params, rows)
+      or prompting.make_prompts(experiment, method, rows, features)
+    ),
     alike=alike,
     judge=make_judge(experiment, part, run) if sampling.seeds.iterations else None,
   )

@@ -25,7 +25,7 @@ from memdiff import config as config_lib
 from memdiff.diffusion.text_condition import Captioned
 from memdiff.errors import ConfigError, DataError, exit_code
 from memdiff.experiments.image_settings import ImagesConfig
-from memdiff.experiments.image_store import params_of_seed, png_bytes
+from memdiff.experiments.image_store import load_unet, png_bytes
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import stream
 from memdiff.runtime.workdir import write_arrays, write_atomically, writing
@@ -154,7 +154,7 @@ def draw(
       " is of none; give another --method."
     )
   classes, shape = report["dataset"]["num_classes"], tuple(report["images"]["image_shape"])
-  params = params_of_seed(workdir / "diffusion" / image_methods.trained(method), 0, mesh)
+  params = load_unet(workdir / "diffusion", method, settings.diffusion.tuning, 0, mesh)
   told = _told(config, params, prompts, number)
   shown = np.zeros((1, *shape), np.uint8) if exemplars is None else exemplars
   data = pixel_data.make_data(shown, np.zeros(len(shown), np.int32), 1, mesh)

@@ -14,7 +14,8 @@ from memdiff.experiments import prompting
 from memdiff.experiments.base import Experiment
 from memdiff.runtime import results
 from memdiff.runtime.workdir import read_arrays
-from memdiff.synthesis import image_methods, pixel_data
+from memdiff.synthesis import image_methods, pixel_data, pixel_tuning
+from memdiff.synthesis.pixel_tuning import PixelTuningConfig
 
 
 def sample_folder(experiment: Experiment, method: str, scale: float, seed: int) -> pathlib.Path:
@@ -37,14 +38,31 @@ def read_samples(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 
 def trained(experiment: Experiment, method: str, seed: int) -> Any:
   """The averaged weights of a method's U-Net, of the `seed`-th seed."""
-  folder = experiment.workdir.folder("diffusion") / image_methods.trained(method)
-  return params_of_seed(folder, seed, experiment.mesh)
+  folder = experiment.workdir.folder("diffusion")
+  return load_unet(folder, method, experiment.config.diffusion.tuning, seed, experiment.mesh)
 
 
 @functools.lru_cache(maxsize=2)
-def params_of_seed(folder: pathlib.Path, seed: int, mesh: Mesh) -> Any:
-  """The averaged weights in the folder of a training, of its `seed`-th seed."""
-  return jax.tree.map(lambda x: x[seed], results.load(folder, mesh).ema_params)
+def load_unet(
+  folder: pathlib.Path, method: str, config: PixelTuningConfig, seed: int, mesh: Mesh
+) -> Any:
+  """The averaged weights of a method's U-Net, tuned if the method tunes it.
+
+  Args:
+    folder: which holds a folder of each training.
+    method: by name.
+    config: how it is tuned.
+    seed: the number of the seed, or of the run.
+    mesh: the device mesh.
+  """
+
+  def load(name: str) -> Any:
+    return jax.tree.map(lambda x: x[seed], results.load(folder / name, mesh).ema_params)
+
+  params, kind = load(image_methods.base(method)), image_methods.tuning(method)
+  if not kind:
+    return params
+  return pixel_tuning.KINDS[kind](config).merged(params, load(image_methods.trained(method)))
 
 
 def device_data(experiment: Experiment) -> pixel_data.ImageData:

@@ -10,20 +10,20 @@ evaluation   images -> report.json, report.html              evaluation/
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from input_pipeline import dataset as dataset_lib
 from memdiff.evaluation import image_report
-from memdiff.experiments import image_evaluation, prompting
+from memdiff.experiments import image_evaluation, prompting, unet_stages
 from memdiff.experiments.base import Experiment, Kind, Phase, classifier_stage, last_metrics
 from memdiff.experiments.drawer import Chunk, Drawer, chunks, class_directions, most_alike
 from memdiff.experiments.image_settings import CLASSIFIER, ImagesConfig, check
 from memdiff.experiments.image_store import device_data, png_bytes, sample_folder, trained
 from memdiff.runtime import loop, programs
 from memdiff.runtime.workdir import write_arrays, write_atomically, writing
-from memdiff.synthesis import image_methods, pixel_bottlenecks, pixel_data, pixel_diffusion
+from memdiff.synthesis import image_methods, pixel_bottlenecks, pixel_data
 from memdiff.synthesis.text_to_image.prompts import Prompts
 
 
@@ -35,33 +35,33 @@ def train_network(experiment: Experiment) -> dict:
   return last_metrics(folder)
 
 
-def method_stages(experiment: Experiment) -> Iterator[tuple[str, loop.Stage]]:
-  """(method, its training); all of them see the same batches and the same noise."""
+def method_stages(
+  experiment: Experiment, methods: Sequence[str]
+) -> Iterator[tuple[str, loop.Stage]]:
+  """(method, its training), made when it is asked for; they see the same batches and noise."""
   data, mesh, shared = experiment.dataset, experiment.mesh, device_data(experiment)
+  folder = experiment.workdir.folder("diffusion")
   probe = pixel_bottlenecks.make_probe(data.test_images, data.test_labels, data.train_counts, mesh)
   shared = shared.replace(probe=probe)
-  for method in image_methods.trainings(experiment.config.methods):
-    config = image_methods.apply(method, experiment.config.diffusion)
-    stage = pixel_diffusion.make_stage(config, shared, data.train_counts, mesh)
-    yield (
-      method,
-      dataclasses.replace(
-        stage,
-        name=f"diffusion/{method}",
-        streams="diffusion",
-        evaluate=pixel_bottlenecks.evaluation(config, data.num_classes),
-      ),
-    )
+  for method in methods:
+    stage = unet_stages.make_stage(experiment, method, folder, shared)
+    if not image_methods.tuning(method):
+      config = image_methods.apply(method, experiment.config.diffusion)
+      look = pixel_bottlenecks.evaluation(config, data.num_classes)
+      stage = dataclasses.replace(stage, evaluate=look)
+    yield method, dataclasses.replace(stage, name=f"diffusion/{method}")
 
 
 def compile_denoisers(experiment: Experiment) -> None:
-  for _, stage in method_stages(experiment):
+  """Those whose stages can be made before anything is trained."""
+  for _, stage in method_stages(experiment, image_methods.bases(experiment.config.methods)):
     programs.compile_ahead(stage, experiment.run)
 
 
 def train_denoisers(experiment: Experiment) -> dict:
   summary = {}
-  for method, stage in method_stages(experiment):
+  methods = image_methods.trainings(experiment.config.methods)
+  for method, stage in method_stages(experiment, methods):
     folder = experiment.workdir.folder("diffusion") / method
     loop.train(stage, experiment.run, folder)
     summary[method] = last_metrics(folder)
@@ -132,16 +132,17 @@ def _draw_part(
   alike: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
   """As of `Drawer.draw`; the noise of all methods and scales is the same."""
-  config = experiment.config
+  config, every = experiment.config, np.arange(len(experiment.dataset.train_labels))
+  params = trained(experiment, part.method, part.seed)
   drawer = Drawer(
     config=image_methods.apply(part.method, config.diffusion),
     sampling=image_methods.apply_drawing(part.method, config.sampling),
     data=shared,
     mesh=experiment.mesh,
-    params=trained(experiment, part.method, part.seed),
+    params=params,
     seed=experiment.seeds[part.seed],
     key=experiment.run.keys("exemplars")[part.seed],
-    prompts=prompts,
+    prompts=prompting.learned_prompts(experiment, params, every) or prompts,
     alike=alike,
   )
   return drawer.draw(part.chunk, part.scale)

@@ -15,7 +15,7 @@ from memdiff.errors import ConfigError
 from memdiff.evaluation import caption_match
 from memdiff.experiments.base import Experiment, Phase
 from memdiff.runtime.workdir import read_arrays, write_arrays
-from memdiff.synthesis import image_methods
+from memdiff.synthesis import image_methods, pixel_tuning
 from memdiff.synthesis.pixel_text import PixelTextConfig
 from memdiff.synthesis.text_to_image import caption_map, prompts, sentences
 from memdiff.synthesis.text_to_image.prompts import PromptConfig, Prompts
@@ -174,6 +174,22 @@ def make_prompts(
   mapped = caption_map.fit(space, vectors, captions)
   soft = [mapped.soft(_typical(space[of_class], config.per_class)) for of_class in members]
   return Prompts([mapped.words(of_class) for of_class in soft], soft)
+
+
+def learned_prompts(experiment: Experiment, params: Any, rows: np.ndarray) -> Prompts | None:
+  """The sentences that a U-Net learned, each shown as the nearest caption; None: it learned none.
+
+  Args:
+    experiment: the experiment.
+    params: of the U-Net.
+    rows: [n] the training images that the run knows.
+  """
+  if pixel_tuning.SENTENCES not in params:
+    return None
+  learned = np.asarray(params[pixel_tuning.SENTENCES])
+  captions = captions_of(experiment.dataset, experiment.config.sampling.prompts)
+  nearest = rows[(learned @ caption_vectors(experiment)[rows].T).argmax(axis=1)]
+  return Prompts([[captions[i]] for i in nearest], learned[:, None])
 
 
 def _typical(features: np.ndarray, number: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from memdiff.diffusion import guidance
 from memdiff.diffusion.unet import ReserveConfig
+from memdiff.synthesis import pixel_tuning
 from memdiff.synthesis.pixel_augmentation import AugmentationConfig
 from memdiff.synthesis.pixel_settings import PixelDiffusionConfig, SolverConfig
 from memdiff.synthesis.pixel_text import PixelTextConfig
@@ -30,12 +31,15 @@ class ImageMethod:
     description: for reports.
     drawn: how images are drawn; None: as configured.
     needs: another method without which it would change nothing; "": none.
+    tunes: how the U-Net that the rest of the name trains is tuned, of `pixel_tuning.KINDS`; "": it
+      is not.
   """
 
   change: Callable[[PixelDiffusionConfig], PixelDiffusionConfig]
   description: str
   drawn: Callable[[SolverConfig], SolverConfig] | None = None
   needs: str = ""
+  tunes: str = ""
 
 
 def _objective(config: PixelDiffusionConfig, **groups: Any) -> PixelDiffusionConfig:
@@ -182,6 +186,23 @@ METHODS = {
       seeds=dataclasses.replace(sampling.seeds, iterations=sampling.seeds.iterations or 20),
     ),
   ),
+  # Personalisation; DreamBooth, which tunes all weights, is `finetuned`.
+  "lora": ImageMethod(
+    lambda config: config,
+    "then low-rank parts of the attention are tuned, every class equally often",
+    tunes=pixel_tuning.LORA,
+  ),
+  "custom": ImageMethod(
+    lambda config: config,
+    "then the layers that take conditions are tuned, every class equally often",
+    tunes=pixel_tuning.CONDITIONS,
+  ),
+  "inverted": ImageMethod(
+    lambda config: config,
+    "then a sentence is learned for every class, which stands for prompts",
+    needs="prompted",
+    tunes=pixel_tuning.SENTENCES,
+  ),
   "by_name": _by("names"),
   "by_caption": _by("captions"),
   "by_map": _by("mapped"),
@@ -194,6 +215,7 @@ def is_known(name: str) -> bool:
     all(part in METHODS for part in parts)
     and len(set(parts)) == len(parts)
     and all(METHODS[part].needs in ("", *parts) for part in parts)
+    and sum(bool(METHODS[part].tunes) for part in parts) <= 1
   )
 
 
@@ -217,9 +239,25 @@ def trained(name: str) -> str:
   return JOINED.join(part for part in name.split(JOINED) if not METHODS[part].drawn) or PLAIN
 
 
+def base(name: str) -> str:
+  """The method whose U-Net this one tunes: the one that is trained, if it tunes none."""
+  parts = trained(name).split(JOINED)
+  return JOINED.join(part for part in parts if not METHODS[part].tunes) or PLAIN
+
+
+def tuning(name: str) -> str:
+  """How a method tunes the U-Net of its base, of `pixel_tuning.KINDS`; "": it does not."""
+  return next((kind for part in name.split(JOINED) if (kind := METHODS[part].tunes)), "")
+
+
 def trainings(names: Sequence[str]) -> list[str]:
-  """The methods that are trained for these, each once."""
-  return list(dict.fromkeys(map(trained, names)))
+  """The methods that are trained for these, each once; one that is tuned follows its base."""
+  return list(dict.fromkeys(which(name) for name in names for which in (base, trained)))
+
+
+def bases(names: Sequence[str]) -> list[str]:
+  """Those of the trainings that begin from nothing."""
+  return list(dict.fromkeys(map(base, names)))
 
 
 def text_of(names: Sequence[str], config: PixelDiffusionConfig) -> PixelTextConfig | None:

@@ -14,6 +14,7 @@ from memdiff.runtime.train_state import OptimizerConfig
 from memdiff.synthesis.pixel_augmentation import AugmentationConfig
 from memdiff.synthesis.pixel_memory import PixelMemoryConfig
 from memdiff.synthesis.pixel_text import PixelTextConfig
+from memdiff.synthesis.pixel_tuning import PixelTuningConfig
 from memdiff.synthesis.text_to_image.prompts import PromptConfig
 
 DROPS = ("image", "batch")
@@ -53,6 +54,7 @@ class PixelDiffusionConfig(TrainingConfig):
   )
   memory: PixelMemoryConfig = setting(PixelMemoryConfig(), "memdiff: exemplars as a condition")
   text: PixelTextConfig = setting(PixelTextConfig(), "prompted: captions as a condition")
+  tuning: PixelTuningConfig = setting(PixelTuningConfig(), "how it is tuned after it is trained")
   batch_size: int = setting(128, "images", at_least(1))
 
   def __post_init__(self):

@@ -16,9 +16,11 @@ COUNTS = {"red-thing": 50, "green-thing": 16, "blue-thing": 3}
 PER_CLASS = 8  # prompts
 METHODS = (
   "balanced+prompted", "balanced+prompted+by_name", "balanced+prompted+by_map",
-  "balanced+prompted+contrastive", "balanced+prompted+seed_select",
+  "balanced+prompted+contrastive", "balanced+prompted+seed_select", "balanced+prompted+lora",
+  "balanced+prompted+inverted",
 )  # fmt: skip
-OF_CAPTIONS = (METHODS[0], *METHODS[3:])
+CHOSEN = METHODS[4]
+OF_CAPTIONS = (METHODS[0], *METHODS[3:6])
 UNCAPTIONED = "blue-thing/2.png"
 CONFIG = "configs/images/prompted_emoji.py"
 PHASES = 8
@@ -119,18 +121,26 @@ def test_folds_know_only_the_captions_of_their_own_images(undisturbed):
 
 def test_all_prompts_share_one_training(undisturbed):
   workdir, _, _ = undisturbed
-  assert [path.name for path in (workdir / "diffusion" / "final").iterdir()] == [
-    "balanced+prompted"
-  ]
+  trained = {path.name for path in (workdir / "diffusion" / "final").iterdir()}
+  assert trained == {METHODS[0], *METHODS[5:]}
   images = [pool(workdir, method)["images"] for method in METHODS[:2]]
   assert images[0].shape == images[1].shape and not np.array_equal(*images)
 
 
 def test_chosen_noise_draws_images_nearer_to_their_class(undisturbed):
   workdir, _, _ = undisturbed
-  drawn, chosen = (pool(workdir, method) for method in (METHODS[0], METHODS[-1]))
+  drawn, chosen = (pool(workdir, method) for method in (METHODS[0], CHOSEN))
   np.testing.assert_array_equal(drawn["labels"], chosen["labels"])
   assert chosen["distance"].mean() < 0.95 * drawn["distance"].mean()
+
+
+def test_tuning_changes_what_is_drawn_from_the_same_noise(undisturbed):
+  workdir, _, _ = undisturbed
+  plain, *tuned = (pool(workdir, method) for method in (METHODS[0], *METHODS[5:]))
+  for arrays in tuned:
+    np.testing.assert_array_equal(arrays["labels"], plain["labels"])
+    assert not np.array_equal(arrays["images"], plain["images"])
+  assert len(set(tuned[1]["prompt"])) <= len(COLOURS)  # one learned sentence of each class
 
 
 def test_what_has_no_caption_is_said_and_told_by_its_class(undisturbed):
