@@ -18,9 +18,9 @@ from memdiff.experiments.augmented_critic import real_features
 from memdiff.experiments.augmented_runs import part_of, parts, save, wanted
 from memdiff.experiments.augmented_settings import AugmentedConfig
 from memdiff.experiments.base import Experiment
-from memdiff.experiments.drawer import chunks
+from memdiff.experiments.drawer import Chunk, chunks
 from memdiff.runtime.workdir import read_arrays
-from memdiff.synthesis.text_to_image import backends, prompts
+from memdiff.synthesis.text_to_image import backends, prompts, tuning
 from memdiff.synthesis.text_to_image.tuning import Examples
 
 _FILE = 32  # images in a file: what an interruption costs at most
@@ -41,6 +41,12 @@ def check(settings: AugmentedConfig, data: LongTailDataset) -> None:
       "config.text_to_image.prompts.source is captions, but the data set has none; add a"
       " metadata.csv, or take names."
     )
+  if config.source != "names" and settings.text_to_image.tuning.needs_words:
+    raise ConfigError(
+      f"config.text_to_image.tuning.method is {settings.text_to_image.tuning.method}, which names"
+      " classes by words of their own, but config.text_to_image.prompts.source is captions; take"
+      " names, or lora."
+    )
   for c, name in enumerate(data.class_names):
     if config.source == "names" or not _captions_of(data, c):
       prompts.words_of(name)
@@ -51,10 +57,30 @@ def _captions_of(data: LongTailDataset, c: int) -> list[str]:
   return [data.train_captions[row] for row in rows if data.train_captions[row]]
 
 
-def _prompts(experiment: Experiment) -> list[list[str]]:
+def _words(experiment: Experiment, backend: backends.Backend) -> list[str]:
+  """By which a tuned model knows the classes, one of each; none if it knows them by name."""
+  data, config = experiment.dataset, experiment.config.text_to_image
+  if not config.tuning.needs_words:
+    return []
+  texts = [*config.prompts.templates, *config.prompts.contexts]
+  avoid = [*texts, *map(prompts.words_of, data.class_names)]
+  return backend.words(data.num_classes, avoid)
+
+
+def _called(experiment: Experiment, words: Sequence[str]) -> list[str]:
+  """What every class is called in prompts."""
+  names = experiment.dataset.class_names
+  if not words:
+    return list(names)
+  if experiment.config.text_to_image.tuning.method == tuning.INVERSION:
+    return list(words)
+  return [f"{word} {name}" for word, name in zip(words, names, strict=True)]
+
+
+def _prompts(experiment: Experiment, words: Sequence[str]) -> list[list[str]]:
   """Of every class."""
   data, config = experiment.dataset, experiment.config.text_to_image.prompts
-  named = [prompts.from_name(config, name) for name in data.class_names]
+  named = [prompts.from_name(config, name) for name in _called(experiment, words)]
   if config.source == "names":
     return named
   features = real_features(experiment, part_of(experiment, "final"), 0)
@@ -76,18 +102,15 @@ def ask(experiment: Experiment) -> dict:
   progress = experiment.run.progress
   lacking = np.concatenate([wanted(experiment, part) for part in parts(experiment)]).max(axis=0)
   numbers = np.ceil(experiment.config.pool.surplus * lacking).astype(int)
-  labels, said = np.repeat(np.arange(len(numbers)), numbers), _prompts(experiment)
-  backend, work = None, list(chunks(labels, _FILE))
+  labels = np.repeat(np.arange(len(numbers)), numbers)
+  asked, work = None, list(chunks(labels, _FILE))
   progress.start_stage(0)
   for number, chunk in enumerate(work, 1):
     experiment.run.preemption.check("while asking the text-to-image model")
     path = folder(experiment) / f"{chunk.start:06d}.npz"
     if not path.exists():
-      if backend is None:
-        backend = _backend(experiment, said)
-      texts = [
-        said[c][turn % len(said[c])] for c, turn in zip(chunk.labels, chunk.turns, strict=True)
-      ]
+      backend, said = asked = asked or _ready(experiment)
+      texts = _said_of(said, chunk)
       seeds = config.seed + chunk.start + np.arange(len(texts))
       images = backend.generate(texts, config.negative, seeds.tolist(), config.guidance)
       arrays = {"images": _fitting(images, shape)}
@@ -97,27 +120,41 @@ def ask(experiment: Experiment) -> dict:
   return {"images": len(labels)}
 
 
-def _backend(experiment: Experiment, said: Sequence[Sequence[str]]) -> backends.Backend:
-  """The model, tuned if that is asked for."""
+def _ready(experiment: Experiment) -> tuple[backends.Backend, list[list[str]]]:
+  """(the model, tuned if that is asked for, prompts of every class)."""
   config = experiment.config.text_to_image
   backend = backends.load(config)
+  words = _words(experiment, backend)
+  said = _prompts(experiment, words)
   _name_long(experiment, backend, said)
-  if config.tuning.rank:
+  if config.tuning.is_on:
     run = dataclasses.replace(experiment.run, seeds=experiment.seeds[:1])
     place = folder(experiment) / "tuning"
-    real, prior = _real_examples(experiment), None
-    if config.tuning.prior_weight:
+    real, prior = _real_examples(experiment, words, said), None
+    if config.tuning.needs_prior:
       prior = _prior_examples(experiment, backend, place / "prior.npz")
     backend.tune(config.tuning, real, prior, run, place)
-  return backend
+  return backend, said
 
 
-def _real_examples(experiment: Experiment) -> Examples:
-  """The training images with their captions, or with the names of their classes."""
+def _real_examples(
+  experiment: Experiment, words: Sequence[str], said: Sequence[Sequence[str]]
+) -> Examples:
+  """The training images with their captions, or with what their classes are called."""
   data, config = experiment.dataset, experiment.config.text_to_image.prompts
-  texts = prompting.captions_of(data, config)
   images = np.broadcast_to(data.train_images, (*data.train_images.shape[:3], 3))
-  return Examples(images, data.train_labels, texts)
+  if not words:
+    return Examples(images, data.train_labels, prompting.captions_of(data, config))
+  every = next(chunks(data.train_labels, len(images)))
+  names = map(prompts.words_of, data.class_names)
+  return Examples(
+    images, data.train_labels, _said_of(said, every), dict(zip(words, names, strict=True))
+  )
+
+
+def _said_of(said: Sequence[Sequence[str]], chunk: Chunk) -> list[str]:
+  """The prompts of a class come in turn."""
+  return [said[c][turn % len(said[c])] for c, turn in zip(chunk.labels, chunk.turns, strict=True)]
 
 
 def _prior_examples(

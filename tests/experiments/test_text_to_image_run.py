@@ -39,6 +39,9 @@ class Painter:
   def tune(self, config, real, prior, run, folder):
     self.tuned = config, real, prior, run.seeds
 
+  def words(self, number, avoid):
+    return [f"word{letter}" for letter in "abcdefgh"[:number]]
+
   def too_long(self, prompts):
     return [prompt for prompt in prompts if len(prompt) > 40]
 
@@ -134,7 +137,7 @@ def test_captions_tell_of_training_images_so_that_folds_do_not_judge(data, paint
 
 @pytest.mark.slow
 def test_a_tuned_model_has_seen_the_real_images_and_its_own(data, painters, tmp_path):
-  report = run(data, tmp_path / "run", **{"text_to_image.tuning.rank": 2})
+  report = run(data, tmp_path / "run", **{"text_to_image.tuning.method": "lora"})
   _, real, prior, seeds = painters[0].tuned
   assert real.images.shape == (69, 8, 8, 3) and len(seeds) == 1
   names = report["dataset"]["class_names"]
@@ -147,9 +150,35 @@ def test_a_tuned_model_has_seen_the_real_images_and_its_own(data, painters, tmp_
   assert not any("text_to_image" in method for method in report["recommendation"]["scores"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("method", "says_name", "has_prior"),
+  [("dreambooth", True, True), ("textual_inversion", False, False)],
+)
+def test_classes_are_called_by_words_of_their_own(
+  data, painters, tmp_path, monkeypatch, method, says_name, has_prior
+):
+  monkeypatch.setitem(WORDS, "word", (90, 90, 90))  # a colour for prompts without a name
+  changes = {"text_to_image.tuning.method": method, "text_to_image.prompts.contexts": ("", "here")}
+  report = run(data, tmp_path / "run", **changes)
+  names = [name.replace("-", " ") for name in report["dataset"]["class_names"]]
+  words = {f"word{letter}": name for letter, name in zip("abc", names, strict=True)}
+  _, real, prior, _ = painters[0].tuned
+  assert real.words == words and (prior is not None) == has_prior
+  found = asked_for(tmp_path / "run")
+  for prompts, labels in ((real.prompts, real.labels), (found["prompt"], found["labels"])):
+    for prompt, label in zip(prompts, labels, strict=True):
+      assert list(words)[label] in prompt and (names[label] in prompt) == says_name
+  assert len(set(real.prompts)) == 6  # both contexts of each class
+
+
 @pytest.mark.parametrize(
   ("changes", "words"),
   [
+    (
+      {"text_to_image.prompts.source": "captions", "text_to_image.tuning.method": "dreambooth"},
+      "names classes by words of their own",
+    ),
     ({"text_to_image.model": ""}, "Images must come from somewhere"),
     ({"text_to_image.prompts.source": "mapped"}, "which no text-to-image model reads"),
   ],

@@ -43,6 +43,13 @@ class Backend(Protocol):
   ) -> None:
     """Trains what `config` adds to the model, or reads what was trained in `folder` before."""
 
+  def words(self, number: int, avoid: Sequence[str]) -> list[str]:
+    """Rare words, each a token of its own, that no text in `avoid` has.
+
+    Raises:
+      ConfigError: if there are fewer than `number`.
+    """
+
   def too_long(self, prompts: Sequence[str]) -> list[str]:
     """Prompts of which only the beginning is read."""
 
@@ -69,7 +76,7 @@ class TextToImageConfig:
   @property
   def knows_no_image(self) -> bool:
     """Whether nothing of the training images is in what it draws."""
-    return self.prompts.source == "names" and not self.tuning.rank
+    return self.prompts.source == "names" and not self.tuning.is_on
 
 
 def load(config: TextToImageConfig) -> Backend:

@@ -6,6 +6,7 @@ model is a folder as KerasHub saves it (`save_to_preset`, or what it downloads).
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from memdiff.runtime.stage import Run
 from memdiff.synthesis.text_to_image import keras_hub_tuning
 from memdiff.synthesis.text_to_image.backends import TextToImageConfig
 from memdiff.synthesis.text_to_image.tuning import Examples, TuningConfig
+
+_WORD = re.compile("[a-z]{3,}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,6 +81,21 @@ class KerasHub:
   ) -> None:
     keras_hub_tuning.tune(self.task, config, real, prior, run, folder)
     self.task.generate_function = None  # the compiled one knows only the variables that were there
+
+  def words(self, number: int, avoid: Sequence[str]) -> list[str]:
+    tokenizer = self.task.preprocessor.clip_l_preprocessor.tokenizer
+    known, found = set(" ".join(avoid).lower().split()), []
+    for token in reversed(tokenizer.get_vocabulary()):  # the rarest were merged last
+      word = token.removesuffix("</w>")
+      if word != token and _WORD.fullmatch(word) and word not in known:
+        if len(tokenizer(word)) == 1:
+          found.append(word)
+        if len(found) == number:
+          return found
+    raise ConfigError(
+      f"The vocabulary of the text-to-image model has only {len(found)} rare words, but there are"
+      f" {number} classes to name by one; set config.text_to_image.tuning.method to lora."
+    )
 
   def too_long(self, prompts: Sequence[str]) -> list[str]:
     preprocessor = self.task.preprocessor.clip_l_preprocessor

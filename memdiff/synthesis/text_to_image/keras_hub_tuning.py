@@ -1,12 +1,13 @@
-"""LoRA of Stable Diffusion 3 in KerasHub, by the one training loop.
+"""Tuning of Stable Diffusion 3 in KerasHub, by the one training loop.
 
 The objective is that of the model: rectified flow with logit-normal times (Esser et al. 2024,
-equations 13 and 19). Only the matrices of LoRA are trained. Keras' variables are replaced by
-function arguments, so that the step is pure.
+equations 13 and 19). What is trained are variables of Keras or parts of them. All of them are
+replaced by function arguments, so that the step is pure.
 """
 
+import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -18,14 +19,38 @@ from PIL import Image
 from input_pipeline.batches import ByClass, draw_members, group_by_class
 from input_pipeline.lazy_images import resize_and_crop
 from memdiff.errors import ConfigError
-from memdiff.runtime import distributed, loop, train_state
+from memdiff.runtime import distributed, loop, results, train_state
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import stream
 from memdiff.synthesis.text_to_image.tuning import Examples, TuningConfig
 
 LAYERS = ("attention_qkv", "attention_qkv2", "attention_proj", "attention_proj2")
-_FILE = "diffuser.lora.h5"
+_LORA_FILE, _MODEL, _RESULT = "diffuser.lora.h5", "model", "result.npz"
 _BATCH = 8  # images that are encoded at a time
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+  """A variable of Keras that is trained, or a part of it.
+
+  Attributes:
+    variable: the variable.
+    index: of the part; ...: all of it.
+  """
+
+  variable: Any
+  index: Any = ...
+
+  @property
+  def is_whole(self) -> bool:
+    return self.index is ...
+
+  def begin(self) -> jax.Array:
+    return jnp.array(self.variable.value, jnp.float32)[self.index]
+
+  def put(self, whole: jax.Array, part: jax.Array) -> jax.Array:
+    """The variable's value `whole` with another part, of the same type."""
+    return whole.at[self.index].set(part.astype(whole.dtype))
 
 
 @flax.struct.dataclass
@@ -46,66 +71,128 @@ def tune(
   run: loop.Run,
   folder: pathlib.Path,
 ) -> None:
-  """Trains LoRA of a `keras_hub.models.TextToImage`, or reads what was trained in `folder`.
+  """Tunes a `keras_hub.models.TextToImage`, or reads what was trained in `folder`.
 
   Args:
     task: the model, which is changed.
-    config: rank, steps, optimiser, weight of the prior.
+    config: what is trained, steps, optimiser, weight of the prior.
     examples: real images.
     prior: images of the same classes that the model drew before; None: none.
     run: of the loop; its first seed is trained.
-    folder: of checkpoints and of the weights, in KerasHub's own format.
+    folder: of checkpoints and of the result; LoRA and a whole diffuser are also written as KerasHub
+      reads them.
   """
-  enable(task.backbone, config.rank)
-  path = folder / _FILE
-  if path.exists():
-    task.backbone.load_lora_weights(str(path))
-    return
-  stage = make_stage(task, config, examples, prior, run.mesh)
-  state = loop.train(stage, run, folder)
-  for name, variable in adapted(task.backbone).items():
-    variable.assign(np.asarray(state.params[name][0]))
-  if distributed.is_main():
-    task.backbone.save_lora_weights(str(path))
-  distributed.barrier(str(path))
+  trained = select(task, config, examples.words)
+  finished = (folder / _RESULT).exists()
+  if not finished:
+    loop.train(make_stage(task, config, trained, examples, prior, run.mesh), run, folder)
+  for name, values in results.load(folder, run.mesh).params.items():
+    part = trained[name]
+    part.variable.assign(part.put(jnp.asarray(part.variable.value), values[0]))
+  if not finished and distributed.is_main():
+    if config.method == "lora":
+      task.backbone.save_lora_weights(str(folder / _LORA_FILE))
+    elif config.method == "dreambooth":
+      task.save_to_preset(str(folder / _MODEL))
+  distributed.barrier(str(folder))
 
 
-def adapted(backbone: Any) -> dict[str, Any]:
-  """The variables of LoRA in the diffuser, by name."""
-  found = [v for v in backbone.diffuser.variables if "lora" in v.path]
-  return {f"lora_{number:03d}": variable for number, variable in enumerate(found)}
+def select(task: Any, config: TuningConfig, words: Mapping[str, str]) -> dict[str, Trained]:
+  """What a method trains, by name; matrices of LoRA are added to the model.
 
-
-def enable(backbone: Any, rank: int) -> None:
-  """Adds LoRA to the attention of the diffuser.
+  Args:
+    task: the model.
+    config: the method.
+    words: {word: name of its class}.
 
   Raises:
-    ConfigError: if the diffuser has no attention of the known names.
+    ConfigError: if the diffuser has nothing of the kind.
   """
-  backbone.enable_lora(rank, target_layer_names=list(LAYERS))
-  if not adapted(backbone):
+  found = _SELECT[config.method](task, config, words)
+  return {part.variable.path.replace("/", "."): part for part in found}
+
+
+def _lora(task: Any, config: TuningConfig, _: Mapping[str, str]) -> list[Trained]:
+  task.backbone.enable_lora(config.rank, target_layer_names=list(LAYERS))
+  found = [Trained(v) for v in task.backbone.diffuser.variables if "lora" in v.path]
+  return _if_any(found, "LoRA finds no attention")
+
+
+def _dreambooth(task: Any, _: TuningConfig, __: Mapping[str, str]) -> list[Trained]:
+  return [Trained(v) for v in task.backbone.diffuser.trainable_variables]
+
+
+def _custom_diffusion(task: Any, _: TuningConfig, words: Mapping[str, str]) -> list[Trained]:
+  """The attention of an MMDiT is one of image and text; queries, keys and values are one matrix."""
+  found = []
+  for variable in task.backbone.diffuser.trainable_variables:
+    if "context_block/attention_qkv/" in variable.path:
+      found.append(Trained(variable, np.s_[..., variable.shape[-1] // 3 :]))
+  return [*_if_any(found, "there are no keys and values of a text"), *_rows(task, words)]
+
+
+def _textual_inversion(task: Any, _: TuningConfig, words: Mapping[str, str]) -> list[Trained]:
+  found = _rows(task, words)
+  for part, tokenizer in zip(found, _tokenizers(task), strict=True):
+    table = jnp.asarray(part.variable.value)
+    names = [np.asarray(tokenizer(name)) for name in words.values()]
+    part.variable.assign(part.put(table, jnp.stack([table[ids].mean(axis=0) for ids in names])))
+  return found
+
+
+_SELECT = {
+  "lora": _lora,
+  "dreambooth": _dreambooth,
+  "custom_diffusion": _custom_diffusion,
+  "textual_inversion": _textual_inversion,
+}
+
+
+def _if_any(found: list[Trained], lack: str) -> list[Trained]:
+  if not found:
     raise ConfigError(
-      "config.text_to_image.tuning.rank is above 0, but LoRA finds no attention in the diffuser of"
-      " this model; set it to 0."
+      f"config.text_to_image.tuning.method cannot be used, since {lack} in the diffuser of this"
+      " model; take another method or none."
     )
+  return found
+
+
+def _tokenizers(task: Any) -> list[Any]:
+  preprocessor = task.preprocessor
+  return [p.tokenizer for p in (preprocessor.clip_l_preprocessor, preprocessor.clip_g_preprocessor)]
+
+
+def _rows(task: Any, words: Mapping[str, str]) -> list[Trained]:
+  """The words in the tables of both CLIPs; T5, if there is one, spells them."""
+  found = []
+  for clip, tokenizer in zip(
+    (task.backbone.clip_l, task.backbone.clip_g), _tokenizers(task), strict=True
+  ):
+    ids = [tokenizer.token_to_id(f"{word}</w>") for word in words]
+    found.append(Trained(clip.embedding.token_embedding.embeddings, np.array(ids)))
+  return found
 
 
 def make_stage(
-  task: Any, config: TuningConfig, examples: Examples, prior: Examples | None, mesh: Any
+  task: Any,
+  config: TuningConfig,
+  trained: Mapping[str, Trained],
+  examples: Examples,
+  prior: Examples | None,
+  mesh: Any,
 ) -> loop.Stage:
-  """The stage of LoRA that was enabled before; its parameters are float32 whatever the model is."""
+  """The stage that trains parts of the model, in float32 whatever the model is."""
   backbone = task.backbone
-  trained = adapted(backbone)
-  known = {id(variable) for variable in trained.values()}
-  frozen = [variable for variable in backbone.variables if id(variable) not in known]
+  replaced = {id(part.variable) for part in trained.values() if part.is_whole}
+  kept = [variable for variable in backbone.variables if id(variable) not in replaced]
   optimizer = train_state.make_optimizer(config.optimizer, config.num_steps)
   sets = {"real": _told(task, examples)}
-  if prior is not None and config.prior_weight:
+  if prior is not None and config.needs_prior:
     sets["prior"] = _told(task, prior)
-  error = _flow_error(backbone, trained, frozen)
+  error = _flow_error(backbone, trained, kept)
 
   def init(key, _):
-    params = {name: jnp.asarray(v.value, jnp.float32) for name, v in trained.items()}
+    params = {name: part.begin() for name, part in trained.items()}
     return train_state.create(key, params, optimizer)
 
   def batch(state, shared, _):
@@ -120,7 +207,7 @@ def make_stage(
 
     def loss_of(params):
       losses = {
-        name: error(params, shared["frozen"], *rows, stream(state.key, name, state.step))
+        name: error(params, shared["kept"], *rows, stream(state.key, name, state.step))
         for name, rows in drawn.items()
       }
       return losses["real"] + config.prior_weight * losses.get("prior", 0.0), losses
@@ -129,7 +216,7 @@ def make_stage(
     state = train_state.apply_gradients(state, gradients, optimizer)
     return state, {"loss": loss} | (losses if len(losses) > 1 else {})
 
-  shared = {"frozen": [v.value for v in frozen], "sets": sets}
+  shared = {"kept": [v.value for v in kept], "sets": sets}
   return loop.Stage(
     name="tuning",
     num_steps=config.num_steps,
@@ -177,13 +264,23 @@ def _drawn(key: jax.Array, told: _Told, size: int) -> tuple[jax.Array, dict[str,
   return told.latents[index], {name: ids[rows] for name, ids in told.tokens.items()}
 
 
-def _flow_error(backbone: Any, trained: dict[str, Any], frozen: list) -> Callable:
-  """(params, frozen values, latents [B, ...], tokens, key) -> squared error of the velocity."""
+def _flow_error(backbone: Any, trained: Mapping[str, Trained], kept: list) -> Callable:
+  """(params, values of `kept`, latents [B, ...], tokens, key) -> squared error of the velocity."""
   import keras
 
+  parts = {id(part.variable): name for name, part in trained.items() if not part.is_whole}
+  whole = {name: part.variable for name, part in trained.items() if part.is_whole}
+
+  def values_of(params, values):
+    """[(variable, value)] of all, as the model computes with them."""
+    for name, variable in whole.items():
+      yield variable, params[name].astype(variable.dtype)
+    for variable, value in zip(kept, values, strict=True):
+      name = parts.get(id(variable))
+      yield variable, trained[name].put(value, params[name]) if name else value
+
   def error(params, values, latents, tokens, key):
-    mapping = [(v, params[name].astype(v.dtype)) for name, v in trained.items()]
-    with keras.StatelessScope(state_mapping=[*mapping, *zip(frozen, values, strict=True)]):
+    with keras.StatelessScope(state_mapping=list(values_of(params, values))):
       embeddings = backbone.encode_text_step(tokens, tokens)
       noise = jax.random.normal(stream(key, "noise"), latents.shape)
       sigma = jax.nn.sigmoid(jax.random.normal(stream(key, "time"), latents.shape[:1]))

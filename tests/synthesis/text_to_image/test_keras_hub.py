@@ -1,5 +1,7 @@
 """Stable Diffusion 3 with random weights, on disk as KerasHub keeps it: loaded, asked, refused."""
 
+import dataclasses
+import functools
 import importlib.util
 import json
 import shutil
@@ -9,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memdiff.errors import DataError
+from memdiff.errors import ConfigError, DataError
+from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import stream
 from memdiff.runtime.train_state import OptimizerConfig
 from memdiff.synthesis.text_to_image import backends, keras_hub_tuning
@@ -101,16 +104,20 @@ def test_long_prompts_are_named(backend):
   assert backend.too_long([*PROMPTS, long]) == [long]
 
 
-# --- LoRA ------------------------------------------------------------------------------------
+# --- tuning ----------------------------------------------------------------------------------
 
-TUNING = TuningConfig(
-  rank=2,
-  num_steps=40,
-  batch_size=4,
-  optimizer=OptimizerConfig(
-    name="adamw", learning_rate=1e-2, schedule="constant", milestones=(), factors=(), warmup=0.0
-  ),
-)
+WORDS = {"zwx": "red bird", "sks": "cat"}
+LORA, INVERSION = "lora", "textual_inversion"
+TUNED = (LORA, "dreambooth", "custom_diffusion", INVERSION)
+
+
+def settings(method):
+  rate = 0.3 if method == INVERSION else 1e-2
+  optimizer = OptimizerConfig(
+    name="adamw", learning_rate=rate, schedule="constant", milestones=(), factors=(), warmup=0.0,
+    weight_decay=0.0,
+  )  # fmt: skip
+  return TuningConfig(method, rank=2, num_steps=40, batch_size=4, optimizer=optimizer)
 
 
 @pytest.fixture(scope="module")
@@ -119,55 +126,137 @@ def examples():
   shape = (6, 8, 8, 3)  # enlarged to what the model draws
   images = rng.integers(0, 60, shape).astype(np.uint8)
   images[3:] += 180
-  return Examples(images, np.repeat([4, 7], 3), ["a red bird"] * 3 + ["a cat"] * 3)
+  return Examples(images, np.repeat([4, 7], 3), ["a zwx red bird"] * 3 + ["a sks"] * 3, WORDS)
 
 
 @pytest.fixture(scope="module")
-def tuned(config, examples, mesh, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("tuning")
+def tune(config, examples, mesh, tmp_path_factory):
+  """method -> (variables by path before it, the backend after it, its folder)."""
+
+  @functools.cache
+  def tuned(method):
+    folder = tmp_path_factory.mktemp("tuning")
+    backend = backends.load(config)
+    before = values_of(backend)
+    prior = Examples(examples.images[::-1].copy(), examples.labels, examples.prompts)
+    backend.tune(settings(method), examples, prior, make_run(mesh, (0,), 10), folder)
+    return before, backend, folder
+
+  return tuned
+
+
+def values_of(backend):
+  return {v.path: np.array(v.value) for v in backend.task.backbone.variables}
+
+
+def moved_by(before, backend):
+  """{path: where a variable that was there before is another}."""
+  after = values_of(backend)
+  return {path: after[path] != old for path, old in before.items() if (after[path] != old).any()}
+
+
+def test_lora_is_in_the_diffuser_and_nowhere_else(tune):
+  before, backend, _ = tune(LORA)
+  added = {v.path for v in backend.task.backbone.variables} - before.keys()
+  inside = {v.path for v in backend.task.backbone.diffuser.variables}
+  assert len(added) > 8 and all("lora" in path for path in added) and added <= inside
+  assert not moved_by(before, backend)
+
+
+def test_dreambooth_trains_the_diffuser_and_leaves_a_model_of_the_library(tune, config, mesh):
+  before, backend, folder = tune("dreambooth")
+  inside = {v.path for v in backend.task.backbone.diffuser.variables}
+  moved = moved_by(before, backend).keys()
+  assert moved <= inside and len(moved) > 0.8 * len(inside)
+  saved = backends.load(dataclasses.replace(config, model=str(folder / "model")))
+  drawn, again = (b.generate(PROMPTS, "", SEEDS, 4.0) for b in (backend, saved))
+  np.testing.assert_array_equal(again, drawn)
+
+
+def rows_of_words(backend):
+  tokenizer = backend.task.preprocessor.clip_l_preprocessor.tokenizer
+  return sorted(int(tokenizer(word)[0]) for word in WORDS)
+
+
+def test_textual_inversion_moves_the_vectors_of_its_words_alone(tune):
+  before, backend, _ = tune(INVERSION)
+  moved = moved_by(before, backend)
+  assert len(moved) == 2  # of both CLIPs
+  for path, where in moved.items():
+    assert "token_embedding" in path
+    assert np.flatnonzero(where.any(axis=1)).tolist() == rows_of_words(backend)
+
+
+def test_custom_diffusion_trains_words_and_what_the_text_is_attended_by(tune):
+  before, backend, _ = tune("custom_diffusion")
+  moved = moved_by(before, backend)
+  tables = {path for path in moved if "token_embedding" in path}
+  attended = moved.keys() - tables
+  assert len(tables) == 2 and attended
+  for path in attended:
+    assert "context_block/attention_qkv" in path
+    where = moved[path]
+    third = where.shape[-1] // 3
+    assert not where[..., :third].any()  # queries
+    assert where[..., 2 * third :].any()
+
+
+def test_words_of_an_inversion_begin_as_the_names_of_their_classes(config):
   backend = backends.load(config)
-  prior = Examples(examples.images[::-1].copy(), examples.labels, examples.prompts)
-  backend.tune(TUNING, examples, prior, make_run(mesh, (0,), 10), folder)
-  return backend, folder
+  before = values_of(backend)
+  keras_hub_tuning.select(backend.task, settings(INVERSION), WORDS)
+  tokenizer = backend.task.preprocessor.clip_l_preprocessor.tokenizer
+  table = backend.task.backbone.clip_l.embedding.token_embedding.embeddings
+  for word, name in WORDS.items():
+    expected = before[table.path][np.asarray(tokenizer(name))].mean(axis=0)
+    found = np.asarray(table.value)[int(tokenizer(word)[0])]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_lora_is_in_the_diffuser_and_nowhere_else(tuned):
-  backbone = tuned[0].task.backbone
-  added = [v.path for v in backbone.variables if "lora" in v.path]
-  assert len(keras_hub_tuning.adapted(backbone)) == len(added) > 8
+@pytest.mark.parametrize("method", TUNED)
+def test_its_loss_falls(tune, method):
+  folder = tune(method)[2]
+  lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+  name = "loss" if method == INVERSION else "real"
+  losses = [np.mean(r["metrics"][name]) for r in map(json.loads, lines) if r["kind"] == "train"]
+  assert losses[-1] < losses[0] * (0.99 if method == INVERSION else 0.9)
+  assert method == INVERSION or "prior" in lines[0]
 
 
-def test_its_loss_falls(tuned):
-  lines = (tuned[1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-  losses = [
-    np.mean(record["metrics"]["real"])
-    for record in map(json.loads, lines)
-    if record["kind"] == "train"
-  ]
-  assert losses[-1] < 0.9 * losses[0]
-
-
-def test_a_tuned_model_draws_other_images_and_its_file_the_same(tuned, config, examples, images):
-  backend, folder = tuned
-  drawn = backend.generate(PROMPTS, "", SEEDS, 4.0)
-  assert not np.array_equal(drawn, images)
+@pytest.mark.parametrize("method", TUNED)
+def test_a_tuned_model_draws_other_images_and_its_file_the_same(tune, config, examples, images,
+                                                                method):  # fmt: skip
+  _, backend, folder = tune(method)
+  said = ("a zwx", *PROMPTS[1:])
+  drawn = backend.generate(said, "", SEEDS, 4.0)
+  assert not np.array_equal(drawn[0], backends.load(config).generate(said, "", SEEDS, 4.0)[0])
+  if method == INVERSION:
+    np.testing.assert_array_equal(drawn[1:], images[1:])
   fresh = backends.load(config)
-  fresh.tune(TUNING, examples, None, None, folder)  # reads the file, trains nothing
-  np.testing.assert_array_equal(fresh.generate(PROMPTS, "", SEEDS, 4.0), drawn)
+  run = make_run(mesh_lib.make_mesh(), (0,), 10)
+  fresh.tune(settings(method), examples, None, run, folder)  # reads the result, trains nothing
+  np.testing.assert_array_equal(fresh.generate(said, "", SEEDS, 4.0), drawn)
 
 
-def test_the_objective_is_that_of_a_flow(tuned, examples):
+def test_rare_words_are_tokens_of_their_own_that_nothing_else_uses(backend):
+  assert backend.words(2, ()) == ["zwx", "sks"]
+  assert backend.words(3, ("a red sks",)) == ["zwx", "cat", "bird"]
+  with pytest.raises(ConfigError, match=r"only 5 rare words, but there are 9 classes .* to lora"):
+    backend.words(9, ())
+
+
+def test_the_objective_is_that_of_a_flow(config, examples):
   """The error of one step against the formula by hand, with the library's own diffuser."""
-  backbone = tuned[0].task.backbone
-  trained = keras_hub_tuning.adapted(backbone)
-  known = {id(v) for v in trained.values()}
-  frozen = [v for v in backbone.variables if id(v) not in known]
-  told = keras_hub_tuning._told(tuned[0].task, examples)
+  task = backends.load(config).task
+  backbone = task.backbone
+  trained = keras_hub_tuning.select(task, settings("custom_diffusion"), WORDS)
+  kept = list(backbone.variables)
+  told = keras_hub_tuning._told(task, examples)
   tokens = {name: ids[told.prompt[:2]] for name, ids in told.tokens.items()}
-  error = keras_hub_tuning._flow_error(backbone, trained, frozen)
-  params = {name: np.asarray(v.value) for name, v in trained.items()}
+  error = keras_hub_tuning._flow_error(backbone, trained, kept)
+  params = {name: part.begin() for name, part in trained.items()}
   key, latents = jax.random.key(3), told.latents[:2]
-  found = error(params, [v.value for v in frozen], latents, tokens, key)
+  found = error(params, [v.value for v in kept], latents, tokens, key)
   noise = np.asarray(jax.random.normal(stream(key, "noise"), latents.shape))
   sigma = 1 / (1 + np.exp(-np.asarray(jax.random.normal(stream(key, "time"), (2,)))))
   share = sigma[:, None, None, None]

@@ -15,6 +15,7 @@ def vocabulary() -> tuple[dict[str, int], list[str]]:
   spare = iter(range(256, 512))
   symbols = [table.get(byte) or chr(next(spare)) for byte in range(256)]
   merges = ["r e", "re d</w>", "b i", "r d</w>", "bi rd</w>", "c a", "ca t</w>"]
+  merges += ["s k", "sk s</w>", "z w", "zw x</w>"]  # rare words
   tokens = [*symbols, *(s + "</w>" for s in symbols), *(m.replace(" ", "") for m in merges)]
   tokens += ["<|startoftext|>", "<|endoftext|>"]
   return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
