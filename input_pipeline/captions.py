@@ -5,9 +5,10 @@ a path that starts at that folder, and `text` (or `caption`), what the image sho
 """
 
 import csv
+import io
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from memdiff.errors import DataError
 
@@ -25,25 +26,69 @@ def read(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> tuple[str, ...]
   Raises:
     DataError: naming the file, and the line that is wrong.
   """
-  there = [folder / name for name in NAMES if (folder / name).is_file()]
-  if not there:
+  source = _source(folder)
+  if source is None:
     return None
-  if len(there) > 1:
-    raise DataError(f"{folder} has both {NAMES[0]} and {NAMES[1]}; keep one of them.")
-  known: dict[str, str] = {}
-  for number, row in _rows(there[0]):
-    name, text = row.get(_FILE), next((row[t] for t in _TEXTS if t in row), None)
-    if not isinstance(name, str) or not isinstance(text, str):
-      raise DataError(
-        f"{there[0]}, line {number}: it needs {_FILE} and {' or '.join(_TEXTS)}, both texts."
-      )
-    known[pathlib.PurePosixPath(name).as_posix()] = " ".join(text.split())
+  known = _known(source)
   found = tuple(known.get(path.relative_to(folder).as_posix(), "") for path in paths)
   if not any(found):
     raise DataError(
-      f"{there[0]} has no caption for any image of {folder}; {_FILE} has to be a path from that"
+      f"{source} has no caption for any image of {folder}; {_FILE} has to be a path from that"
       f" folder on, such as {paths[0].relative_to(folder).as_posix()}."
     )
+  return found
+
+
+def known(folder: pathlib.Path) -> dict[str, str]:
+  """{path from the folder on: caption} of the images that have one.
+
+  Raises:
+    DataError: as `read`.
+  """
+  source = _source(folder)
+  return {} if source is None else {name: text for name, text in _known(source).items() if text}
+
+
+def append(folder: pathlib.Path, captions: Mapping[str, str]) -> None:
+  """Adds {path from the folder on: caption} to the file of captions, which is made if need be."""
+  path = _source(folder) or folder / NAMES[0]
+  text, is_new = io.StringIO(newline=""), not path.exists() or not path.stat().st_size
+  if path.suffix == ".csv":
+    columns = [_FILE, _TEXTS[0]]
+    if not is_new:
+      with open(path, encoding="utf-8-sig", newline="") as file:
+        columns = next(csv.reader(file))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if is_new:
+      writer.writeheader()
+    column = next(name for name in _TEXTS if name in columns)
+    writer.writerows({_FILE: name, column: said} for name, said in captions.items())
+  else:
+    for name, said in captions.items():
+      text.write(json.dumps({_FILE: name, _TEXTS[0]: said}, ensure_ascii=False) + "\n")
+  lines = text.getvalue()
+  if not is_new and not path.read_bytes().endswith(b"\n"):
+    lines = "\n" + lines
+  with open(path, "a", encoding="utf-8", newline="") as file:
+    file.write(lines)
+
+
+def _source(folder: pathlib.Path) -> pathlib.Path | None:
+  there = [folder / name for name in NAMES if (folder / name).is_file()]
+  if len(there) > 1:
+    raise DataError(f"{folder} has both {NAMES[0]} and {NAMES[1]}; keep one of them.")
+  return there[0] if there else None
+
+
+def _known(source: pathlib.Path) -> dict[str, str]:
+  found: dict[str, str] = {}
+  for number, row in _rows(source):
+    name, text = row.get(_FILE), next((row[t] for t in _TEXTS if t in row), None)
+    if not isinstance(name, str) or not isinstance(text, str):
+      raise DataError(
+        f"{source}, line {number}: it needs {_FILE} and {' or '.join(_TEXTS)}, both texts."
+      )
+    found[pathlib.PurePosixPath(name).as_posix()] = " ".join(text.split())
   return found
 
 

@@ -120,5 +120,29 @@ def test_a_broken_file_is_named_in_one_sentence(tmp_path, kind, words):
   assert words in str(error.value)
 
 
+def test_captions_are_added_to_what_is_there(tmp_path):
+  captions.append(tmp_path, {"a/0.png": 'a "red", round thing'})
+  captions.append(tmp_path, {"a/1.png": "zwei Körbe", "b/0.png": "x"})
+  expected = {"a/0.png": 'a "red", round thing', "a/1.png": "zwei Körbe", "b/0.png": "x"}
+  assert captions.known(tmp_path) == expected
+  paths = [tmp_path / "a" / "1.png", tmp_path / "c.png"]
+  assert captions.read(tmp_path, paths) == ("zwei Körbe", "")
+
+
+@pytest.mark.parametrize(
+  ("name", "before"),
+  [
+    ("metadata.csv", "caption,file_name,by\nold,a/0.png,me"),
+    ("metadata.jsonl", '{"file_name": "a/0.png", "text": "old", "by": "me"}'),
+  ],
+)
+def test_other_columns_stay_and_a_last_line_is_ended(tmp_path, name, before):
+  (tmp_path / name).write_text(before)
+  captions.append(tmp_path, {"a/1.png": "new"})
+  assert captions.known(tmp_path) == {"a/0.png": "old", "a/1.png": "new"}
+  assert (tmp_path / name).read_text().startswith(before + "\n")
+  assert captions.known(tmp_path / "none") == {}
+
+
 def test_no_file_is_described_by_nothing():
   assert captions.describe(None) == "" and captions.describe(("a", "")) == "with 1 captions of 2"
