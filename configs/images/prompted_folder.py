@@ -5,7 +5,8 @@
     --config.text_to_image.model=/models/sd3 --config.dataset.data_dir=DIR
 
 DIR holds train/CLASS/* and test/CLASS/*; DIR/CLASS/* alone needs --config.dataset.test_share=0.2.
-The model is a folder as KerasHub saves Stable Diffusion 3 or 3.5. It is asked for images of rare
+The model is a folder as KerasHub saves Stable Diffusion 3 or 3.5; or as diffusers saves 1.5, 2.1 or
+XL, with requirements-text-to-image-torch.txt. It is asked for images of rare
 classes by their names, or by captions (--config.text_to_image.prompts.source=captions). Variants:
   default  64 pixels, for an accelerator
   smoke    few steps of everything, for tests

@@ -27,9 +27,10 @@ _FILE = 32  # images in a file: what an interruption costs at most
 
 
 def check(settings: AugmentedConfig, data: LongTailDataset) -> None:
-  """Raises ConfigError if what is to be said of the classes is not there."""
+  """Raises MemdiffError if there is no model, or not what is to be said of the classes."""
   if not settings.text_to_image.model:
     return
+  backends.check(settings.text_to_image)
   config = settings.text_to_image.prompts
   if config.source == "mapped":
     raise ConfigError(
@@ -57,7 +58,7 @@ def _captions_of(data: LongTailDataset, c: int) -> list[str]:
   return [data.train_captions[row] for row in rows if data.train_captions[row]]
 
 
-def _words(experiment: Experiment, backend: backends.Backend) -> list[str]:
+def _words(experiment: Experiment, backend: backends.TunableBackend) -> list[str]:
   """By which a tuned model knows the classes, one of each; none if it knows them by name."""
   data, config = experiment.dataset, experiment.config.text_to_image
   if not config.tuning.needs_words:

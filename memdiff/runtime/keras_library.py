@@ -1,6 +1,7 @@
 """KerasHub on JAX, an extra that few runs need."""
 
 import contextlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,12 @@ def reading(what: str) -> Iterator[None]:
   except Exception as error:
     reason = str(error).strip().split("\n")[0]
     raise DataError(f"Cannot read {what} ({type(error).__name__}: {reason}).") from error
+
+
+def check(needed_by: str) -> None:
+  """Raises ConfigError if KerasHub is not installed; `needed_by` is the subject of a sentence."""
+  if importlib.util.find_spec("keras_hub") is None:
+    raise ConfigError(f"{needed_by} needs KerasHub: {INSTALL}.")
 
 
 def keras_hub(needed_by: str) -> ModuleType:

@@ -4,13 +4,15 @@ The model is a stand-in that paints the colours of its prompts; those of librari
 their own.
 """
 
+import importlib.util
+
 import numpy as np
 import pytest
 
 from configs.images import prompted_folder
 from memdiff import pipeline
 from memdiff.classifier import backbones
-from memdiff.errors import ConfigError, MemdiffError
+from memdiff.errors import ConfigError, DataError, MemdiffError
 from memdiff.synthesis.text_to_image import backends
 from tests import support
 from tests.experiments.test_prompted_run import COLOURS, COUNTS, make_data
@@ -60,6 +62,7 @@ def painters(monkeypatch):
       return self[-1]
 
   loaded = Loaded()
+  monkeypatch.setattr(backends, "check", lambda config: None)
   monkeypatch.setattr(backends, "load", loaded.load)
   return loaded
 
@@ -206,10 +209,26 @@ def test_captions_that_are_not_there_are_asked_for(painters, tmp_path):
     run(tmp_path / "data", tmp_path / "run", **{"text_to_image.prompts.source": "captions"})
 
 
-def test_a_model_needs_its_library(data, tmp_path, monkeypatch):
-  """Without KerasHub, or with it and no model, one sentence says what to do."""
-  with pytest.raises(MemdiffError) as caught:
-    backends.load(backends.TextToImageConfig(model=str(tmp_path)))
-  words = str(caught.value)
-  assert "requirements-text-to-image.txt" in words or "holds no task.json" in words
-  assert support.ROOT.joinpath("requirements-text-to-image.txt").exists()
+@pytest.mark.parametrize(
+  ("mark", "name", "requirements"),
+  [
+    ("task.json", "keras_hub", "requirements-text-to-image.txt"),
+    ("model_index.json", "diffusers", "requirements-text-to-image-torch.txt"),
+    ("model_index.json", "torch", "requirements-text-to-image-torch.txt"),
+  ],
+)
+def test_a_model_needs_its_library(data, tmp_path, monkeypatch, mark, name, requirements):
+  """Before anything is trained, one sentence says what to install."""
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util, "find_spec", lambda asked: None if asked == name else find("json")
+  )
+  (tmp_path / mark).write_text("{}")
+  with pytest.raises(ConfigError, match=rf"needs .*: pip install .*-r {requirements}\.$"):
+    run(data, tmp_path / "run", **{"text_to_image.model": str(tmp_path)})
+  assert support.ROOT.joinpath(requirements).exists()
+
+
+def test_a_folder_without_a_model_is_refused(data, tmp_path):
+  with pytest.raises(DataError, match=r"holds no task\.json of KerasHub and no model_index\.json"):
+    run(data, tmp_path / "run", **{"text_to_image.model": str(tmp_path)})

@@ -3,16 +3,22 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 
 from memdiff.config import Allowed, at_least, one_of, path_setting, setting
+from memdiff.errors import DataError
 from memdiff.runtime.stage import Run
 from memdiff.synthesis.text_to_image.prompts import PromptConfig
 from memdiff.synthesis.text_to_image.tuning import Examples, TuningConfig
 
 DTYPES = ("float32", "bfloat16")
+FEWER = (
+  "The text-to-image model needs more memory than there is for {} images at a time; lower"
+  " config.text_to_image.batch_size or side."
+)
 
 
 class Backend(Protocol):
@@ -33,6 +39,13 @@ class Backend(Protocol):
       [n, S, S, 3] uint8.
     """
 
+  def too_long(self, prompts: Sequence[str]) -> list[str]:
+    """Prompts of which only the beginning is read."""
+
+
+class TunableBackend(Backend, Protocol):
+  """One that can be tuned on real images."""
+
   def tune(
     self,
     config: TuningConfig,
@@ -50,15 +63,12 @@ class Backend(Protocol):
       ConfigError: if there are fewer than `number`.
     """
 
-  def too_long(self, prompts: Sequence[str]) -> list[str]:
-    """Prompts of which only the beginning is read."""
-
 
 @dataclasses.dataclass(frozen=True)
 class TextToImageConfig:
   """A model that was trained elsewhere, and what it is asked for."""
 
-  model: str = path_setting('its folder, as KerasHub saves Stable Diffusion 3; "": none')
+  model: str = path_setting('its folder, as KerasHub or diffusers saves it; "": none')
   side: int = setting(
     0,
     "pixels that it draws, before images are resized to those of the data set; 0: its own",
@@ -79,13 +89,37 @@ class TextToImageConfig:
     return self.prompts.source == "names" and not self.tuning.is_on
 
 
-def load(config: TextToImageConfig) -> Backend:
-  """The model of a config, by KerasHub.
+def check(config: TextToImageConfig) -> None:
+  """Whether a model can be loaded, as far as that is seen without reading it.
 
   Raises:
-    ConfigError: if its library is not installed.
-    DataError: if the model cannot be read.
+    ConfigError: if its library is not installed, or cannot tune it here.
+    DataError: if there is no model.
   """
-  from memdiff.synthesis.text_to_image import keras_hub_backend  # its library takes seconds
+  _library(config).check(config)
 
-  return keras_hub_backend.load(config)
+
+def load(config: TextToImageConfig) -> Backend:
+  """The model of a config, by the library that its folder is of; a tunable one if it is tuned.
+
+  Raises:
+    ConfigError: as `check`.
+    DataError: as `check`, or if the model cannot be read.
+  """
+  check(config)
+  return _library(config).load(config)
+
+
+def _library(config: TextToImageConfig) -> ModuleType:
+  """The module of the library that a model is of."""
+  from memdiff.synthesis.text_to_image import diffusers_backend, keras_hub_backend
+
+  folder = pathlib.Path(config.model)
+  for module in (keras_hub_backend, diffusers_backend):
+    if (folder / module.MARK).is_file():
+      return module
+  raise DataError(
+    f"config.text_to_image.model is {config.model}, which holds no {keras_hub_backend.MARK} of"
+    f" KerasHub and no {diffusers_backend.MARK} of diffusers; save a model into a folder by either,"
+    " and give that. Models under a licence have to be accepted where they are published first."
+  )

@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memdiff.errors import ConfigError, DataError
+from memdiff.errors import ConfigError
 from memdiff.runtime import keras_library
 from memdiff.runtime.stage import Run
 from memdiff.synthesis.text_to_image import keras_hub_tuning
-from memdiff.synthesis.text_to_image.backends import TextToImageConfig
+from memdiff.synthesis.text_to_image.backends import FEWER, TextToImageConfig
 from memdiff.synthesis.text_to_image.tuning import Examples, TuningConfig
 
+MARK = "task.json"  # in the folder of a model
+_NEEDED_BY = "config.text_to_image.model"
 _WORD = re.compile("[a-z]{3,}")
 
 
@@ -65,10 +67,7 @@ class KerasHub:
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      raise ConfigError(
-        f"The text-to-image model needs more memory than there is for {len(prompts)} images at a"
-        " time; lower config.text_to_image.batch_size or side."
-      ) from error
+      raise ConfigError(FEWER.format(len(prompts))) from error
     return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
   def tune(
@@ -103,21 +102,21 @@ class KerasHub:
     return [text for text in prompts if len(preprocessor.tokenizer(text)) > room]
 
 
+def check(config: TextToImageConfig) -> None:
+  """Raises ConfigError if KerasHub is not installed."""
+  del config
+  keras_library.check(_NEEDED_BY)
+
+
 def load(config: TextToImageConfig) -> KerasHub:
   """Reads the model in `config.model`.
 
   Raises:
     ConfigError: if KerasHub is not installed, or Keras runs on another library than JAX.
-    DataError: if there is no such model, or it is torn or of another kind.
+    DataError: if the model is torn or of another kind.
   """
-  keras_hub = keras_library.keras_hub("config.text_to_image.model")
-  folder = pathlib.Path(config.model)
-  if not (folder / "task.json").is_file():
-    raise DataError(
-      f"config.text_to_image.model is {config.model}, which holds no task.json; give the folder of"
-      " a text-to-image model as KerasHub saves it."
-    )
+  keras_hub = keras_library.keras_hub(_NEEDED_BY)
   shape = {"image_shape": (config.side, config.side, 3)} if config.side else {}
   with keras_library.reading(f"the text-to-image model in {config.model}"):
-    task = keras_hub.models.TextToImage.from_preset(str(folder), dtype=config.dtype, **shape)
+    task = keras_hub.models.TextToImage.from_preset(config.model, dtype=config.dtype, **shape)
   return KerasHub(task, config)
