@@ -28,6 +28,8 @@ from memdiff.runtime.workdir import read_arrays
 PREFIX, SCALE = "A photo depicts ", 2.5
 _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _BATCH = 64
+_NEEDED_BY = "The CLIP score"
+DEFINITION = f"{SCALE} max(cos, 0), {PREFIX!r} before the prompt, mean over images"
 
 
 def scores(images: np.ndarray, captions: np.ndarray) -> np.ndarray:
@@ -70,6 +72,10 @@ class Clip:
       found.append(np.asarray(self.backbone.get_text_embeddings(np.asarray(tokens)), np.float32))
     return np.concatenate(found)[index]
 
+  def score(self, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """Of uint8 images [N, H, W, 1 or 3] and what is said of each. [N]."""
+    return scores(self.of_images(images), self.of_texts([PREFIX + text for text in texts]))
+
 
 def _resized(image: np.ndarray, side: int) -> np.ndarray:
   """uint8 [H, W, 1 or 3] -> [side, side, 3]."""
@@ -77,16 +83,27 @@ def _resized(image: np.ndarray, side: int) -> np.ndarray:
   return np.asarray(rgb.resize((side, side), Image.Resampling.BICUBIC))
 
 
+def check(path: str) -> None:
+  """Whether the CLIP in a folder can be loaded, as far as that is seen without reading it.
+
+  Raises:
+    ConfigError: if KerasHub is not installed.
+    DataError: if there is no CLIP.
+  """
+  keras_library.check(_NEEDED_BY)
+  if not (pathlib.Path(path) / "config.json").is_file():
+    raise DataError(f"{path} holds no config.json; give the folder of a CLIP as KerasHub saves it.")
+
+
 def load(path: str) -> Clip:
   """Reads the CLIP in a folder.
 
   Raises:
-    ConfigError: if KerasHub is not installed.
-    DataError: if there is no CLIP, or it is torn.
+    ConfigError: as `check`.
+    DataError: as `check`, or if it is torn.
   """
-  keras_hub = keras_library.keras_hub("The CLIP score")
-  if not (pathlib.Path(path) / "config.json").is_file():
-    raise DataError(f"{path} holds no config.json; give the folder of a CLIP as KerasHub saves it.")
+  check(path)
+  keras_hub = keras_library.keras_hub(_NEEDED_BY)
   with keras_library.reading(f"the CLIP in {path}"):
     backbone = keras_hub.models.CLIPBackbone.from_preset(path)
     preprocessor = keras_hub.models.CLIPPreprocessor.from_preset(path)
@@ -120,12 +137,12 @@ def evaluate(path: str, model: str) -> dict[str, Any]:
   """The score with all it depends on, as it is printed and written."""
   images, prompts = read(path)
   clip = load(model)
-  found = scores(clip.of_images(images), clip.of_texts([PREFIX + text for text in prompts]))
+  found = clip.score(images, prompts)
   return {
     "clip_score": float(found.mean()),
     "std": float(found.std()),
     "number": len(prompts),
-    "definition": f"{SCALE} max(cos, 0), {PREFIX!r} before the prompt, mean over images",
+    "definition": DEFINITION,
     "images": path,
     "model": model,
     "side": int(clip.backbone.vision_encoder.image_shape[0]),

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memdiff.evaluation import networks, numerals, report
+from memdiff.evaluation import clip_score, networks, numerals, report
 from memdiff.evaluation.criteria import Estimate
 from memdiff.evaluation.lookup import mean_of
 
@@ -50,6 +50,9 @@ def columns(network: str) -> dict[str, Column]:
       " prompt than to 99 other captions (R-precision), by a linear map from the network's features"
       " to sentences that was learned from real images; 1 % is chance", True),
     "caption_few": Column("prompt, few", False, "the same for the rarest classes", True),
+    "clip": Column("CLIP", False, f"CLIP score, {clip_score.DEFINITION}; the name of the class"
+      " stands for the prompt of a method that has none"),
+    "clip_few": Column("CLIP, few", False, "the same for the rarest classes"),
     "diversity": Column("diversity", None, "mean distance of two generated images of a class over"
       " that of two real ones; 1 is as varied as real images"),
     "copied": Column("copied", True, "share of generated images less than a third as far from one"
@@ -64,7 +67,8 @@ def columns(network: str) -> dict[str, Column]:
   }  # fmt: skip
 
 
-_SHORT = ("fd_few", "fd", "kid", "right_few", "right", "caption", "copied_few", "recall")
+_SHORT = ("fd_few", "fd", "kid", "right_few", "right", "caption", "clip", "copied_few",
+          "recall")  # fmt: skip
 _BY_CLASS = (
   ("per_class_kid", "KID", "Kernel distance from the class's real images, lower is better."),
   ("per_class_right", "Right class", "Share in which the classifier sees the class asked for."),

@@ -1,12 +1,12 @@
 """The evaluation of generated images: metrics, tables, figures."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from input_pipeline.dataset import LongTailDataset, uncut
-from memdiff.evaluation import image_quality, images, networks, scores
+from memdiff.evaluation import clip_score, image_quality, images, networks, scores
 from memdiff.evaluation.image_quality import Labelled
 from memdiff.evaluation.image_sets import ImageSet
 from memdiff.experiments import bottlenecks, image_figures, prompting, record, summaries
@@ -15,6 +15,7 @@ from memdiff.experiments.image_settings import CLASSIFIER
 from memdiff.experiments.image_store import read_drawn, sample_folder
 from memdiff.runtime import results
 from memdiff.synthesis import image_methods
+from memdiff.synthesis.text_to_image import prompts
 
 
 def judge(experiment: Experiment) -> Experiment:
@@ -90,6 +91,9 @@ class _Judging:
     rows, labels = _reference(experiment)
     self.real = Labelled(self.network.encode(rows)[0], labels)
     self._unseen = _unseen_distance(data)
+    self._clip = None
+    if path := experiment.config.evaluation.clip:
+      self._clip = clip_score.load(path)
     self._captions = None
     self.caption_of_real = None  # share of test images that lie nearest to their own caption
     if prompting.reads_text(experiment.config):
@@ -118,6 +122,9 @@ class _Judging:
     found["copied"] = float(near.copied.mean())
     found["nearness"] = float(near.distance.mean() / max(self._unseen, 1e-9))
     shares = {"copied": near.copied}
+    if self._clip is not None:
+      shares["clip"] = self._clip.score(rows, self._said_of(drawn))
+      found["clip"] = float(shares["clip"].mean())
     if "prompt" in drawn:
       shares["caption"] = self._captions.hits(features, drawn["prompt"])
       found["caption"] = float(shares["caption"].mean())
@@ -137,6 +144,13 @@ class _Judging:
         [hits[labels == c].mean() for c in range(data.num_classes)]
       )
     return found
+
+  def _said_of(self, drawn: Mapping[str, np.ndarray]) -> list[str]:
+    """The prompt of each image; of a method that has none, the name of its class."""
+    if "prompt" in drawn:
+      return drawn["prompt"].tolist()
+    names = [prompts.words_of(name) for name in self._data.class_names]
+    return [names[c] for c in drawn["labels"]]
 
 
 def _rows(judging: _Judging, experiment: Experiment, method: str) -> Iterator[dict]:

@@ -10,11 +10,12 @@ from memdiff.classifier.encoder_training import ClassifierConfig
 from memdiff.config import Allowed, at_least, one_of, path_setting, setting
 from memdiff.diffusion import guidance, unet
 from memdiff.errors import ConfigError
-from memdiff.evaluation import networks
+from memdiff.evaluation import clip_score, networks
 from memdiff.experiments.base import check_classifier, check_seeds, seeds_field
 from memdiff.runtime.stage import ExecutionConfig, LoopConfig
 from memdiff.synthesis import image_methods
 from memdiff.synthesis.pixel_settings import PixelDiffusionConfig, SamplingConfig
+from memdiff.synthesis.text_to_image import prompts
 
 CLASSIFIER = "classifier"
 NETWORKS = (CLASSIFIER, *networks.NETWORKS)
@@ -50,6 +51,7 @@ class ImageEvaluationConfig:
     "a network from elsewhere: pixels that images are resized to, 0: its own",
     Allowed(lambda side: side == 0 or side >= 32, lambda: "0 or at least 32"),
   )
+  clip: str = path_setting('a CLIP as KerasHub saves it, whose score is added; "": none')
   reference: str = setting(
     "train", "real images: of the training set with what was left out, or the test set",
     one_of(REFERENCES),
@@ -84,7 +86,8 @@ class ImagesConfig:
   def input_files(self) -> dict[str, str]:
     """Files that the run reads beside its data: what they are, and where."""
     text = image_methods.text_of(self.methods, self.diffusion)
-    return text.input_files if text else {}
+    files = {"clip": self.evaluation.clip} if self.evaluation.clip else {}
+    return files | (text.input_files if text else {})
 
 
 def check(settings: ImagesConfig, data: LongTailDataset) -> None:
@@ -128,6 +131,10 @@ def _check_evaluation(settings: ImagesConfig, data: LongTailDataset) -> None:
   else:
     networks.checked_side(config.network, config.side, "config.evaluation.side")
     networks.NETWORKS[config.network].weights_path(config.weights)
+  if config.clip:
+    clip_score.check(config.clip)
+    for name in data.class_names:
+      prompts.words_of(name)
   if data.train_images.shape[-1] not in (1, 3):
     raise ConfigError(
       f"The images have {data.train_images.shape[-1]} channels, but only grey and colour can be"

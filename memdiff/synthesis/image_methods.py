@@ -77,10 +77,7 @@ def _cm_code(config: PixelDiffusionConfig) -> PixelDiffusionConfig:
 
 
 def _prompted(config: PixelDiffusionConfig) -> PixelDiffusionConfig:
-  """With the configured encoder of sentences, or MiniLM."""
-  if config.text.is_read:
-    return config
-  return dataclasses.replace(config, text=dataclasses.replace(config.text, encoder="minilm"))
+  return dataclasses.replace(config, text=dataclasses.replace(config.text, is_read=True))
 
 
 def _by(source: str) -> ImageMethod:

@@ -8,14 +8,11 @@ import jax.numpy as jnp
 from memdiff.config import between, one_of, path_setting, setting
 from memdiff.synthesis.text_to_image.sentences import ENCODERS
 
-NONE = "none"
-
 
 @dataclasses.dataclass(frozen=True)
 class PixelTextConfig:
-  encoder: str = setting(
-    NONE, "of captions and prompts; none: the U-Net reads nothing", one_of((NONE, *ENCODERS))
-  )
+  is_read: bool = setting(False, "whether every U-Net reads captions; prompted turns it on")
+  encoder: str = setting("minilm", "of captions and prompts", one_of(ENCODERS))
   weights: str = path_setting('its folder or file, "": of its installed package')
   hidden: float = setting(
     0.25, "share of the images whose caption is hidden, their class told", between(0, 1)
@@ -28,10 +25,6 @@ class PixelTextConfig:
   def input_files(self) -> dict[str, str]:
     """What decides embeddings, if it is not a package: what it is, and where."""
     return {"sentence_encoder": self.weights} if self.weights else {}
-
-  @property
-  def is_read(self) -> bool:
-    return self.encoder != NONE
 
   def __post_init__(self):
     if self.hidden + self.alone > 1:

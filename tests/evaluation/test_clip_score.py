@@ -8,9 +8,13 @@ import jax
 import numpy as np
 import pytest
 
+from configs.images import prompted_emoji
+from memdiff import pipeline
+from memdiff.errors import DataError
 from memdiff.evaluation import clip_score
 from memdiff.runtime import keras_library
 from memdiff.runtime.workdir import write_arrays
+from tests.experiments import test_prompted_run
 
 SIDE = 16
 needs_keras = [
@@ -118,6 +122,50 @@ def test_a_clip_that_cannot_be_read_is_one_sentence(model, tmp_path, capsys):
     assert clip_score.main(flags) > 0
     said = capsys.readouterr().err
     assert words in said and said.startswith("memdiff: ") and said.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+  root = tmp_path_factory.mktemp("captioned")
+  return test_prompted_run.make_data(root)
+
+
+def small_run(captioned, workdir, clip):
+  config = prompted_emoji.get_config("quality")
+  config.update_from_flattened_dict(captioned)
+  config.update_from_flattened_dict({
+    "methods": ("balanced", "balanced+prompted+by_name"), "seeds": (0,), "evaluation.clip": clip,
+    "evaluation.kid_size": 10, "dataset.image_size": 8, "diffusion.num_steps": 5,
+    "diffusion.unet.channels": 8, "diffusion.unet.multipliers": (1,), "sampling.num_steps": 2,
+    "diffusion.unet.attention": (), "encoder.backbone.name": "resnet8", "sampling.per_class": 7,
+    "classifier.num_epochs": 1.0, "loop.steps_per_dispatch": 5,
+  })  # fmt: skip
+  return pipeline.run(config.to_dict(), str(workdir), tensorboard=False, command="")
+
+
+@with_keras
+def test_a_run_with_a_clip_scores_all_its_methods(captioned, model, tmp_path):
+  report = small_run(captioned, tmp_path / "run", model)
+  clip = clip_score.load(model)
+  for row in report["images"]["rows"]:
+    folder = tmp_path / "run" / "sampling" / row["method"] / "scale_1" / "seed_0"
+    arrays = np.load(folder / "000000.npz")
+    names = [report["dataset"]["class_names"][c].replace("-", " ") for c in arrays["labels"]]
+    assert "prompt" not in arrays or arrays["prompt"].tolist() == names
+    expected = clip.score(arrays["images"], names)
+    assert row["clip"]["mean"] == pytest.approx(expected.mean(), rel=1e-5)
+    rare = arrays["labels"] == report["dataset"]["train_counts"].index(3)
+    assert row["clip_few"]["mean"] == pytest.approx(expected[rare].mean(), rel=1e-5)
+  page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+  assert "CLIP score, 2.5 max(cos, 0)" in page
+
+
+def test_a_clip_that_is_not_there_is_said_before_anything_is_trained(
+  captioned, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(keras_library, "check", lambda needed_by: None)
+  with pytest.raises(DataError, match=r"holds no config\.json; give the folder of a CLIP"):
+    small_run(captioned, tmp_path / "run", str(tmp_path))
 
 
 def test_images_without_prompts_are_refused(tmp_path, capsys):

@@ -22,7 +22,7 @@ from memdiff.synthesis.pixel_text import PixelTextConfig
 from tests.support import make_run
 
 TINY = UNetConfig(channels=8, multipliers=(1, 2), num_blocks=1, attention=(), dropout=0.0)
-TEXT = PixelTextConfig(encoder="table", hidden=0.2, alone=0.3)
+TEXT = PixelTextConfig(is_read=True, hidden=0.2, alone=0.3)
 CONFIG = PixelDiffusionConfig(
   unet=TINY, batch_size=1024, num_steps=2, label_dropout=0.25, mirror=False, text=TEXT
 )
@@ -70,7 +70,7 @@ def test_rows_are_told_by_class_and_caption_by_either_or_by_neither(data):
 
 @pytest.mark.parametrize("alone", [0.0, 1.0])
 def test_an_image_without_caption_keeps_its_class(alone):
-  config = PixelTextConfig(encoder="table", hidden=0.0, alone=alone)
+  config = PixelTextConfig(is_read=True, hidden=0.0, alone=alone)
   vectors = jnp.asarray(CAPTIONS[SILENT - 2 : SILENT + 1])
   shown, hidden = pixel_text.draw_told(jax.random.key(0), config, vectors)
   np.testing.assert_array_equal(shown, vectors)
@@ -136,3 +136,11 @@ def test_sentences_alone_decide_what_is_drawn(mesh, tmp_path):
     drawn = program(params, wanted, np.uint32(0), 0, np.float32(scale))
     brightness = np.asarray(drawn).mean(axis=(1, 2, 3))
     assert (brightness[[1, 3]] - brightness[[0, 2]] > 120).all(), brightness
+
+
+def test_a_configured_encoder_alone_makes_no_method_read():
+  config = dataclasses.replace(CONFIG, text=PixelTextConfig(encoder="table", weights="a.npz"))
+  assert not image_methods.apply("balanced", config).text.is_read
+  assert image_methods.text_of(("balanced",), config) is None
+  read = image_methods.text_of(("balanced", "balanced+prompted"), config)
+  assert read.is_read and (read.encoder, read.weights) == ("table", "a.npz")

@@ -26,7 +26,7 @@ CONFIG = PixelDiffusionConfig(
   num_steps=40,
   label_dropout=0.2,
   mirror=False,
-  text=PixelTextConfig(encoder="table"),
+  text=PixelTextConfig(is_read=True),
   memory=PixelMemoryConfig(num_exemplars=2),
   tuning=PixelTuningConfig(num_steps=60, learning_rate=3e-2, rank=2),
 )
