@@ -91,7 +91,7 @@ def judge(workdir: pathlib.Path, data: pathlib.Path, number: int, scales: Sequen
   means = encoded.reshape(*rest.shape[:2], -1).mean(axis=1)
   rows = {REAL: measured(compared, shown, network.encode, means)}
   for method in experiment.config.methods:
-    if not image_methods.apply(method, experiment.config.diffusion).memory.num_exemplars:
+    if not image_methods.apply(method, experiment.config.diffusion).memory.num_shown:
       continue
     for k, scale in itertools.product((1, SHOWN), scales):
       drawn = np.stack([

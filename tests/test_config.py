@@ -388,7 +388,7 @@ OUT_OF_RANGE = {
     "sampling.guide.kind": ["away"], "sampling.guide.temperature": [0.0],
     "sampling.guide.annealing.noise": [-1.0], "sampling.guide.annealing.begin": [1.5],
     "sampling.guide.annealing.end": [-0.1], "sampling.guide.annealing.mix": [2.0],
-    "diffusion.memory.num_exemplars": [-1], "diffusion.memory.hidden": [1.5],
+    "diffusion.memory.num_exemplars": [0], "diffusion.memory.hidden": [1.5],
     "diffusion.memory.invented": [-0.5], "diffusion.dropped_by": ["row"],
     "diffusion.batch_size": [0], "diffusion.unet.channels": [3],
     "diffusion.unet.multipliers": [(), (0,)], "diffusion.unet.num_blocks": [0],

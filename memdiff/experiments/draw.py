@@ -61,7 +61,7 @@ def choose_method(settings: ImagesConfig, wanted: str, *, looks: bool, reads: bo
   able = []
   for method in settings.methods:
     config = image_methods.apply(method, settings.diffusion)
-    if (not looks or config.memory.num_exemplars) and (not reads or config.text.is_read):
+    if (not looks or config.memory.num_shown) and (not reads or config.text.is_read):
       able.append(method)
   if wanted and wanted not in able:
     raise ConfigError(

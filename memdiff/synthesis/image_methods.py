@@ -18,7 +18,6 @@ from memdiff.synthesis.pixel_text import PixelTextConfig
 from memdiff.synthesis.text_to_image.prompts import SOURCES
 
 JOINED, PLAIN = "+", "ddpm"
-EXEMPLARS = 4
 T = TypeVar("T", bound=SolverConfig)
 
 
@@ -103,10 +102,7 @@ def _guided(description: str, **changes: Any) -> ImageMethod:
 
 
 def _memdiff(config: PixelDiffusionConfig) -> PixelDiffusionConfig:
-  """With the configured exemplars, or four."""
-  number = config.memory.num_exemplars or EXEMPLARS
-  memory = dataclasses.replace(config.memory, num_exemplars=number)
-  return dataclasses.replace(config, memory=memory)
+  return dataclasses.replace(config, memory=dataclasses.replace(config.memory, is_shown=True))
 
 
 METHODS = {

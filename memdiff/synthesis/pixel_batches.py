@@ -39,7 +39,7 @@ def draw_batch(
   dropped = jax.random.bernoulli(stream(key, "drop"), config.label_dropout, coins)
   dropped = jnp.broadcast_to(dropped, (size,))
   x0, condition = to_model(data.images[index]), _Conditions(key, data, config, dropped)
-  if config.memory.num_exemplars:
+  if config.memory.num_shown:
     memory, shown = condition.with_exemplars(label, index)
     x0 = pixel_memory.turned(x0, shown.ways)
   else:
@@ -109,7 +109,7 @@ class _Conditions:
 
   def with_exemplars(self, label: jax.Array, index: jax.Array):
     """(exemplars, themselves left out, and what is shown of the rows)."""
-    number = self.config.memory.num_exemplars
+    number = self.config.memory.num_shown
     found, mask = pixel_memory.draw_exemplars(
       stream(self.key, "exemplars"), self.data.by_class, label, number, self.data.places[index]
     )
@@ -126,7 +126,7 @@ class _Conditions:
       stream(self.key, "other_exemplars"),
       self.data.by_class,
       other,
-      self.config.memory.num_exemplars,
+      self.config.memory.num_shown,
     )
     mask = pixel_memory.thin_out(stream(self.key, "thin_other"), mask)
     placed = self._placed(found, mask, shown, "mirror_others")

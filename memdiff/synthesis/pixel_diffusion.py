@@ -20,9 +20,7 @@ from memdiff.synthesis.pixel_settings import PixelDiffusionConfig
 
 
 def make_denoiser(config: PixelDiffusionConfig, num_classes: int, channels: int) -> UNet:
-  return UNet(
-    num_classes, channels, config.unet, config.memory.num_exemplars > 0, config.text.is_read
-  )
+  return UNet(num_classes, channels, config.unet, config.memory.is_shown, config.text.is_read)
 
 
 def make_stage(

@@ -20,13 +20,19 @@ from memdiff.runtime.random import stream
 
 @dataclasses.dataclass(frozen=True)
 class PixelMemoryConfig:
-  num_exemplars: int = setting(0, "of the class that the U-Net looks at; 0: none", at_least(0))
+  is_shown: bool = setting(False, "whether every U-Net looks at exemplars; memdiff turns it on")
+  num_exemplars: int = setting(4, "of the class that it looks at, at most", at_least(1))
   hidden: float = setting(
     0.25, "share of the images whose label is hidden, their exemplars shown", between(0, 1)
   )
   invented: float = setting(
     0.5, "share of those that are turned into classes never seen", between(0, 1)
   )
+
+  @property
+  def num_shown(self) -> int:
+    """Exemplars that the U-Net looks at, 0 if it looks at none."""
+    return self.num_exemplars if self.is_shown else 0
 
 
 def draw_exemplars(

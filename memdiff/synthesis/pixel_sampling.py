@@ -47,7 +47,7 @@ def memory_of(
     key: of the choice of exemplars.
     prompts: [B, D] embeddings of what is said; None: nothing is.
   """
-  memory, number = (), config.memory.num_exemplars
+  memory, number = (), config.memory.num_shown
   if number:
     memory = exemplars_of(data, labels, key, number)
   if not config.text.is_read:

@@ -54,8 +54,8 @@ def test_curves_hold_the_cosines_of_the_averaged_weights(mesh, tmp_path, name):
   ]
   key = jax.random.key(0)
   memory = ()
-  if config.memory.num_exemplars:
-    memory = pixel_sampling.exemplars_of(data, probe.labels, key, config.memory.num_exemplars)
+  if config.memory.num_shown:
+    memory = pixel_sampling.exemplars_of(data, probe.labels, key, config.memory.num_shown)
   program = pixel_bottlenecks.bottleneck_program(config, 3, mesh)
   for seed in (0, 1):
     rows = program(jax.tree.map(lambda x, s=seed: x[s], state.ema_params), probe, memory, key)

@@ -180,6 +180,12 @@ def test_shares_and_rarities_are_those_of_the_true_classes(data):
   np.testing.assert_allclose(batch.class_rarity, (3 * inverse / inverse.sum())[true], rtol=1e-5)
 
 
+def test_configured_exemplars_are_shown_to_memdiff_alone():
+  config = dataclasses.replace(CONFIG, memory=pixel_memory.PixelMemoryConfig(num_exemplars=7))
+  assert image_methods.apply("balanced", config).memory.num_shown == 0
+  assert image_methods.apply("memdiff", config).memory.num_shown == 7
+
+
 def test_names_of_methods():
   assert image_methods.is_known("t2h+balanced") and not image_methods.is_known("t2h+t2h")
   assert not image_methods.is_known("gan") and not image_methods.is_known("")
@@ -263,7 +269,7 @@ def test_methods_that_only_draw_differently_share_a_training():
 
 # --- memory ----------------------------------------------------------------------------------
 
-MEMORY = pixel_memory.PixelMemoryConfig(num_exemplars=3, hidden=0.5, invented=0.5)
+MEMORY = pixel_memory.PixelMemoryConfig(is_shown=True, num_exemplars=3, hidden=0.5, invented=0.5)
 
 
 def exemplar_numbers(memory):

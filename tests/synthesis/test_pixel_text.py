@@ -96,7 +96,9 @@ def test_of_another_class_the_caption_says_nothing(data):
 
 
 def test_a_class_that_is_made_up_has_no_caption(data):
-  memory = dataclasses.replace(CONFIG.memory, num_exemplars=2, hidden=1.0, invented=1.0)
+  memory = dataclasses.replace(
+    CONFIG.memory, is_shown=True, num_exemplars=2, hidden=1.0, invented=1.0
+  )
   batch = draw(data, dataclasses.replace(CONFIG, memory=memory))
   shown = np.asarray(batch.memory.memory.mask).any(axis=1)
   assert shown.mean() > 0.6 and not np.asarray(batch.memory.vectors)[shown].any()

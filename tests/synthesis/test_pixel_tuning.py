@@ -27,7 +27,7 @@ CONFIG = PixelDiffusionConfig(
   label_dropout=0.2,
   mirror=False,
   text=PixelTextConfig(is_read=True),
-  memory=PixelMemoryConfig(num_exemplars=2),
+  memory=PixelMemoryConfig(is_shown=True, num_exemplars=2),
   tuning=PixelTuningConfig(num_steps=60, learning_rate=3e-2, rank=2),
 )
 
