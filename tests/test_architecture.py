@@ -35,6 +35,8 @@ PARTS = {
     "synthesis",
   }
   | FOUNDATION,
+  "estimators": {"classifier", "diffusion", "evaluation", "memory", "runtime", "synthesis"}
+  | FOUNDATION,
   "pipeline": {"classifier", "evaluation", "experiments", "runtime"} | FOUNDATION,
 }
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 400, 80, 8

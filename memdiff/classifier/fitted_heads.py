@@ -1,0 +1,289 @@
+"""Heads that are fitted, not trained by steps: closed forms and convex problems.
+
+They run on the host in NumPy and take seconds. A family fits all of its settings at once, since
+settings share most of the work. Features are those of `Training`, in which every column should have
+mean 0 and deviation 1. Logits are meant for classes that come as often as `Training.shares` says.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from memdiff.classifier.priors import log_shares
+
+_ITERATIONS = 200  # of L-BFGS, at most
+_FLATTER, _BETTER = 1e-3, 1e-5  # it ends if its gradient or its progress is smaller, relatively
+_LEAST = 1e-6  # of a variance, relative to the mean of all
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Training:
+  """What heads are fitted to.
+
+  Attributes:
+    features: [N, D] float32.
+    labels: [N] int.
+    shares: [C] of the classes where the head is used, of sum 1; for balanced accuracy all alike.
+      Classes without features are never predicted.
+  """
+
+  features: np.ndarray
+  labels: np.ndarray
+  shares: np.ndarray
+
+  @functools.cached_property
+  def counts(self) -> np.ndarray:
+    return np.bincount(self.labels, minlength=len(self.shares))
+
+  @functools.cached_property
+  def log_shares(self) -> np.ndarray:
+    """[C] float32, minus infinity for classes without features."""
+    return np.where(self.counts > 0, log_shares(self.shares), -np.inf).astype(np.float32)
+
+  @functools.cached_property
+  def means(self) -> np.ndarray:
+    """Of the classes, 0 for one without features. [C, D]."""
+    present = np.flatnonzero(self.counts)
+    starts = (np.cumsum(self.counts) - self.counts)[present]
+    ordered = self.features[np.argsort(self.labels, kind="stable")]
+    means = np.zeros((len(self.counts), self.features.shape[1]), np.float32)
+    means[present] = np.add.reduceat(ordered, starts, axis=0) / self.counts[present, None]
+    return means
+
+  @functools.cached_property
+  def within(self) -> tuple[np.ndarray, np.ndarray]:
+    """The covariance around class means: eigenvectors [D, D] in columns, values [D]."""
+    freedom = max(len(self.labels) - int((self.counts > 0).sum()), 1)
+    scatter = self.features.T @ self.features
+    scatter -= (self.means * self.counts[:, None].astype(np.float32)).T @ self.means
+    values, vectors = np.linalg.eigh(scatter / freedom)
+    return vectors, np.maximum(values, 0)
+
+  def shrunk(self, share: float) -> np.ndarray:
+    """The eigenvalues, drawn towards their mean by `share`. [D]."""
+    _, values = self.within
+    mean = values.mean() or 1.0
+    return np.maximum((1 - share) * values + share * mean, _LEAST * mean)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Linear:
+  """A kernel [D, C] and a bias [C]."""
+
+  kernel: np.ndarray
+  bias: np.ndarray
+
+  def logits(self, features: np.ndarray) -> np.ndarray:
+    """[N, D] -> [N, C]."""
+    return features @ self.kernel + self.bias[None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gaussians:
+  """Log densities of Gaussians with diagonal covariances behind a linear map, and a bias.
+
+  Attributes:
+    kernel: [D, K] of the map.
+    means: [C, K].
+    variances: [C, K].
+    bias: [C].
+  """
+
+  kernel: np.ndarray
+  means: np.ndarray
+  variances: np.ndarray
+  bias: np.ndarray
+
+  def logits(self, features: np.ndarray) -> np.ndarray:
+    """[N, D] -> [N, C]."""
+    mapped, precision = features @ self.kernel, 1 / self.variances
+    constant = (self.means**2 * precision + np.log(self.variances)).sum(axis=1)
+    linear = mapped @ (self.means * precision).T
+    return linear - 0.5 * (mapped**2 @ precision.T + constant[None]) + self.bias[None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cosines:
+  """Cosines of powers of features to class means [C, D], times `scale`, and a bias [C]."""
+
+  power: np.ndarray  # []
+  means: np.ndarray
+  bias: np.ndarray
+  scale: float = 20.0  # of cosines, so that a softmax of them is not flat
+
+  def logits(self, features: np.ndarray) -> np.ndarray:
+    """[N, D] -> [N, C]."""
+    return self.scale * _powers(features, self.power) @ self.means.T + self.bias[None]
+
+
+Head = Linear | Gaussians | Cosines
+
+
+def discriminants(training: Training, settings: Sequence[float]) -> list[Head]:
+  """Linear discriminant analysis with a shrunk covariance (Friedman 1989, equation 18).
+
+  Args:
+    training: see there.
+    settings: shares by which the pooled covariance is drawn towards a multiple of the identity.
+  """
+  vectors, _ = training.within
+  mapped, found = training.means @ vectors, []
+  for share in settings:
+    scaled = mapped / training.shrunk(share)[None]
+    bias = training.log_shares - 0.5 * (mapped * scaled).sum(axis=1)
+    found.append(Linear(vectors @ scaled.T, bias))
+  return found
+
+
+def probabilistic_discriminants(training: Training, settings: Sequence[float]) -> list[Head]:
+  """Probabilistic linear discriminant analysis (Ioffe 2006): class means are uncertain.
+
+  They are drawn from a Gaussian, whose covariance is estimated from the means that are there. The
+  mean of a class with few features is drawn towards the mean of all, and its density is wider.
+
+  Args:
+    training: see there.
+    settings: as of `discriminants`.
+  """
+  vectors, _ = training.within
+  counts, found = training.counts, []
+  present = counts > 0
+  noise = (1 / counts[present]).mean()  # of a mean, in units of the covariance within classes
+  for share in settings:
+    whitened = vectors / np.sqrt(training.shrunk(share))[None]
+    means = training.means @ whitened
+    centre = means[present].mean(axis=0)
+    _, lengths, rows = np.linalg.svd((means - centre[None])[present], full_matrices=False)
+    between = lengths**2 / max(int(present.sum()) - 1, 1) - noise
+    told = between > 0  # along the others, classes do not differ
+    kernel, between = whitened @ rows[told].T, between[told]
+    evidence = counts[:, None] * between[None]
+    trust = (evidence / (evidence + 1)).astype(np.float32)
+    shift = centre @ rows[told].T
+    variances = (1 + between[None] / (evidence + 1)).astype(np.float32)
+    means = trust * (means @ rows[told].T - shift[None]) + shift[None]
+    found.append(Gaussians(kernel, means, variances, training.log_shares))
+  return found
+
+
+def centroids(training: Training, settings: Sequence[float]) -> list[Head]:
+  """The class mean that is nearest by cosine, after a power transform (Yang et al. 2021).
+
+  Args:
+    training: see there.
+    settings: powers; 1 leaves features as they are.
+  """
+  found = []
+  for power in settings:
+    transformed = dataclasses.replace(training, features=_powers(training.features, power))
+    means = _unit(transformed.means)
+    found.append(Cosines(np.float32(power), means, training.log_shares))
+  return found
+
+
+def _powers(features: np.ndarray, power: float | np.ndarray) -> np.ndarray:
+  """sign(x) |x|^power, rows of length one."""
+  return _unit(np.sign(features) * np.abs(features) ** power)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+  return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def weighted_regressions(training: Training, settings: Sequence[float]) -> list[Head]:
+  """Logistic regressions in which classes weigh as their shares.
+
+  Args:
+    training: see there.
+    settings: l2, of the penalty l2 / 2 |W|^2 beside the mean loss.
+  """
+  weights = (training.shares / np.maximum(training.counts, 1))[training.labels]
+  return _regressions(training, settings, weights, np.zeros(len(training.shares)))
+
+
+def balanced_regressions(training: Training, settings: Sequence[float]) -> list[Head]:
+  """Regressions with balanced softmax (Ren et al. 2020, equation 4).
+
+  Args:
+    training: see there.
+    settings: as of `weighted_regressions`.
+  """
+  offset = log_shares(training.counts / len(training.labels)) - log_shares(training.shares)
+  return _regressions(training, settings, np.ones(len(training.labels)), offset)
+
+
+def plain_regressions(training: Training, settings: Sequence[float]) -> list[Head]:
+  """Logistic regressions on the data as they are, whatever the shares; `settings` as above."""
+  return _regressions(
+    training, settings, np.ones(len(training.labels)), np.zeros(len(training.shares))
+  )
+
+
+def _regressions(
+  training: Training, settings: Sequence[float], weights: np.ndarray, offset: np.ndarray
+) -> list[Head]:
+  """Minimise mean(weights cross-entropy(logits + offset)) + l2 / 2 |W|^2."""
+  from scipy import optimize  # takes half a second
+
+  features, (number, dim) = training.features, training.features.shape
+  present = np.flatnonzero(training.counts)
+  place, rows = np.searchsorted(present, training.labels), np.arange(number)
+  weights = (weights / weights.sum()).astype(np.float32)
+  offset = offset[present].astype(np.float32)
+
+  def loss(flat: np.ndarray, l2: float) -> tuple[float, np.ndarray]:
+    params = flat.astype(np.float32).reshape(dim + 1, len(present))
+    logits = features @ params[:-1] + (params[-1] + offset)[None]
+    logits -= logits.max(axis=1, keepdims=True)
+    own = logits[rows, place]
+    np.exp(logits, out=logits)
+    total = logits.sum(axis=1)
+    value = float(weights @ (np.log(total) - own)) + l2 / 2 * float(np.square(params[:-1]).sum())
+    logits *= (weights / total)[:, None]
+    logits[rows, place] -= weights
+    gradient = np.empty_like(params)
+    gradient[:-1] = features.T @ logits + l2 * params[:-1]
+    gradient[-1] = logits.sum(axis=0)
+    return value, gradient.ravel().astype(np.float64)
+
+  flat, found = np.zeros((dim + 1) * len(present)), {}
+  steepest = np.abs(loss(flat, 0.0)[1]).max()
+  options = {"maxiter": _ITERATIONS, "gtol": _FLATTER * steepest, "ftol": _BETTER}
+  for l2 in sorted(settings, reverse=True):  # each begins where a stronger penalty ended
+    flat = optimize.minimize(loss, flat, (l2,), "L-BFGS-B", jac=True, options=options).x
+    params = flat.astype(np.float32).reshape(dim + 1, len(present))
+    kernel = np.zeros((dim, len(training.shares)), np.float32)
+    bias = np.full(len(training.shares), -np.inf, np.float32)
+    kernel[:, present], bias[present] = params[:-1], params[-1]
+    found[l2] = Linear(kernel, bias)
+  return [found[l2] for l2 in settings]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """Heads of one kind: what they are, settings to choose from, and how they are fitted."""
+
+  description: str
+  settings: tuple[float, ...]
+  fit: Callable[[Training, Sequence[float]], list[Head]]
+
+
+_SHARES = (0.3, 0.1, 0.03, 0.01, 0.0, 0.5, 0.8)
+_PENALTIES = (1e-2, 3e-2, 1e-1, 3e-1, 3e-3, 1e-3, 3e-4)
+PLAIN = "plain_logistic"
+FAMILIES: Mapping[str, Family] = {
+  "balanced_logistic": Family(
+    "logistic regression with balanced softmax", _PENALTIES, balanced_regressions
+  ),
+  "weighted_logistic": Family(
+    "logistic regression, every class weighing the same", _PENALTIES, weighted_regressions
+  ),
+  "plda": Family(
+    "Gaussian classes whose means are uncertain", _SHARES, probabilistic_discriminants
+  ),
+  "lda": Family("Gaussian classes with one covariance", _SHARES, discriminants),
+  "centroid": Family("the nearest class mean by cosine", (1.0, 0.5), centroids),
+  PLAIN: Family("logistic regression on the data as they are", _PENALTIES, plain_regressions),
+}

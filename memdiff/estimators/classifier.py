@@ -1,0 +1,321 @@
+"""A classifier of features whose classes are imbalanced, in the manner of scikit-learn."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+from threadpoolctl import threadpool_limits
+
+import memdiff
+from memdiff.classifier import blend, fitted_heads
+from memdiff.classifier.fitted_heads import FAMILIES, PLAIN, Head, Training
+from memdiff.errors import DataError, WorkdirError
+from memdiff.evaluation import criteria, cross_validation
+from memdiff.evaluation.cross_validation import Judged
+from memdiff.memory.feature_space import Standardizer, fit_standardizer
+from memdiff.runtime.workdir import read_arrays, write_arrays
+
+BLEND, FAST = "blend", "fast"
+_FAST = tuple(FAMILIES)
+_HEADS = {cls.__name__: cls for cls in (fitted_heads.Linear, fitted_heads.Gaussians,
+                                        fitted_heads.Cosines)}  # fmt: skip
+_SCALE = dataclasses.fields(Standardizer)
+_KEPT = ("settings_", "weights_", "recommendation_", "n_features_in_")  # of a saved classifier
+_MOST = 2**25  # numbers of log probabilities by which a blend is fitted, of a family
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Fold:
+  """Rows of the training set that train, and those that are held out."""
+
+  train: np.ndarray
+  held_out: np.ndarray
+
+
+class LongTailClassifier(ClassifierMixin, BaseEstimator):
+  """Classifies features of imbalanced classes, by what cross-validation finds best.
+
+  Several families of linear and Gaussian heads are fitted. Cross-validation chooses the setting of
+  each, and the weights with which their log probabilities are blended. It says what the blend is
+  worth beside plain logistic regression, before any test example is seen.
+
+  Parameters:
+    methods: "fast" for all families, or names of some, of `memdiff.classifier.fitted_heads`.
+    criterion: what counts, "balanced_accuracy", "accuracy" or "macro_f1". Unless it is accuracy,
+      heads and probabilities are those of classes that come equally often.
+    cv: folds of cross-validation. A class with one example always trains.
+    random_state: seed of the folds; an int makes results reproducible.
+    verbose: 1 prints what is done.
+
+  Attributes:
+    classes_: [C] labels.
+    n_features_in_: D.
+    settings_: {family: setting that was chosen}.
+    weights_: {family: weight in the blend}.
+    recommendation_: {"method", "weights", "score", "plain", "gain", "interval", "scores"}: the
+      criterion on held-out examples, of the blend, of plain logistic regression, their difference
+      with a 95 % interval, and the criterion of every family. None if no class has two examples.
+  """
+
+  def __init__(
+    self,
+    methods: str | Sequence[str] = FAST,
+    *,
+    criterion: str = "balanced_accuracy",
+    cv: int = 5,
+    random_state: Any = None,
+    verbose: int = 0,
+  ):
+    self.methods = methods
+    self.criterion = criterion
+    self.cv = cv
+    self.random_state = random_state
+    self.verbose = verbose
+
+  def fit(self, X: Any, y: Any) -> Self:
+    """Fits to features [N, D] and labels [N] of any type.
+
+    Raises:
+      ValueError: if there is one class only, or a parameter is none of those that are allowed.
+    """
+    families = self._families()
+    X, y = validate_data(self, X, y, dtype=(np.float64, np.float32))
+    check_classification_targets(y)
+    self.classes_, labels = np.unique(y, return_inverse=True)
+    if len(self.classes_) < 2:
+      raise ValueError(
+        f"Only one class is in y, {self.classes_[0]!r}, but a classifier needs two or more."
+      )
+    with threadpool_limits(limits=1, user_api="blas"):  # small products; threads only wait
+      self._fit(X, labels, families)
+    return self
+
+  def _families(self) -> list[str]:
+    names = list(_FAST) if isinstance(self.methods, str) and self.methods == FAST else self.methods
+    if isinstance(names, str) or not names or not set(names) <= FAMILIES.keys():
+      raise ValueError(
+        f"methods is {self.methods!r}, but must be {FAST!r} or names out of {', '.join(FAMILIES)}."
+      )
+    if self.criterion not in criteria.CRITERIA:
+      raise ValueError(
+        f"criterion is {self.criterion!r}, but must be one of {', '.join(criteria.CRITERIA)}."
+      )
+    if not isinstance(self.cv, int) or self.cv < 2:
+      raise ValueError(f"cv is {self.cv!r}, but must be a whole number from 2.")
+    return list(names)
+
+  def _say(self, words: str) -> None:
+    if self.verbose:
+      print(words)
+
+  def _training(self, features: np.ndarray, labels: np.ndarray) -> tuple[Standardizer, Training]:
+    """Features of some rows in the scale in which heads are fitted, and that scale."""
+    standardizer = fit_standardizer(features, np.ones(len(labels), bool))
+    number = len(self.classes_)
+    shares = np.full(number, 1 / number)
+    if self.criterion == "accuracy":
+      shares = np.bincount(labels, minlength=number) / len(labels)
+    return standardizer, Training(_scaled(standardizer, features), labels, shares)
+
+  def _folds(self, labels: np.ndarray) -> list[_Fold]:
+    seed = check_random_state(self.random_state).randint(2**31)
+    fold = cross_validation.deal(labels, self.cv, seed)
+    folds = [_Fold(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(self.cv)]
+    return [fold for fold in folds if len(fold.held_out)]
+
+  def _fit(self, features: np.ndarray, labels: np.ndarray, families: Sequence[str]) -> None:
+    folds = self._folds(labels)
+    if folds:
+      self._select(features, labels, families, folds)
+    else:  # nothing can be held out
+      self.settings_ = {name: FAMILIES[name].settings[0] for name in families}
+      self.weights_ = {name: 1 / len(families) for name in families}
+      self.recommendation_ = None
+    self._standardizer, training = self._training(features, labels)
+    self._heads = {
+      name: FAMILIES[name].fit(training, (self.settings_[name],))[0]
+      for name in families
+      if self.weights_[name]
+    }
+
+  def _select(
+    self,
+    features: np.ndarray,
+    labels: np.ndarray,
+    families: Sequence[str],
+    folds: Sequence[_Fold],
+  ) -> None:
+    """Chooses settings and weights by examples that folds hold out."""
+    number = len(self.classes_)
+    held_out = cross_validation.padded([fold.held_out for fold in folds])
+    judged = cross_validation.judged_examples(held_out, labels, self.criterion, number)
+    parts, self.settings_ = {}, {}
+    wanted = list(dict.fromkeys([*families, PLAIN]))
+    predictions = {
+      name: np.zeros((len(FAMILIES[name].settings), len(judged.label)), np.int32) for name in wanted
+    }
+    heads: dict[str, list[list[Head]]] = {name: [] for name in wanted}
+    scaled = []
+    for number, fold in enumerate(folds):
+      self._say(f"fold {number + 1} of {len(folds)}: {', '.join(wanted)}")
+      standardizer, training = self._training(features[fold.train], labels[fold.train])
+      held = _scaled(standardizer, features[fold.held_out])
+      scaled.append(held)
+      for name in wanted:
+        fitted = FAMILIES[name].fit(training, FAMILIES[name].settings)
+        heads[name].append(fitted)
+        for j, head in enumerate(fitted):
+          predictions[name][j, judged.run == number] = head.logits(held).argmax(axis=1)
+    for name in wanted:
+      chosen = int(np.argmax(np.round(judged.score(predictions[name]), 9)))
+      self.settings_[name] = FAMILIES[name].settings[chosen]
+      if name in families:
+        held = [of_fold[chosen].logits(x) for of_fold, x in zip(heads[name], scaled, strict=True)]
+        parts[name] = blend.log_probabilities(np.concatenate(held))
+    self._blend(parts, judged, _Scores(predictions, judged))
+
+  def _blend(self, parts: dict[str, np.ndarray], judged: Judged, scores: "_Scores") -> None:
+    importance = np.ones(len(judged.label))
+    if self.criterion != "accuracy":
+      importance = 1 / np.bincount(judged.label, minlength=judged.num_classes)[judged.label]
+    logs = list(parts.values())
+
+    def fit(rows: np.ndarray) -> np.ndarray:
+      step = max(len(rows) * judged.num_classes // _MOST, 1)
+      some = rows[::step]
+      return blend.fit_weights([part[some] for part in logs], judged.label[some], importance[some])
+
+    every, crossed = np.arange(len(judged.label)), np.zeros(len(judged.label), np.int32)
+    for run in np.unique(judged.run):
+      inside = judged.run == run
+      weights = fit(every[~inside])
+      crossed[inside] = blend.blended(weights, [part[inside] for part in logs]).argmax(axis=1)
+    weights = fit(every)
+    if not weights.any():  # nothing that is held out tells anything
+      weights = np.full(len(weights), 1 / len(weights))
+    self.weights_ = dict(zip(parts, weights.tolist(), strict=True))
+    self.recommendation_ = scores.recommendation(crossed) | {"weights": self.weights_}
+    found = self.recommendation_
+    self._say(
+      f"{self.criterion} {found['score']:.3f} on held-out examples, plain logistic regression"
+      f" {found['plain']:.3f}"
+    )
+
+  def decision_function(self, X: Any) -> np.ndarray:
+    """Logits [N, C]; of two classes [N], those of the second less those of the first."""
+    check_is_fitted(self)
+    X = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
+    with threadpool_limits(limits=1, user_api="blas"):
+      logits = self._logits(X)
+    return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
+
+  def _logits(self, features: np.ndarray) -> np.ndarray:
+    features = _scaled(self._standardizer, features)
+    parts = [blend.log_probabilities(head.logits(features)) for head in self._heads.values()]
+    return blend.blended([self.weights_[name] for name in self._heads], parts)
+
+  def predict_log_proba(self, X: Any) -> np.ndarray:
+    """[N, C]."""
+    scores = self.decision_function(X)
+    if len(self.classes_) == 2:
+      scores = np.stack([np.zeros_like(scores), scores], axis=1)
+    shifted = scores - scores.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+  def predict_proba(self, X: Any) -> np.ndarray:
+    """Calibrated by cross-validation, for classes as `criterion` counts them. [N, C]."""
+    return np.exp(self.predict_log_proba(X))
+
+  def predict(self, X: Any) -> np.ndarray:
+    """Labels [N], of the type that was fitted."""
+    check_is_fitted(self)
+    return self.classes_[self.predict_log_proba(X).argmax(axis=1)]
+
+  def save(self, path: str | os.PathLike) -> None:
+    """Writes the fitted classifier to a .npz file, which holds no Python objects.
+
+    Raises:
+      ValueError: if labels are neither numbers nor texts.
+    """
+    check_is_fitted(self)
+    classes = self.classes_
+    if classes.dtype == object and all(isinstance(label, str) for label in classes):
+      classes = classes.astype(str)
+    if classes.dtype.kind not in "biufU":
+      raise ValueError(f"Labels of the type {classes.dtype} cannot be saved; fit texts or numbers.")
+    about = {
+      "version": memdiff.__version__,
+      "params": self.get_params(),
+      "heads": {name: type(head).__name__ for name, head in self._heads.items()},
+      "is_object": self.classes_.dtype == object,
+    }
+    about |= {name: getattr(self, name) for name in _KEPT}
+    if not isinstance(self.random_state, (int, type(None))):
+      about["params"]["random_state"] = None
+    arrays = {f"scale/{f.name}": getattr(self._standardizer, f.name) for f in _SCALE}
+    for name, head in self._heads.items():
+      arrays |= {f"{name}/{f.name}": getattr(head, f.name) for f in dataclasses.fields(head)}
+    arrays |= {"classes": classes, "about": np.array(json.dumps(about))}
+    write_arrays(pathlib.Path(path), arrays)
+
+  @classmethod
+  def load(cls, path: str | os.PathLike) -> Self:
+    """What `save` wrote.
+
+    Raises:
+      DataError: if the file cannot be read, or is of something else.
+    """
+    try:
+      arrays = read_arrays(pathlib.Path(path))
+      about = json.loads(str(arrays["about"]))
+    except (WorkdirError, KeyError, ValueError) as error:
+      raise DataError(f"{path} holds no LongTailClassifier that can be read.") from error
+    model = cls(**about["params"])
+    for name in _KEPT:
+      setattr(model, name, about[name])
+    classes = arrays["classes"]
+    model.classes_ = classes.astype(object) if about["is_object"] else classes
+    model._standardizer = Standardizer(**{f.name: arrays[f"scale/{f.name}"] for f in _SCALE})
+    model._heads = {name: _read(_HEADS[k], name, arrays) for name, k in about["heads"].items()}
+    return model
+
+
+def _read(kind: type[Head], name: str, arrays: Mapping[str, np.ndarray]) -> Head:
+  return kind(**{f.name: arrays[f"{name}/{f.name}"] for f in dataclasses.fields(kind)})
+
+
+def _scaled(standardizer: Standardizer, features: np.ndarray) -> np.ndarray:
+  mean, scale = (np.asarray(x, features.dtype) for x in (standardizer.mean, standardizer.scale))
+  return ((features - mean[None]) / scale[None]).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Scores:
+  """What is known of every family on held-out examples: predictions [J, E] of its settings."""
+
+  predictions: dict[str, np.ndarray]
+  judged: Judged
+
+  def recommendation(self, blended: np.ndarray) -> dict[str, Any]:
+    fitted = {
+      name: cross_validation.cross_fitted(values, self.judged)
+      for name, values in self.predictions.items()
+    }
+    gain = cross_validation.paired_gain(blended, fitted[PLAIN], self.judged)
+    return {
+      "method": BLEND,
+      "criterion": self.judged.criterion,
+      "score": float(self.judged.score(blended)),
+      "plain": float(self.judged.score(fitted[PLAIN])),
+      "gain": gain.mean,
+      "interval": gain.interval(),
+      "scores": {name: float(self.judged.score(values)) for name, values in fitted.items()},
+    }

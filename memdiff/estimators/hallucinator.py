@@ -1,0 +1,238 @@
+"""Synthetic features for rare classes, in the manner of imbalanced-learn's samplers."""
+
+import dataclasses
+import io
+import pathlib
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import validate_data
+
+from memdiff.memory import feature_space
+from memdiff.memory.feature_space import FeatureRuns
+from memdiff.memory.memory_bank import BankConfig
+from memdiff.runtime import loop
+from memdiff.runtime import mesh as mesh_lib
+from memdiff.runtime.preemption import Preemption
+from memdiff.runtime.progress import Progress
+from memdiff.runtime.stage import LoopConfig
+from memdiff.runtime.writers import TensorBoard
+from memdiff.synthesis import confidence, generators
+from memdiff.synthesis.feature_diffusion import DiffusionConfig
+from memdiff.synthesis.generators import GENERATORS, GeneratorsConfig, SynthesisSettings
+from memdiff.synthesis.hallucination import SamplerConfig
+
+_COPIED = 1 / 3  # a feature so much nearer to one training feature than to any other is a copy
+_STEPS = 50  # of a training between two lines of progress
+
+
+class FeatureHallucinator(BaseEstimator):
+  """Makes features of classes that have few, by any generator of memdiff.
+
+  It works from one example per class on. Whether the features help is another question:
+  `LongTailClassifier` says what is reached without them.
+
+  Parameters:
+    generator: by name, of `memdiff.synthesis.generators`; "memdiff": diffusion conditioned on the
+      memory of the class.
+    sampling_strategy: which classes are filled up, and how far. "tail": those with fewer examples
+      than the mean, up to it. As in imbalanced-learn: "auto" or "not majority": all up to the
+      largest; "minority": the smallest alone; "not minority"; "all"; a number (two classes only):
+      the ratio of the smaller class to the larger afterwards; {label: number afterwards}; or a
+      function y -> such a dictionary.
+    num_steps: training steps of a generator that trains; None: as configured by default.
+    strength: of the generator; None: the first of its candidates.
+    random_state: an int makes results reproducible.
+    verbose: 1 prints the progress of the training.
+
+  Attributes:
+    sampling_strategy_: {label: number of features made}.
+    confidence_: [M] how far each made feature is trusted, from 0 to 1.
+    nearest_index_: [M] row of X of the same class that is nearest to each, in standardised units.
+    nearest_distance_: [M] the distance.
+    memorization_: share of the made features that nearly repeat one training feature: less than a
+      third as far from it as from any other of the class; of classes with one, none is counted.
+  """
+
+  def __init__(
+    self,
+    generator: str = "memdiff",
+    *,
+    sampling_strategy: Any = "tail",
+    num_steps: int | None = None,
+    strength: float | None = None,
+    random_state: Any = None,
+    verbose: int = 0,
+  ):
+    self.generator = generator
+    self.sampling_strategy = sampling_strategy
+    self.num_steps = num_steps
+    self.strength = strength
+    self.random_state = random_state
+    self.verbose = verbose
+
+  def fit_resample(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    """X [N, D] and y [N], and behind them the made features [M, D] and their labels [M].
+
+    Raises:
+      ValueError: if a parameter is none of those that are allowed.
+    """
+    if self.generator not in GENERATORS:
+      raise ValueError(
+        f"generator is {self.generator!r}, but must be one of {', '.join(GENERATORS)}."
+      )
+    X, y = validate_data(self, X, y, dtype=(np.float32, np.float64))
+    check_classification_targets(y)
+    classes, labels = np.unique(y, return_inverse=True)
+    numbers = _numbers(self.sampling_strategy, classes, y)
+    self.sampling_strategy_ = dict(zip(classes.tolist(), numbers.tolist(), strict=True))
+    if not numbers.any():
+      self.confidence_, self.nearest_distance_ = np.zeros(0, np.float32), np.zeros(0, np.float32)
+      self.nearest_index_, self.memorization_ = np.zeros(0, np.int32), 0.0
+      return X, y
+    made, made_labels = self._make(X, labels, numbers)
+    return np.concatenate([X, made.astype(X.dtype)]), np.concatenate([y, classes[made_labels]])
+
+  def _make(
+    self, features: np.ndarray, labels: np.ndarray, numbers: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """(features [M, D] in the units of X, classes [M])."""
+    diffusion = DiffusionConfig()
+    if self.num_steps is not None:
+      diffusion = dataclasses.replace(diffusion, num_steps=self.num_steps)
+    settings = SynthesisSettings(
+      GeneratorsConfig(names=(self.generator,)), diffusion, SamplerConfig(), len(numbers)
+    )
+    generator = settings.generator(self.generator)
+    if generator.numbers(np.bincount(labels)) is not None:
+      raise ValueError(
+        f"generator is {self.generator!r}, which makes as many features of each class as its paper"
+        " says; take another for a sampling_strategy."
+      )
+    seed = int(check_random_state(self.random_state).randint(2**31))
+    stream = sys.stderr if self.verbose else io.StringIO()
+    with tempfile.TemporaryDirectory() as folder:
+      place = pathlib.Path(folder)
+      run = _run(seed, Progress(1, stream=stream), place, diffusion.num_steps)
+      runs = _runs(features, labels, len(numbers), run)
+      generators.train(
+        self.generator, settings, runs, run, place / "denoiser", f"diffusion/{self.generator}"
+      )
+      strength = generator.strengths[0] if self.strength is None else self.strength
+      made = generators.make(
+        self.generator, settings, runs, run, place / "denoiser", numbers, (strength,)
+      )
+    exemplars = mesh_lib.fetch(runs.exemplars.features)[0]
+    standardised, trust = mesh_lib.fetch((made.features, made.confidence))
+    self._look(standardised[0, 0], made.labels, exemplars, labels)
+    self.confidence_ = trust[0, 0]
+    standardizer = mesh_lib.fetch(runs.standardizer)
+    mean, scale, lowest = (x[0] for x in (standardizer.mean, standardizer.scale,
+                                          standardizer.lowest))  # fmt: skip
+    return np.maximum(standardised[0, 0] * scale[None] + mean[None], lowest[None]), made.labels
+
+  def _look(
+    self, made: np.ndarray, made_labels: np.ndarray, known: np.ndarray, labels: np.ndarray
+  ) -> None:
+    """Sets what is known of features [M, D] beside those of training [N, D]."""
+    self.nearest_index_, self.nearest_distance_ = confidence.nearest_of_class(
+      made, made_labels, known, labels
+    )
+    copied, compared = 0, 0
+    for c in np.unique(made_labels):
+      of_class, rows = known[labels == c], made[made_labels == c]
+      if len(of_class) > 1:
+        squares = (rows**2).sum(axis=1)[:, None] + (of_class**2).sum(axis=1)[None]
+        squares = np.partition(np.maximum(squares - 2 * rows @ of_class.T, 0), 1, axis=1)
+        copied += int((np.sqrt(squares[:, 0]) < _COPIED * np.sqrt(squares[:, 1])).sum())
+        compared += len(rows)
+    self.memorization_ = copied / max(compared, 1)
+
+
+def _run(seed: int, progress: Progress, folder: pathlib.Path, num_steps: int) -> loop.Run:
+  """One seed, without TensorBoard and without checkpoints before the end."""
+  mesh = mesh_lib.make_mesh()
+  steps = min(_STEPS, num_steps)
+  every = steps * -(-num_steps // steps)
+  return loop.Run(
+    seeds=(seed,),
+    mesh=mesh,
+    config=LoopConfig(steps_per_dispatch=steps, eval_every=every, checkpoint_every=every),
+    progress=progress,
+    tensorboard=TensorBoard(folder / "tensorboard", enabled=False),
+    preemption=Preemption(mesh),
+  )
+
+
+def _runs(features: np.ndarray, labels: np.ndarray, num_classes: int, run: loop.Run) -> FeatureRuns:
+  """What the generator learns from: features, and a bank that holds them."""
+  rows, of_run = features[None].astype(np.float32), labels[None].astype(np.int32)
+  keys = run.keys("memory_bank")
+  bank = feature_space.fill_bank(rows, of_run, num_classes, keys, BankConfig(), run.mesh)
+  return feature_space.make_runs(rows, of_run, bank, None, num_classes, run.mesh)
+
+
+# --- how many --------------------------------------------------------------------------------
+
+_NAMED: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+  "tail": lambda counts: np.maximum(counts, round(counts.mean())),
+  "auto": lambda counts: np.full(len(counts), counts.max()),
+  "not majority": lambda counts: np.full(len(counts), counts.max()),
+  "all": lambda counts: np.full(len(counts), counts.max()),
+  "minority": lambda counts: np.where(counts == counts.min(), counts.max(), counts),
+  "not minority": lambda counts: np.where(counts == counts.min(), counts, counts.max()),
+}
+
+
+def _numbers(strategy: Any, classes: np.ndarray, y: np.ndarray) -> np.ndarray:
+  """Features to make of each class. [C] int32."""
+  counts = np.array([(y == label).sum() for label in classes])
+  if callable(strategy):
+    strategy = strategy(y)
+  if isinstance(strategy, str) and strategy in _NAMED:
+    wanted = _NAMED[strategy](counts)
+  elif isinstance(strategy, Mapping):
+    wanted = _from_mapping(strategy, classes, counts)
+  elif isinstance(strategy, (int, float)) and not isinstance(strategy, bool):
+    wanted = _from_ratio(float(strategy), counts)
+  else:
+    raise ValueError(
+      f"sampling_strategy is {strategy!r}, but must be one of {', '.join(_NAMED)}, a ratio, a"
+      " dictionary of labels, or a function that returns one."
+    )
+  return (wanted - counts).astype(np.int32)
+
+
+def _from_mapping(strategy: Mapping, classes: np.ndarray, counts: np.ndarray) -> np.ndarray:
+  wanted, place = counts.copy(), {label: i for i, label in enumerate(classes.tolist())}
+  for label, number in strategy.items():
+    if label not in place:
+      raise ValueError(f"sampling_strategy names the class {label!r}, which is not in y.")
+    if number < counts[place[label]]:
+      raise ValueError(
+        f"sampling_strategy asks for {number} of the class {label!r}, which has"
+        f" {counts[place[label]]}; nothing is taken away."
+      )
+    wanted[place[label]] = number
+  return wanted
+
+
+def _from_ratio(ratio: float, counts: np.ndarray) -> np.ndarray:
+  if len(counts) != 2:
+    raise ValueError(
+      f"sampling_strategy is the ratio {ratio:g}, but that is for two classes, and y has"
+      f" {len(counts)}."
+    )
+  wanted = round(ratio * counts.max())
+  if not 0 < ratio <= 1 or wanted < counts.min():
+    raise ValueError(
+      f"sampling_strategy is the ratio {ratio:g}, but must be at most 1, and above"
+      f" {counts.min() / counts.max():.3g}, which y has already."
+    )
+  return np.where(counts == counts.min(), max(wanted, counts.min()), counts)

@@ -1,0 +1,167 @@
+"""The classifier as its users meet it: scikit-learn's checks, labels of any kind, files."""
+
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import check_estimator
+
+import memdiff
+from memdiff import LongTailClassifier
+from memdiff.classifier.fitted_heads import FAMILIES
+from memdiff.errors import DataError
+from tests.support import ROOT
+
+
+@pytest.fixture(scope="module")
+def digits():
+  """Ten classes of 120 to 1 training examples, and a balanced test set."""
+  data, rng = load_digits(), np.random.default_rng(0)
+  train, test = [], []
+  for c, number in enumerate(np.round(np.geomspace(120, 1, 10)).astype(int)):
+    rows = rng.permutation(np.flatnonzero(data.target == c))
+    train += rows[:number].tolist()
+    test += rows[-50:].tolist()
+  return data.data[train], data.target[train], data.data[test], data.target[test]
+
+
+@pytest.fixture(scope="module")
+def model(digits):
+  return LongTailClassifier(random_state=0).fit(*digits[:2])
+
+
+def test_the_checks_of_scikit_learn():
+  """All of them that can run here."""
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    found = check_estimator(LongTailClassifier(random_state=0), on_fail=None, on_skip=None)
+  assert len(found) > 40
+  assert [r["check_name"] for r in found if r["status"] not in ("passed", "skipped")] == []
+
+
+def test_it_is_better_than_plain_regression_and_says_so_beforehand(digits, model):
+  _, _, X, y = digits
+  plain = LongTailClassifier(["plain_logistic"], random_state=0).fit(*digits[:2])
+  ours, theirs = (balanced_accuracy_score(y, m.predict(X)) for m in (model, plain))
+  found = model.recommendation_
+  assert ours > theirs + 0.02 and ours > 0.75
+  assert found["gain"] == pytest.approx(found["score"] - found["plain"])
+  assert found["interval"][0] < found["gain"] < found["interval"][1]
+  assert found["scores"].keys() == FAMILIES.keys() and found["method"] == "blend"
+  assert found["weights"] == model.weights_ and sum(w > 0 for w in model.weights_.values()) > 1
+
+
+def test_probabilities_are_calibrated_and_agree_with_predictions(digits, model):
+  _, _, X, y = digits
+  found = model.predict_proba(X)
+  np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
+  np.testing.assert_array_equal(model.classes_[found.argmax(axis=1)], model.predict(X))
+  confidence, right = found.max(axis=1), model.predict(X) == y
+  assert abs(confidence.mean() - right.mean()) < 0.12
+  assert confidence[right].mean() > confidence[~right].mean() + 0.1
+
+
+def test_labels_may_be_words_and_seeds_decide_everything(digits, model):
+  X, y, X_new, _ = digits
+  names = np.array([f"digit {c}" for c in range(10)])
+  first, again = (LongTailClassifier(random_state=0).fit(X, names[y]) for _ in range(2))
+  np.testing.assert_array_equal(first.predict(X_new), names[model.predict(X_new)])
+  np.testing.assert_array_equal(first.predict_proba(X_new), again.predict_proba(X_new))
+  other = LongTailClassifier(random_state=1).fit(X, y)
+  assert not np.array_equal(other.predict_proba(X_new), model.predict_proba(X_new))
+
+
+@pytest.mark.parametrize("kind", [str, object, int])
+def test_a_file_holds_all_of_it(digits, tmp_path, kind):
+  X, y, X_new, _ = digits
+  y = y.astype(str).astype(object) if kind is object else y.astype(kind)
+  model = LongTailClassifier(criterion="macro_f1", cv=3, random_state=4).fit(X, y)
+  model.save(tmp_path / "model.npz")
+  again = LongTailClassifier.load(tmp_path / "model.npz")
+  np.testing.assert_array_equal(again.predict_proba(X_new), model.predict_proba(X_new))
+  assert again.classes_.dtype == model.classes_.dtype
+  assert again.get_params() == model.get_params()
+  assert again.recommendation_ == model.recommendation_ and again.settings_ == model.settings_
+  np.load(tmp_path / "model.npz", allow_pickle=False)
+
+
+def test_other_files_are_refused(tmp_path):
+  np.savez(tmp_path / "other.npz", a=np.zeros(3))
+  (tmp_path / "torn.npz").write_bytes(b"no")
+  for name in ("other.npz", "torn.npz", "none.npz"):
+    with pytest.raises(DataError, match=r"holds no LongTailClassifier"):
+      LongTailClassifier.load(tmp_path / name)
+
+
+def test_it_works_in_pipelines_searches_and_clones(digits):
+  X, y, X_new, y_new = digits
+  line = make_pipeline(StandardScaler(), LongTailClassifier(["lda", "plda"], random_state=0))
+  search = GridSearchCV(line, {"longtailclassifier__cv": [2, 3]}, cv=2, scoring="balanced_accuracy")
+  rows = np.isin(y, range(8))  # classes that both folds have
+  search.fit(X[rows], y[rows])
+  assert search.score(X_new[y_new < 8], y_new[y_new < 8]) > 0.7
+  assert clone(search.best_estimator_)[-1].methods == ["lda", "plda"]
+
+
+def test_accuracy_as_criterion_favours_common_classes(digits, model):
+  X, y, X_new, _ = digits
+  common = LongTailClassifier(criterion="accuracy", random_state=0).fit(X, y)
+  few = model.predict_proba(X_new)[:, 7:].sum(), common.predict_proba(X_new)[:, 7:].sum()
+  assert few[1] < 0.7 * few[0]
+
+
+def test_classes_of_one_example_each_are_learned_without_selection():
+  X, y = np.eye(4) * 3, np.arange(4)
+  model = LongTailClassifier(random_state=0).fit(X, y)
+  assert model.recommendation_ is None and model.score(X, y) == 1
+
+
+def test_verbose_says_what_is_done(digits, capsys):
+  LongTailClassifier(["lda"], cv=2, random_state=0, verbose=1).fit(*digits[:2])
+  said = capsys.readouterr().out
+  assert "fold 2 of 2" in said and "plain logistic regression" in said
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"methods": "magic"}, "methods is 'magic', but must be 'fast' or names out of"),
+    ({"methods": ["lda", "magic"]}, "must be 'fast' or names"),
+    ({"methods": []}, "must be 'fast' or names"),
+    ({"criterion": "luck"}, "criterion is 'luck', but must be one of"),
+    ({"cv": 1}, "cv is 1, but must be a whole number from 2"),
+  ],
+)
+def test_parameters_that_mean_nothing_are_refused(digits, changes, words):
+  with pytest.raises(ValueError, match=words):
+    LongTailClassifier(**changes).fit(*digits[:2])
+
+
+def test_labels_and_features_that_do_not_fit_are_refused(digits, model):
+  X, y, _, _ = digits
+  with pytest.raises(ValueError, match="Only one class is in y"):
+    LongTailClassifier().fit(X, np.zeros(len(y), int))
+  with pytest.raises(ValueError, match="NaN"):
+    LongTailClassifier().fit(np.where(X > 15, np.nan, X), y)
+  with pytest.raises(ValueError, match="63 features, but LongTailClassifier is expecting 64"):
+    model.predict(X[:, 1:])
+
+
+def test_importing_memdiff_imports_no_library():
+  """Names are there, and their libraries are loaded when they are used."""
+  script = "import sys, memdiff; print(sorted({'jax', 'sklearn', 'numpy'} & set(sys.modules)))"
+  done = subprocess.run(
+    [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+  )
+  assert done.stdout.strip() == "[]"
+  assert set(memdiff.__all__) == {"FeatureHallucinator", "LongTailClassifier"}
+  with pytest.raises(AttributeError, match="no attribute 'Magic'"):
+    _ = memdiff.Magic
