@@ -19,6 +19,7 @@ from benchmarks import (
   aot,
   augmented,
   confidence,
+  embeddings,
   generation,
   image_metrics,
   isolating,
@@ -115,6 +116,7 @@ def whole_pages() -> dict[str, Callable[[], str]]:
   )
   pages["docs/results/image_generation.md"] = lambda: generation.page(load("image_generation"))
   pages["docs/results/unseen_classes.md"] = lambda: unseen_classes.page(load("unseen_classes"))
+  pages["docs/results/embeddings.md"] = lambda: embeddings.page(load("embeddings"))
   return pages
 
 

@@ -129,7 +129,8 @@ def table(rows: list[Row]) -> str:
 def environment() -> dict[str, Any]:
   """Versions and hardware, for the JSON file."""
   versions = {"python": platform.python_version()}
-  for package in ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "torch"):
+  for package in ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "torch",
+                  "imbalanced-learn"):  # fmt: skip
     try:
       versions[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
