@@ -1,6 +1,7 @@
 """A classifier of features whose classes are imbalanced, in the manner of scikit-learn."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -16,28 +17,20 @@ from threadpoolctl import threadpool_limits
 
 import memdiff
 from memdiff.classifier import blend, fitted_heads
-from memdiff.classifier.fitted_heads import FAMILIES, PLAIN, Head, Training
+from memdiff.classifier.fitted_heads import FAMILIES, Head, Training
 from memdiff.errors import DataError, WorkdirError
+from memdiff.estimators.selection import Fold, select
 from memdiff.evaluation import criteria, cross_validation
-from memdiff.evaluation.cross_validation import Judged
 from memdiff.memory.feature_space import Standardizer, fit_standardizer
 from memdiff.runtime.workdir import read_arrays, write_arrays
 
-BLEND, FAST = "blend", "fast"
+FAST = "fast"
 _FAST = tuple(FAMILIES)
 _HEADS = {cls.__name__: cls for cls in (fitted_heads.Linear, fitted_heads.Gaussians,
                                         fitted_heads.Cosines)}  # fmt: skip
 _SCALE = dataclasses.fields(Standardizer)
-_KEPT = ("settings_", "weights_", "recommendation_", "n_features_in_")  # of a saved classifier
-_MOST = 2**25  # numbers of log probabilities by which a blend is fitted, of a family
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Fold:
-  """Rows of the training set that train, and those that are held out."""
-
-  train: np.ndarray
-  held_out: np.ndarray
+# Of a saved classifier.
+_KEPT = ("settings_", "weights_", "recommendation_", "skipped_", "n_features_in_")
 
 
 class LongTailClassifier(ClassifierMixin, BaseEstimator):
@@ -63,6 +56,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     recommendation_: {"method", "weights", "score", "plain", "gain", "interval", "scores"}: the
       criterion on held-out examples, of the blend, of plain logistic regression, their difference
       with a 95 % interval, and the criterion of every family. None if no class has two examples.
+    skipped_: {family: settings that later folds did not look at, since they lay clearly behind}.
   """
 
   def __init__(
@@ -125,89 +119,35 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       shares = np.bincount(labels, minlength=number) / len(labels)
     return standardizer, Training(_scaled(standardizer, features), labels, shares)
 
-  def _folds(self, labels: np.ndarray) -> list[_Fold]:
+  def _held_out(self, labels: np.ndarray) -> list[np.ndarray]:
+    """The rows that each fold holds out."""
     seed = check_random_state(self.random_state).randint(2**31)
     fold = cross_validation.deal(labels, self.cv, seed)
-    folds = [_Fold(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(self.cv)]
-    return [fold for fold in folds if len(fold.held_out)]
+    rows = [np.flatnonzero(fold == k) for k in range(self.cv)]
+    return [of_fold for of_fold in rows if len(of_fold)]
 
   def _fit(self, features: np.ndarray, labels: np.ndarray, families: Sequence[str]) -> None:
-    folds = self._folds(labels)
-    if folds:
-      self._select(features, labels, families, folds)
+    def fold(held_out: np.ndarray) -> Fold:
+      trains = np.ones(len(labels), bool)
+      trains[held_out] = False
+      standardizer, training = self._training(features[trains], labels[trains])
+      return Fold(training, _scaled(standardizer, features[held_out]), held_out)
+
+    if rows := self._held_out(labels):
+      folds = [functools.partial(fold, of_fold) for of_fold in rows]
+      selected = select(folds, rows, labels, families, self.criterion, self._say)
+      self.settings_, self.weights_ = selected.settings, selected.weights
+      self.recommendation_, self.skipped_ = selected.recommendation, selected.skipped
     else:  # nothing can be held out
       self.settings_ = {name: FAMILIES[name].settings[0] for name in families}
       self.weights_ = {name: 1 / len(families) for name in families}
-      self.recommendation_ = None
+      self.recommendation_, self.skipped_ = None, {}
     self._standardizer, training = self._training(features, labels)
     self._heads = {
       name: FAMILIES[name].fit(training, (self.settings_[name],))[0]
       for name in families
       if self.weights_[name]
     }
-
-  def _select(
-    self,
-    features: np.ndarray,
-    labels: np.ndarray,
-    families: Sequence[str],
-    folds: Sequence[_Fold],
-  ) -> None:
-    """Chooses settings and weights by examples that folds hold out."""
-    number = len(self.classes_)
-    held_out = cross_validation.padded([fold.held_out for fold in folds])
-    judged = cross_validation.judged_examples(held_out, labels, self.criterion, number)
-    parts, self.settings_ = {}, {}
-    wanted = list(dict.fromkeys([*families, PLAIN]))
-    predictions = {
-      name: np.zeros((len(FAMILIES[name].settings), len(judged.label)), np.int32) for name in wanted
-    }
-    heads: dict[str, list[list[Head]]] = {name: [] for name in wanted}
-    scaled = []
-    for number, fold in enumerate(folds):
-      self._say(f"fold {number + 1} of {len(folds)}: {', '.join(wanted)}")
-      standardizer, training = self._training(features[fold.train], labels[fold.train])
-      held = _scaled(standardizer, features[fold.held_out])
-      scaled.append(held)
-      for name in wanted:
-        fitted = FAMILIES[name].fit(training, FAMILIES[name].settings)
-        heads[name].append(fitted)
-        for j, head in enumerate(fitted):
-          predictions[name][j, judged.run == number] = head.logits(held).argmax(axis=1)
-    for name in wanted:
-      chosen = int(np.argmax(np.round(judged.score(predictions[name]), 9)))
-      self.settings_[name] = FAMILIES[name].settings[chosen]
-      if name in families:
-        held = [of_fold[chosen].logits(x) for of_fold, x in zip(heads[name], scaled, strict=True)]
-        parts[name] = blend.log_probabilities(np.concatenate(held))
-    self._blend(parts, judged, _Scores(predictions, judged))
-
-  def _blend(self, parts: dict[str, np.ndarray], judged: Judged, scores: "_Scores") -> None:
-    importance = np.ones(len(judged.label))
-    if self.criterion != "accuracy":
-      importance = 1 / np.bincount(judged.label, minlength=judged.num_classes)[judged.label]
-    logs = list(parts.values())
-
-    def fit(rows: np.ndarray) -> np.ndarray:
-      step = max(len(rows) * judged.num_classes // _MOST, 1)
-      some = rows[::step]
-      return blend.fit_weights([part[some] for part in logs], judged.label[some], importance[some])
-
-    every, crossed = np.arange(len(judged.label)), np.zeros(len(judged.label), np.int32)
-    for run in np.unique(judged.run):
-      inside = judged.run == run
-      weights = fit(every[~inside])
-      crossed[inside] = blend.blended(weights, [part[inside] for part in logs]).argmax(axis=1)
-    weights = fit(every)
-    if not weights.any():  # nothing that is held out tells anything
-      weights = np.full(len(weights), 1 / len(weights))
-    self.weights_ = dict(zip(parts, weights.tolist(), strict=True))
-    self.recommendation_ = scores.recommendation(crossed) | {"weights": self.weights_}
-    found = self.recommendation_
-    self._say(
-      f"{self.criterion} {found['score']:.3f} on held-out examples, plain logistic regression"
-      f" {found['plain']:.3f}"
-    )
 
   def decision_function(self, X: Any) -> np.ndarray:
     """Logits [N, C]; of two classes [N], those of the second less those of the first."""
@@ -295,27 +235,3 @@ def _read(kind: type[Head], name: str, arrays: Mapping[str, np.ndarray]) -> Head
 def _scaled(standardizer: Standardizer, features: np.ndarray) -> np.ndarray:
   mean, scale = (np.asarray(x, features.dtype) for x in (standardizer.mean, standardizer.scale))
   return ((features - mean[None]) / scale[None]).astype(np.float32)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Scores:
-  """What is known of every family on held-out examples: predictions [J, E] of its settings."""
-
-  predictions: dict[str, np.ndarray]
-  judged: Judged
-
-  def recommendation(self, blended: np.ndarray) -> dict[str, Any]:
-    fitted = {
-      name: cross_validation.cross_fitted(values, self.judged)
-      for name, values in self.predictions.items()
-    }
-    gain = cross_validation.paired_gain(blended, fitted[PLAIN], self.judged)
-    return {
-      "method": BLEND,
-      "criterion": self.judged.criterion,
-      "score": float(self.judged.score(blended)),
-      "plain": float(self.judged.score(fitted[PLAIN])),
-      "gain": gain.mean,
-      "interval": gain.interval(),
-      "scores": {name: float(self.judged.score(values)) for name, values in fitted.items()},
-    }

@@ -133,11 +133,16 @@ def choose(predictions: np.ndarray, judged: Judged) -> int:
     predictions: [J, E] of J settings, the one to take without cross-validation first.
     judged: the examples.
   """
+  return int(np.argmax(contenders(predictions, judged, margin=1.0)))
+
+
+def contenders(predictions: np.ndarray, judged: Judged, margin: float) -> np.ndarray:
+  """Which of J settings score within `margin` standard errors of the best, as in `choose`. [J]."""
   scores = judged.score(predictions)
   best = int(np.argmax(np.round(scores, 9)))
   parts = _by_example(predictions, judged)
   errors = np.sqrt(np.square(parts[best] - parts).sum(axis=1))
-  return int(np.argmax(np.round(scores + errors, 9) >= np.round(scores[best], 9)))
+  return np.round(scores + margin * errors, 9) >= np.round(scores[best], 9)
 
 
 def cross_fitted(predictions: np.ndarray, judged: Judged) -> np.ndarray:
