@@ -25,6 +25,7 @@ from memdiff.memory.feature_space import Standardizer, fit_standardizer
 from memdiff.runtime.workdir import read_arrays, write_arrays
 
 FAST = "fast"
+_SMALL = 2**29  # multiplications of features with a kernel
 _FAST = tuple(FAMILIES)
 _HEADS = {cls.__name__: cls for cls in (fitted_heads.Linear, fitted_heads.Gaussians,
                                         fitted_heads.Cosines)}  # fmt: skip
@@ -88,7 +89,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       raise ValueError(
         f"Only one class is in y, {self.classes_[0]!r}, but a classifier needs two or more."
       )
-    with threadpool_limits(limits=1, user_api="blas"):  # small products; threads only wait
+    with self._threads(X):
       self._fit(X, labels, families)
     return self
 
@@ -105,6 +106,11 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     if not isinstance(self.cv, int) or self.cv < 2:
       raise ValueError(f"cv is {self.cv!r}, but must be a whole number from 2.")
     return list(names)
+
+  def _threads(self, features: np.ndarray) -> threadpool_limits:
+    """One thread for small products, in which several only wait for each other."""
+    is_small = features.size * len(self.classes_) < _SMALL
+    return threadpool_limits(1 if is_small else None, user_api="blas")
 
   def _say(self, words: str) -> None:
     if self.verbose:
@@ -131,7 +137,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       trains = np.ones(len(labels), bool)
       trains[held_out] = False
       standardizer, training = self._training(features[trains], labels[trains])
-      return Fold(training, _scaled(standardizer, features[held_out]), held_out)
+      return Fold(training, _scaled(standardizer, features[held_out]))
 
     if rows := self._held_out(labels):
       folds = [functools.partial(fold, of_fold) for of_fold in rows]
@@ -153,7 +159,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     """Logits [N, C]; of two classes [N], those of the second less those of the first."""
     check_is_fitted(self)
     X = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
-    with threadpool_limits(limits=1, user_api="blas"):
+    with self._threads(X):
       logits = self._logits(X)
     return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 

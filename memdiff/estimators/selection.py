@@ -22,12 +22,10 @@ class Fold:
   Attributes:
     training: of the rows that train.
     held_out: [B, D] features.
-    rows: [B] which rows of the training set they are.
   """
 
   training: Training
   held_out: np.ndarray
-  rows: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +85,9 @@ class _Candidates:
     scores = np.round(judged.score(self.predictions[self.alive]), 9)
     return self.alive[int(np.argmax(scores))]
 
-  def log_probabilities(self, chosen: int, folds: Sequence[Fold]) -> np.ndarray:
-    """Of all held-out examples. [E, C]."""
-    parts = [h[chosen].logits(f.held_out) for h, f in zip(self.heads, folds, strict=True)]
+  def log_probabilities(self, chosen: int, held_out: Sequence[np.ndarray]) -> np.ndarray:
+    """Of all held-out examples, features [B, D] of each fold. [E, C]."""
+    parts = [heads[chosen].logits(x) for heads, x in zip(self.heads, held_out, strict=True)]
     return blend.log_probabilities(np.concatenate(parts))
 
 
@@ -117,16 +115,17 @@ def select(
   wanted = {
     name: _Candidates.of(name, len(judged.label)) for name in dict.fromkeys([*families, PLAIN])
   }
-  made = []
+  held = []
   for number, make in enumerate(folds):
     say(f"fold {number + 1} of {len(folds)}")
-    made.append(make())
+    fold = make()
     for candidates in wanted.values():
-      candidates.look(made[-1], judged.run == number)
+      candidates.look(fold, judged.run == number)
       if number < len(folds) - 1:
         candidates.drop(judged, judged.run <= number)
+    held.append(fold.held_out)  # without what it trained on
   chosen = {name: candidates.best(judged) for name, candidates in wanted.items()}
-  parts = {name: wanted[name].log_probabilities(chosen[name], made) for name in families}
+  parts = {name: wanted[name].log_probabilities(chosen[name], held) for name in families}
   weights, crossed = _blend(list(parts.values()), judged)
   fitted = {
     name: cross_validation.cross_fitted(candidates.predictions[candidates.alive], judged)
