@@ -13,6 +13,7 @@ tail, anew for every seed; NAME=FILE:natural leaves it as it is. Every fit uses 
 import argparse
 import importlib.util
 import pathlib
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.timing import environment
 from memdiff import LongTailClassifier
-from memdiff.runtime.workdir import write_json
+from memdiff.runtime.workdir import read_arrays, write_json
 
 OURS = "LongTailClassifier"
 _TUNED = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of the rivals
@@ -120,8 +121,13 @@ def _sets(arguments: Sequence[str]) -> Iterator[tuple[str, np.ndarray, np.ndarra
   for text in arguments:
     name, _, path = text.partition("=")
     natural = path.endswith(":natural")
-    arrays = np.load(path.removesuffix(":natural"))
+    arrays = read_arrays(pathlib.Path(path.removesuffix(":natural")))
     yield name, arrays["features"].astype(np.float32), arrays["labels"], natural
+
+
+def _mean_std(values: np.ndarray) -> dict[str, float]:
+  """Over seeds; a single one has no deviation."""
+  return {"mean": float(values.mean()), "std": float(values.std(ddof=min(len(values) - 1, 1)))}
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -135,10 +141,10 @@ def summary(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                                              "smallest", "largest")}  # fmt: skip
       for name in ("balanced_accuracy", "few", "cpu_seconds"):
         values = np.array([r[name] for r in own])
-        row[name] = {"mean": float(values.mean()), "std": float(values.std(ddof=1))}
+        row[name] = _mean_std(values)
       lead = [a["balanced_accuracy"] - b["balanced_accuracy"]
               for a, b in zip(ours, own, strict=True)]  # fmt: skip
-      row["lead"] = {"mean": float(np.mean(lead)), "std": float(np.std(lead, ddof=1))}
+      row["lead"] = _mean_std(np.array(lead))
       rows.append(row | {"seeds": len(own)})
   return rows
 
@@ -180,7 +186,8 @@ def page(result: Mapping[str, Any]) -> str:
 
 def _versions(result: Mapping[str, Any]) -> str:
   versions = result["environment"]["versions"]
-  named = [f"{name} {versions[name]}" for name in ("scikit-learn", "imbalanced-learn", "numpy")]
+  libraries = ("scikit-learn", "imbalanced-learn", "numpy")
+  named = [f"{name} {versions[name]}" for name in libraries if versions[name]]
   cpu = result["environment"]["hardware"]["cpu"]
   return f"{cpu}, Python {versions['python']}, {', '.join(named)}"
 
@@ -203,7 +210,10 @@ def main() -> None:
     for record in _runs(name, features, labels, natural=natural, seeds=arguments.seeds)
   ]
   files = [text.rpartition("/")[2] for text in arguments.data]  # of paths, what anyone may know
-  names = [f"{t.partition('=')[0]}=DIR/{f}" for t, f in zip(arguments.data, files, strict=True)]
+  names = [
+    shlex.quote(f"{text.partition('=')[0]}=DIR/{file}")
+    for text, file in zip(arguments.data, files, strict=True)
+  ]
   command = " ".join(["python -m benchmarks.embeddings", *(["--data"] if names else []), *names])
   result = {"rows": summary(records), "records": records, "command": command}
   result["environment"] = environment()

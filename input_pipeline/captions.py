@@ -4,6 +4,7 @@ Beside the folders of classes lies metadata.csv or metadata.jsonl. Each of its r
 a path that starts at that folder, and `text` (or `caption`), what the image shows.
 """
 
+import codecs
 import csv
 import io
 import json
@@ -46,31 +47,63 @@ def known(folder: pathlib.Path) -> dict[str, str]:
     DataError: as `read`.
   """
   source = _source(folder)
-  return {} if source is None else {name: text for name, text in _known(source).items() if text}
+  if source is None:
+    return {}
+  if source.suffix == ".csv":
+    _columns(source)
+  return {name: text for name, text in _known(source).items() if text}
 
 
 def append(folder: pathlib.Path, captions: Mapping[str, str]) -> None:
-  """Adds {path from the folder on: caption} to the file of captions, which is made if need be."""
+  """Adds {path from the folder on: caption} to the file of captions, which is made if need be.
+
+  Raises:
+    DataError: if it has other columns, or cannot be written.
+  """
   path = _source(folder) or folder / NAMES[0]
-  text, is_new = io.StringIO(newline=""), not path.exists() or not path.stat().st_size
-  if path.suffix == ".csv":
-    columns = [_FILE, _TEXTS[0]]
-    if not is_new:
-      with open(path, encoding="utf-8-sig", newline="") as file:
-        columns = next(csv.reader(file))
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+  try:
+    is_new = not path.exists() or not path.read_bytes().removeprefix(codecs.BOM_UTF8).strip()
+    lines = _csv_lines(path, captions, is_new=is_new) if path.suffix == ".csv" else "".join(
+      json.dumps({_FILE: name, _TEXTS[0]: said}, ensure_ascii=False) + "\n"
+      for name, said in captions.items()
+    )  # fmt: skip
+    if not is_new and not path.read_bytes().endswith(b"\n"):
+      lines = "\n" + lines
     if is_new:
-      writer.writeheader()
-    column = next(name for name in _TEXTS if name in columns)
-    writer.writerows({_FILE: name, column: said} for name, said in captions.items())
-  else:
-    for name, said in captions.items():
-      text.write(json.dumps({_FILE: name, _TEXTS[0]: said}, ensure_ascii=False) + "\n")
-  lines = text.getvalue()
-  if not is_new and not path.read_bytes().endswith(b"\n"):
-    lines = "\n" + lines
-  with open(path, "a", encoding="utf-8", newline="") as file:
-    file.write(lines)
+      path.write_text("", encoding="utf-8")
+    with open(path, "a", encoding="utf-8", newline="") as file:
+      file.write(lines)
+  except OSError as error:
+    raise DataError(f"Cannot write {path} ({error.strerror}).") from error
+
+
+def _csv_lines(path: pathlib.Path, captions: Mapping[str, str], *, is_new: bool) -> str:
+  columns = [_FILE, _TEXTS[0]] if is_new else _columns(path)
+  text = io.StringIO(newline="")
+  writer = csv.DictWriter(text, columns, lineterminator="\n")
+  if is_new:
+    writer.writeheader()
+  column = next(name for name in _TEXTS if name in columns)
+  writer.writerows({_FILE: name, column: said} for name, said in captions.items())
+  return text.getvalue()
+
+
+def _columns(path: pathlib.Path) -> list[str]:
+  """Of a .csv file; none if there is nothing in it.
+
+  Raises:
+    DataError: if those that are needed are not among them.
+  """
+  try:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+      columns = next(csv.reader(file), [])
+  except OSError as error:
+    raise DataError(f"Cannot read {path} ({error.strerror}).") from error
+  except (ValueError, csv.Error) as error:
+    raise DataError(f"Cannot read the captions in {path} ({error}).") from error
+  if columns and (_FILE not in columns or not set(_TEXTS) & set(columns)):
+    raise DataError(f"{path} needs the columns {_FILE} and {' or '.join(_TEXTS)}.")
+  return columns
 
 
 def _source(folder: pathlib.Path) -> pathlib.Path | None:
@@ -83,7 +116,8 @@ def _source(folder: pathlib.Path) -> pathlib.Path | None:
 def _known(source: pathlib.Path) -> dict[str, str]:
   found: dict[str, str] = {}
   for number, row in _rows(source):
-    name, text = row.get(_FILE), next((row[t] for t in _TEXTS if t in row), None)
+    texts = [row[t] for t in _TEXTS if t in row]
+    name, text = row.get(_FILE), next((t for t in texts if t), texts[0] if texts else None)
     if not isinstance(name, str) or not isinstance(text, str):
       raise DataError(
         f"{source}, line {number}: it needs {_FILE} and {' or '.join(_TEXTS)}, both texts."

@@ -273,6 +273,7 @@ class Family:
 _SHARES = (0.3, 0.1, 0.03, 0.01, 0.0, 0.5, 0.8)
 _PENALTIES = (1e-2, 3e-2, 1e-1, 3e-1, 3e-3, 1e-3, 3e-4)
 PLAIN = "plain_logistic"
+REGRESSIONS = (PLAIN, "balanced_logistic", "weighted_logistic")  # one, if shares are the counts'
 FAMILIES: Mapping[str, Family] = {
   "balanced_logistic": Family(
     "logistic regression with balanced softmax", _PENALTIES, balanced_regressions

@@ -3,9 +3,10 @@
 import dataclasses
 import functools
 import json
+import numbers
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -17,19 +18,18 @@ from threadpoolctl import threadpool_limits
 
 import memdiff
 from memdiff.classifier import blend, fitted_heads
-from memdiff.classifier.fitted_heads import FAMILIES, Head, Training
+from memdiff.classifier.fitted_heads import FAMILIES, REGRESSIONS, Head, Training
 from memdiff.errors import DataError, WorkdirError
+from memdiff.estimators.scale import Scale
 from memdiff.estimators.selection import Fold, select
 from memdiff.evaluation import criteria, cross_validation
-from memdiff.memory.feature_space import Standardizer, fit_standardizer
 from memdiff.runtime.workdir import read_arrays, write_arrays
 
 FAST = "fast"
 _SMALL = 2**29  # multiplications of features with a kernel
-_FAST = tuple(FAMILIES)
 _HEADS = {cls.__name__: cls for cls in (fitted_heads.Linear, fitted_heads.Gaussians,
                                         fitted_heads.Cosines)}  # fmt: skip
-_SCALE = dataclasses.fields(Standardizer)
+_SCALE = dataclasses.fields(Scale)
 # Of a saved classifier.
 _KEPT = ("settings_", "weights_", "recommendation_", "skipped_", "n_features_in_")
 
@@ -94,8 +94,13 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     return self
 
   def _families(self) -> list[str]:
-    names = list(_FAST) if isinstance(self.methods, str) and self.methods == FAST else self.methods
-    if isinstance(names, str) or not names or not set(names) <= FAMILIES.keys():
+    """Names of the families, each once; of those that are one and the same, the first."""
+    if isinstance(self.methods, str):
+      names = list(FAMILIES) if self.methods == FAST else []
+    else:
+      names = list(self.methods) if isinstance(self.methods, Iterable) else []
+    names = list(dict.fromkeys(names))
+    if not names or not set(names) <= FAMILIES.keys():
       raise ValueError(
         f"methods is {self.methods!r}, but must be {FAST!r} or names out of {', '.join(FAMILIES)}."
       )
@@ -103,9 +108,12 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       raise ValueError(
         f"criterion is {self.criterion!r}, but must be one of {', '.join(criteria.CRITERIA)}."
       )
-    if not isinstance(self.cv, int) or self.cv < 2:
+    if not isinstance(self.cv, numbers.Integral) or self.cv < 2:
       raise ValueError(f"cv is {self.cv!r}, but must be a whole number from 2.")
-    return list(names)
+    if self.criterion == "accuracy":  # all regressions then minimise the same
+      regressions = [name for name in names if name in REGRESSIONS]
+      names = [name for name in names if name not in regressions[1:]]
+    return names
 
   def _threads(self, features: np.ndarray) -> threadpool_limits:
     """One thread for small products, in which several only wait for each other."""
@@ -116,14 +124,13 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     if self.verbose:
       print(words)
 
-  def _training(self, features: np.ndarray, labels: np.ndarray) -> tuple[Standardizer, Training]:
+  def _training(self, features: np.ndarray, labels: np.ndarray) -> tuple[Scale, Training]:
     """Features of some rows in the scale in which heads are fitted, and that scale."""
-    standardizer = fit_standardizer(features, np.ones(len(labels), bool))
-    number = len(self.classes_)
+    scale, number = Scale.of(features), len(self.classes_)
     shares = np.full(number, 1 / number)
     if self.criterion == "accuracy":
       shares = np.bincount(labels, minlength=number) / len(labels)
-    return standardizer, Training(_scaled(standardizer, features), labels, shares)
+    return scale, Training(scale.forward(features), labels, shares)
 
   def _held_out(self, labels: np.ndarray) -> list[np.ndarray]:
     """The rows that each fold holds out."""
@@ -136,8 +143,8 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     def fold(held_out: np.ndarray) -> Fold:
       trains = np.ones(len(labels), bool)
       trains[held_out] = False
-      standardizer, training = self._training(features[trains], labels[trains])
-      return Fold(training, _scaled(standardizer, features[held_out]))
+      scale, training = self._training(features[trains], labels[trains])
+      return Fold(training, scale.forward(features[held_out]))
 
     if rows := self._held_out(labels):
       folds = [functools.partial(fold, of_fold) for of_fold in rows]
@@ -148,7 +155,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       self.settings_ = {name: FAMILIES[name].settings[0] for name in families}
       self.weights_ = {name: 1 / len(families) for name in families}
       self.recommendation_, self.skipped_ = None, {}
-    self._standardizer, training = self._training(features, labels)
+    self._scale, training = self._training(features, labels)
     self._heads = {
       name: FAMILIES[name].fit(training, (self.settings_[name],))[0]
       for name in families
@@ -164,7 +171,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
   def _logits(self, features: np.ndarray) -> np.ndarray:
-    features = _scaled(self._standardizer, features)
+    features = self._scale.forward(features)
     parts = [blend.log_probabilities(head.logits(features)) for head in self._heads.values()]
     return blend.blended([self.weights_[name] for name in self._heads], parts)
 
@@ -190,6 +197,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
 
     Raises:
       ValueError: if labels are neither numbers nor texts.
+      DataError: if the file cannot be written.
     """
     check_is_fitted(self)
     classes = self.classes_
@@ -197,20 +205,24 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       classes = classes.astype(str)
     if classes.dtype.kind not in "biufU":
       raise ValueError(f"Labels of the type {classes.dtype} cannot be saved; fit texts or numbers.")
+    params = {name: _plain(value) for name, value in self.get_params().items()}
     about = {
       "version": memdiff.__version__,
-      "params": self.get_params(),
+      "params": params,
       "heads": {name: type(head).__name__ for name, head in self._heads.items()},
       "is_object": self.classes_.dtype == object,
     }
     about |= {name: getattr(self, name) for name in _KEPT}
-    if not isinstance(self.random_state, (int, type(None))):
-      about["params"]["random_state"] = None
-    arrays = {f"scale/{f.name}": getattr(self._standardizer, f.name) for f in _SCALE}
+    arrays = {f"scale/{f.name}": getattr(self._scale, f.name) for f in _SCALE}
     for name, head in self._heads.items():
       arrays |= {f"{name}/{f.name}": getattr(head, f.name) for f in dataclasses.fields(head)}
+    if hasattr(self, "feature_names_in_"):
+      arrays["feature_names"] = self.feature_names_in_.astype(str)
     arrays |= {"classes": classes, "about": np.array(json.dumps(about))}
-    write_arrays(pathlib.Path(path), arrays)
+    try:
+      write_arrays(pathlib.Path(path), arrays)
+    except WorkdirError as error:
+      raise DataError(f"Cannot write {path} ({error.__cause__}).") from error
 
   @classmethod
   def load(cls, path: str | os.PathLike) -> Self:
@@ -222,22 +234,28 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     try:
       arrays = read_arrays(pathlib.Path(path))
       about = json.loads(str(arrays["about"]))
-    except (WorkdirError, KeyError, ValueError) as error:
+      model = cls(**about["params"])
+      for name in _KEPT:
+        setattr(model, name, about[name])
+      classes = arrays["classes"]
+      model.classes_ = classes.astype(object) if about["is_object"] else classes
+      if "feature_names" in arrays:
+        model.feature_names_in_ = arrays["feature_names"].astype(object)
+      model._scale = Scale(**{f.name: arrays[f"scale/{f.name}"] for f in _SCALE})
+      model._heads = {name: _read(_HEADS[k], name, arrays) for name, k in about["heads"].items()}
+    except (WorkdirError, KeyError, TypeError, ValueError) as error:
       raise DataError(f"{path} holds no LongTailClassifier that can be read.") from error
-    model = cls(**about["params"])
-    for name in _KEPT:
-      setattr(model, name, about[name])
-    classes = arrays["classes"]
-    model.classes_ = classes.astype(object) if about["is_object"] else classes
-    model._standardizer = Standardizer(**{f.name: arrays[f"scale/{f.name}"] for f in _SCALE})
-    model._heads = {name: _read(_HEADS[k], name, arrays) for name, k in about["heads"].items()}
     return model
+
+
+def _plain(value: Any) -> Any:
+  """A parameter as JSON has it; a random state that is no whole number is not kept."""
+  if isinstance(value, numbers.Integral):
+    return int(value)
+  if isinstance(value, (str, type(None))):
+    return value
+  return [str(name) for name in value] if isinstance(value, Iterable) else None
 
 
 def _read(kind: type[Head], name: str, arrays: Mapping[str, np.ndarray]) -> Head:
   return kind(**{f.name: arrays[f"{name}/{f.name}"] for f in dataclasses.fields(kind)})
-
-
-def _scaled(standardizer: Standardizer, features: np.ndarray) -> np.ndarray:
-  mean, scale = (np.asarray(x, features.dtype) for x in (standardizer.mean, standardizer.scale))
-  return ((features - mean[None]) / scale[None]).astype(np.float32)

@@ -6,14 +6,17 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
+import jax
 import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 
+from memdiff.estimators.scale import Scale
 from memdiff.memory import feature_space
 from memdiff.memory.feature_space import FeatureRuns
 from memdiff.memory.memory_bank import BankConfig
@@ -24,10 +27,13 @@ from memdiff.runtime.progress import Progress
 from memdiff.runtime.stage import LoopConfig
 from memdiff.runtime.writers import TensorBoard
 from memdiff.synthesis import confidence, generators
+from memdiff.synthesis.confidence import ConfidenceConfig
 from memdiff.synthesis.feature_diffusion import DiffusionConfig
+from memdiff.synthesis.generator import Generator
 from memdiff.synthesis.generators import GENERATORS, GeneratorsConfig, SynthesisSettings
 from memdiff.synthesis.hallucination import SamplerConfig
 
+_GUIDED = "memdiff"  # whose strength is the scale of its guidance
 _COPIED = 1 / 3  # a feature so much nearer to one training feature than to any other is a copy
 _STEPS = 50  # of a training between two lines of progress
 
@@ -47,7 +53,8 @@ class FeatureHallucinator(BaseEstimator):
       the ratio of the smaller class to the larger afterwards; {label: number afterwards}; or a
       function y -> such a dictionary.
     num_steps: training steps of a generator that trains; None: as configured by default.
-    strength: of the generator; None: the first of its candidates.
+    strength: of the generator: the spread of Gaussians and jitter in deviations of a class, the
+      mixing of mixtures, the guidance of memdiff. None: 1, or the first candidate.
     random_state: an int makes results reproducible.
     verbose: 1 prints the progress of the training.
 
@@ -83,11 +90,8 @@ class FeatureHallucinator(BaseEstimator):
     Raises:
       ValueError: if a parameter is none of those that are allowed.
     """
-    if self.generator not in GENERATORS:
-      raise ValueError(
-        f"generator is {self.generator!r}, but must be one of {', '.join(GENERATORS)}."
-      )
-    X, y = validate_data(self, X, y, dtype=(np.float32, np.float64))
+    self._check()
+    X, y = validate_data(self, X, y, dtype=(np.float64, np.float32))
     check_classification_targets(y)
     classes, labels = np.unique(y, return_inverse=True)
     numbers = _numbers(self.sampling_strategy, classes, y)
@@ -99,17 +103,39 @@ class FeatureHallucinator(BaseEstimator):
     made, made_labels = self._make(X, labels, numbers)
     return np.concatenate([X, made.astype(X.dtype)]), np.concatenate([y, classes[made_labels]])
 
+  def _check(self) -> None:
+    if not isinstance(self.generator, str) or self.generator not in GENERATORS:
+      raise ValueError(
+        f"generator is {self.generator!r}, but must be one of {', '.join(GENERATORS)}."
+      )
+    steps = self.num_steps
+    if steps is not None and (not isinstance(steps, Integral) or steps < 1):
+      raise ValueError(f"num_steps is {steps!r}, but must be a whole number from 1, or None.")
+    strength = self.strength
+    if strength is not None and (not isinstance(strength, Real) or not strength >= 0):
+      raise ValueError(f"strength is {strength!r}, but must be a number from 0, or None.")
+
   def _make(
     self, features: np.ndarray, labels: np.ndarray, numbers: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray]:
     """(features [M, D] in the units of X, classes [M])."""
     diffusion = DiffusionConfig()
     if self.num_steps is not None:
-      diffusion = dataclasses.replace(diffusion, num_steps=self.num_steps)
+      diffusion = dataclasses.replace(diffusion, num_steps=int(self.num_steps))
+    is_guided = self.generator == _GUIDED
+    sampler = SamplerConfig()
+    if is_guided and self.strength is not None:
+      sampler = SamplerConfig(guidance=(float(self.strength),))
+    trusted = ConfidenceConfig(normalize=False)
     settings = SynthesisSettings(
-      GeneratorsConfig(names=(self.generator,)), diffusion, SamplerConfig(), len(numbers)
+      GeneratorsConfig(names=(self.generator,), confidence=trusted),
+      diffusion,
+      sampler,
+      len(numbers),
     )
     generator = settings.generator(self.generator)
+    strength = _strength(generator, None if is_guided else self.strength)
+    scale = Scale.of(features)
     if generator.numbers(np.bincount(labels)) is not None:
       raise ValueError(
         f"generator is {self.generator!r}, which makes as many features of each class as its paper"
@@ -120,11 +146,10 @@ class FeatureHallucinator(BaseEstimator):
     with tempfile.TemporaryDirectory() as folder:
       place = pathlib.Path(folder)
       run = _run(seed, Progress(1, stream=stream), place, diffusion.num_steps)
-      runs = _runs(features, labels, len(numbers), run)
+      runs = _runs(scale.forward(features), labels, len(numbers), run)
       generators.train(
         self.generator, settings, runs, run, place / "denoiser", f"diffusion/{self.generator}"
       )
-      strength = generator.strengths[0] if self.strength is None else self.strength
       made = generators.make(
         self.generator, settings, runs, run, place / "denoiser", numbers, (strength,)
       )
@@ -132,10 +157,9 @@ class FeatureHallucinator(BaseEstimator):
     standardised, trust = mesh_lib.fetch((made.features, made.confidence))
     self._look(standardised[0, 0], made.labels, exemplars, labels)
     self.confidence_ = trust[0, 0]
-    standardizer = mesh_lib.fetch(runs.standardizer)
-    mean, scale, lowest = (x[0] for x in (standardizer.mean, standardizer.scale,
-                                          standardizer.lowest))  # fmt: skip
-    return np.maximum(standardised[0, 0] * scale[None] + mean[None], lowest[None]), made.labels
+    backward = jax.jit(jax.vmap(lambda s, x: s.backward(x)))
+    made_scaled = mesh_lib.fetch(backward(runs.standardizer, made.features[:, 0]))[0]
+    return scale.backward(made_scaled), made.labels
 
   def _look(
     self, made: np.ndarray, made_labels: np.ndarray, known: np.ndarray, labels: np.ndarray
@@ -153,6 +177,15 @@ class FeatureHallucinator(BaseEstimator):
         copied += int((np.sqrt(squares[:, 0]) < _COPIED * np.sqrt(squares[:, 1])).sum())
         compared += len(rows)
     self.memorization_ = copied / max(compared, 1)
+
+
+def _strength(generator: Generator, wanted: float | None) -> float:
+  """A generator's strength; if none is wanted, 1, which changes no spread, or its first."""
+  if wanted is None:
+    return 1.0 if 1.0 in generator.strengths else generator.strengths[0]
+  if len(generator.strengths) == 1:
+    raise ValueError("strength is given, but this generator has none; leave it out.")
+  return float(wanted)
 
 
 def _run(seed: int, progress: Progress, folder: pathlib.Path, num_steps: int) -> loop.Run:
@@ -199,7 +232,7 @@ def _numbers(strategy: Any, classes: np.ndarray, y: np.ndarray) -> np.ndarray:
     wanted = _NAMED[strategy](counts)
   elif isinstance(strategy, Mapping):
     wanted = _from_mapping(strategy, classes, counts)
-  elif isinstance(strategy, (int, float)) and not isinstance(strategy, bool):
+  elif isinstance(strategy, Real) and not isinstance(strategy, bool):
     wanted = _from_ratio(float(strategy), counts)
   else:
     raise ValueError(
@@ -214,6 +247,8 @@ def _from_mapping(strategy: Mapping, classes: np.ndarray, counts: np.ndarray) ->
   for label, number in strategy.items():
     if label not in place:
       raise ValueError(f"sampling_strategy names the class {label!r}, which is not in y.")
+    if not isinstance(number, Integral):
+      raise ValueError(f"sampling_strategy asks for {number!r} of the class {label!r}.")
     if number < counts[place[label]]:
       raise ValueError(
         f"sampling_strategy asks for {number} of the class {label!r}, which has"

@@ -11,6 +11,7 @@ from memdiff.classifier.fitted_heads import FAMILIES, PLAIN, Head, Training
 from memdiff.evaluation import cross_validation
 from memdiff.evaluation.cross_validation import Judged
 
+BLEND = "blend"
 _MARGIN = 2.0  # standard errors by which a setting may lie behind and still be looked at
 _MOST = 2**25  # numbers of log probabilities by which a blend is fitted, of a family
 
@@ -54,6 +55,7 @@ class _Candidates:
     alive: their numbers.
     predictions: [J, E] of held-out examples.
     heads: of every fold so far, by the number of the setting.
+    told: log probabilities [E, C] that were asked for, by the number of the setting.
   """
 
   name: str
@@ -61,6 +63,7 @@ class _Candidates:
   alive: list[int]
   predictions: np.ndarray
   heads: list[dict[int, Head]]
+  told: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def of(cls, name: str, number: int) -> "_Candidates":
@@ -81,14 +84,17 @@ class _Candidates:
     near = cross_validation.contenders(found, judged.only(seen), _MARGIN)
     self.alive = [j for j, is_near in zip(self.alive, near, strict=True) if is_near]
 
-  def best(self, judged: Judged) -> int:
-    scores = np.round(judged.score(self.predictions[self.alive]), 9)
-    return self.alive[int(np.argmax(scores))]
+  def best(self, judged: Judged, rows: np.ndarray) -> int:
+    """The setting with the highest score on some examples [E]."""
+    found = self.predictions[self.alive][:, rows]
+    return self.alive[int(np.argmax(np.round(judged.only(rows).score(found), 9)))]
 
   def log_probabilities(self, chosen: int, held_out: Sequence[np.ndarray]) -> np.ndarray:
     """Of all held-out examples, features [B, D] of each fold. [E, C]."""
-    parts = [heads[chosen].logits(x) for heads, x in zip(self.heads, held_out, strict=True)]
-    return blend.log_probabilities(np.concatenate(parts))
+    if chosen not in self.told:
+      parts = [heads[chosen].logits(x) for heads, x in zip(self.heads, held_out, strict=True)]
+      self.told[chosen] = blend.log_probabilities(np.concatenate(parts))
+    return self.told[chosen]
 
 
 def select(
@@ -124,23 +130,31 @@ def select(
       if number < len(folds) - 1:
         candidates.drop(judged, judged.run <= number)
     held.append(fold.held_out)  # without what it trained on
-  chosen = {name: candidates.best(judged) for name, candidates in wanted.items()}
-  parts = {name: wanted[name].log_probabilities(chosen[name], held) for name in families}
-  weights, crossed = _blend(list(parts.values()), judged)
-  fitted = {
-    name: cross_validation.cross_fitted(candidates.predictions[candidates.alive], judged)
-    for name, candidates in wanted.items()
-  }
-  gain = cross_validation.paired_gain(crossed, fitted[PLAIN], judged)
+  crossed = {name: np.zeros(len(judged.label), np.int32) for name in (*wanted, BLEND)}
+  every = np.ones(len(judged.label), bool)
+  for run in np.unique(judged.run):  # all that is chosen for a fold is chosen without it
+    inside = judged.run == run
+    others = ~inside if not inside.all() else every
+    settings = {name: candidates.best(judged, others) for name, candidates in wanted.items()}
+    for name, candidates in wanted.items():
+      crossed[name][inside] = candidates.predictions[settings[name], inside]
+    parts = [wanted[name].log_probabilities(settings[name], held) for name in families]
+    weights = _fit_weights(parts, judged, others)
+    logits = blend.blended(weights, [part[inside] for part in parts])
+    crossed[BLEND][inside] = logits.argmax(axis=1)
+  chosen = {name: candidates.best(judged, every) for name, candidates in wanted.items()}
+  parts = [wanted[name].log_probabilities(chosen[name], held) for name in families]
+  weights = _fit_weights(parts, judged, every)
+  gain = cross_validation.paired_gain(crossed[BLEND], crossed[PLAIN], judged)
   weights = dict(zip(families, weights.tolist(), strict=True))
   found = {
-    "method": "blend",
+    "method": BLEND,
     "criterion": criterion,
-    "score": float(judged.score(crossed)),
-    "plain": float(judged.score(fitted[PLAIN])),
+    "score": float(judged.score(crossed[BLEND])),
+    "plain": float(judged.score(crossed[PLAIN])),
     "gain": gain.mean,
     "interval": list(gain.interval()),
-    "scores": {name: float(judged.score(values)) for name, values in fitted.items()},
+    "scores": {name: float(judged.score(crossed[name])) for name in wanted},
     "weights": weights,
   }
   say(
@@ -158,23 +172,13 @@ def select(
   )
 
 
-def _blend(parts: Sequence[np.ndarray], judged: Judged) -> tuple[np.ndarray, np.ndarray]:
-  """Weights [F], and predictions [E] with weights that were fitted without an example's fold."""
-  importance = np.ones(len(judged.label))
+def _fit_weights(parts: Sequence[np.ndarray], judged: Judged, rows: np.ndarray) -> np.ndarray:
+  """Weights [F] of a blend, by some of the held-out examples [E]."""
+  labels, some = judged.label, np.flatnonzero(rows)
+  importance = np.ones(len(labels))
   if judged.criterion != "accuracy":
-    importance = 1 / np.bincount(judged.label, minlength=judged.num_classes)[judged.label]
-
-  def fit(rows: np.ndarray) -> np.ndarray:
-    step = max(len(rows) * judged.num_classes // _MOST, 1)
-    some = rows[::step]
-    return blend.fit_weights([part[some] for part in parts], judged.label[some], importance[some])
-
-  every, crossed = np.arange(len(judged.label)), np.zeros(len(judged.label), np.int32)
-  for run in np.unique(judged.run):
-    inside = judged.run == run
-    weights = fit(every[~inside]) if not inside.all() else np.ones(len(parts))
-    crossed[inside] = blend.blended(weights, [part[inside] for part in parts]).argmax(axis=1)
-  weights = fit(every)
-  if not weights.any():  # nothing that is held out tells anything
-    weights = np.full(len(parts), 1 / len(parts))
-  return weights, crossed
+    importance = 1 / np.bincount(labels, minlength=judged.num_classes)[labels]
+  some = some[:: max(len(some) * judged.num_classes // _MOST, 1)]
+  weights = blend.fit_weights([part[some] for part in parts], labels[some], importance[some])
+  # Without any weight, nothing that is held out tells anything.
+  return weights if weights.any() else np.full(len(parts), 1 / len(parts))

@@ -48,8 +48,9 @@ def check(settings: AugmentedConfig, data: LongTailDataset) -> None:
       " classes by words of their own, but config.text_to_image.prompts.source is captions; take"
       " names, or lora."
     )
+  by_name = config.source == "names" or settings.text_to_image.tuning.needs_prior
   for c, name in enumerate(data.class_names):
-    if config.source == "names" or not _captions_of(data, c):
+    if by_name or not _captions_of(data, c):
       prompts.words_of(name)
 
 
@@ -81,15 +82,15 @@ def _called(experiment: Experiment, words: Sequence[str]) -> list[str]:
 def _prompts(experiment: Experiment, words: Sequence[str]) -> list[list[str]]:
   """Of every class."""
   data, config = experiment.dataset, experiment.config.text_to_image.prompts
-  named = [prompts.from_name(config, name) for name in _called(experiment, words)]
+  called = _called(experiment, words)
   if config.source == "names":
-    return named
+    return [prompts.from_name(config, name) for name in called]
   features = real_features(experiment, part_of(experiment, "final"), 0)
   captions, found = data.train_captions, []
-  for c, of_name in enumerate(named):
+  for c, name in enumerate(called):
     rows = np.flatnonzero(data.train_labels == c)
     own = prompts.typical_captions(features[rows], [captions[i] for i in rows], config.per_class)
-    found.append(own or of_name)
+    found.append(own or prompts.from_name(config, name))
   return found
 
 

@@ -209,6 +209,7 @@ def is_known(name: str) -> bool:
     and len(set(parts)) == len(parts)
     and all(METHODS[part].needs in ("", *parts) for part in parts)
     and sum(bool(METHODS[part].tunes) for part in parts) <= 1
+    and not ("inverted" in parts and any(part.startswith("by_") for part in parts))
   )
 
 

@@ -124,6 +124,56 @@ def test_classes_of_one_example_each_are_learned_without_selection():
   assert model.recommendation_ is None and model.score(X, y) == 1
 
 
+@pytest.fixture(scope="module")
+def easy():
+  rng = np.random.default_rng(0)
+  y = np.repeat([0, 1, 2], [60, 20, 10])
+  return rng.normal(size=(90, 5)) + 6 * np.eye(3, 5)[y], y
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda X: np.column_stack([X, np.full(len(X), 1.7e18)]),
+    lambda X: np.column_stack([X, np.full(len(X), 1e12) + np.arange(len(X)) % 7]),
+    lambda X: X * 1e40,
+    lambda X: X * 1e-40,
+    lambda X: X + 1e9,
+    lambda X: X.astype(np.float16),
+  ],
+)
+def test_columns_of_any_size_do_no_harm(easy, change):
+  X, y = easy
+  model = LongTailClassifier(random_state=0).fit(change(X), y)
+  assert balanced_accuracy_score(y, model.predict(change(X))) > 0.95
+
+
+def test_examples_from_far_away_have_probabilities(easy):
+  model = LongTailClassifier(random_state=0).fit(*easy)
+  found = model.predict_proba(np.full((1, 5), 1e30))
+  assert np.isfinite(found).all() and found.sum() == pytest.approx(1)
+
+
+def test_a_lone_family_gains_nothing_over_itself(digits):
+  model = LongTailClassifier(["plain_logistic"], random_state=0).fit(*digits[:2])
+  found = model.recommendation_
+  assert found["gain"] == 0 and found["score"] == found["plain"]
+
+
+def test_noise_is_not_expected_to_be_told_apart():
+  """Everything that is chosen for a fold is chosen without it."""
+  rng, scores = np.random.default_rng(0), []
+  for seed in range(12):
+    X, y = rng.normal(size=(80, 10)), np.repeat([0, 1], [50, 30])
+    scores.append(LongTailClassifier(cv=4, random_state=seed).fit(X, y).recommendation_["score"])
+  assert abs(np.mean(scores) - 0.5) < 3 * np.std(scores) / np.sqrt(12) + 0.01
+
+
+def test_for_accuracy_regressions_that_are_the_same_are_fitted_once(digits):
+  model = LongTailClassifier(criterion="accuracy", cv=2, random_state=0).fit(*digits[:2])
+  assert sum("logistic" in name for name in model.weights_) == 1
+
+
 def test_verbose_says_what_is_done(digits, capsys):
   LongTailClassifier(["lda"], cv=2, random_state=0, verbose=1).fit(*digits[:2])
   said = capsys.readouterr().out
@@ -136,6 +186,7 @@ def test_verbose_says_what_is_done(digits, capsys):
     ({"methods": "magic"}, "methods is 'magic', but must be 'fast' or names out of"),
     ({"methods": ["lda", "magic"]}, "must be 'fast' or names"),
     ({"methods": []}, "must be 'fast' or names"),
+    ({"methods": 5}, "must be 'fast' or names"),
     ({"criterion": "luck"}, "criterion is 'luck', but must be one of"),
     ({"cv": 1}, "cv is 1, but must be a whole number from 2"),
   ],
@@ -143,6 +194,19 @@ def test_verbose_says_what_is_done(digits, capsys):
 def test_parameters_that_mean_nothing_are_refused(digits, changes, words):
   with pytest.raises(ValueError, match=words):
     LongTailClassifier(**changes).fit(*digits[:2])
+
+
+def test_parameters_may_be_of_numpy_and_are_saved_as_plain_ones(digits, tmp_path):
+  names = np.array(["lda", "plda", "lda"])
+  model = LongTailClassifier(names, cv=np.int64(2), verbose=np.int64(0), random_state=0)
+  model.fit(*digits[:2]).save(tmp_path / "model.npz")
+  assert list(model.weights_) == ["lda", "plda"]
+  assert LongTailClassifier.load(tmp_path / "model.npz").get_params()["cv"] == 2
+
+
+def test_a_file_that_cannot_be_written_is_named(model, tmp_path):
+  with pytest.raises(DataError, match=r"Cannot write .*nowhere"):
+    model.save(tmp_path / "nowhere" / "model.npz")
 
 
 def test_labels_and_features_that_do_not_fit_are_refused(digits, model):

@@ -71,6 +71,42 @@ def test_a_ratio_is_that_of_two_classes(data):
   assert len(made(sampler, (X, y))[1]) == 11 and sampler.sampling_strategy_["rare"] == 11
 
 
+@pytest.mark.parametrize(("generator", "steps"), [("gaussian_shared", None), ("memdiff", 100)])
+def test_the_strength_changes_what_is_made(data, generator, steps):
+  first, second = (
+    made(FeatureHallucinator(generator, num_steps=steps, strength=s, random_state=0), data)[0]
+    for s in (0.5, 2.0)
+  )
+  assert not np.allclose(first, second)
+
+
+def test_a_gaussian_is_as_wide_as_its_class(data):
+  X, y = made(FeatureHallucinator("gaussian_shared", sampling_strategy={"rare": 400}), data)
+  spread = X[y == "rare"].std(axis=0).mean()
+  assert 0.6 < spread / data[0][data[1] == "common"].std(axis=0).mean() < 1.4
+
+
+@pytest.mark.parametrize("change", [lambda X: X + 1e9, lambda X: X * 1e38, lambda X: X * 1e-30])
+def test_features_of_any_size_are_made_alike(data, change):
+  sampler = FeatureHallucinator("gaussian_shared", random_state=0)
+  X, _ = made(sampler, (change(data[0]), data[1]))
+  plain, _ = made(sampler, data)
+  np.testing.assert_allclose(X, change(plain), rtol=1e-3)
+
+
+def test_whole_numbers_come_back_as_they_were(data):
+  X = np.round(data[0]).astype(np.int64) + 2**30
+  found, _ = FeatureHallucinator("duplicate", random_state=0).fit_resample(X, data[1])
+  np.testing.assert_array_equal(found[: len(X)], X)
+
+
+@pytest.mark.parametrize("generator", ["distribution_calibration", "gaussian_shared"])
+def test_trust_lies_between_nothing_and_all(data, generator):
+  sampler = FeatureHallucinator(generator, random_state=0)
+  made(sampler, data)
+  assert (sampler.confidence_ >= 0).all() and (sampler.confidence_ <= 1).all()
+
+
 def test_seeds_decide_everything(data):
   first, again, other = (
     made(FeatureHallucinator("gaussian_shared", random_state=seed), data)[0] for seed in (0, 0, 1)
@@ -91,6 +127,13 @@ def test_what_it_makes_is_of_the_type_of_the_data_and_can_be_learned(data):
   ("changes", "words"),
   [
     ({"generator": "gan"}, "generator is 'gan', but must be one of"),
+    ({"generator": ["gan"]}, "but must be one of"),
+    ({"num_steps": 0}, "num_steps is 0, but must be a whole number from 1"),
+    ({"num_steps": 2.5}, "num_steps is 2.5, but must be a whole number"),
+    ({"strength": -1}, "strength is -1, but must be a number from 0"),
+    ({"generator": "duplicate", "strength": 2}, "this generator has none"),
+    ({"generator": "class_only", "strength": 2}, "this generator has none"),
+    ({"sampling_strategy": {"rare": 30.7}}, "asks for 30.7 of the class 'rare'"),
     ({"generator": "ldmlr_published"}, "makes as many features of each class as its paper says"),
     ({"sampling_strategy": "most"}, "sampling_strategy is 'most', but must be one of tail"),
     ({"sampling_strategy": {"none": 3}}, "names the class 'none', which is not in y"),

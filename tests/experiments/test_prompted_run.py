@@ -190,7 +190,8 @@ def test_a_run_killed_while_it_draws_ends_with_the_same_images(undisturbed, run,
 
 QUALITY = (
   "balanced+prompted+by_name", "memdiff+prompted", "memdiff+prompted+negative",
-  "memdiff+prompted+contrastive", "memdiff+prompted+annealed",
+  "memdiff+prompted+contrastive", "memdiff+prompted+annealed", "memdiff+prompted+custom",
+  "balanced+prompted+inverted+annealed",
 )  # fmt: skip
 
 
@@ -202,6 +203,7 @@ def quality(settings, tmp_path_factory):
     "diffusion.unet.attention": (), "encoder.backbone.name": "resnet8",
     "classifier.num_epochs": 2.0, "sampling.num_steps": 3, "sampling.per_class": 7,
     "evaluation.kid_size": 10, "loop.steps_per_dispatch": 5, "sampling.guidance": (1.0, 2.0),
+    "diffusion.tuning.num_steps": 5,
   }  # fmt: skip
   run = support.SmallRuns(f"{CONFIG}:quality", settings | small)
   workdir = tmp_path_factory.mktemp("quality") / "run"
@@ -229,8 +231,12 @@ def test_other_guidance_draws_other_images_from_the_same_weights(quality):
     return np.load(folder / "000000.npz")["images"]
 
   trained = {path.name for path in (workdir / "diffusion").iterdir() if path.is_dir()}
-  assert trained == {"balanced+prompted", "memdiff+prompted"}
-  plain, negative, contrastive, annealed = QUALITY[1:]
+  assert trained == {
+    "balanced+prompted", "memdiff+prompted", "memdiff+prompted+custom",
+    "balanced+prompted+inverted",
+  }  # fmt: skip
+  plain, negative, contrastive, annealed, tuned, _ = QUALITY[1:]
+  assert not np.array_equal(drawn(tuned, 1), drawn(plain, 1))
   np.testing.assert_array_equal(drawn(negative, 1), drawn(plain, 1))  # no guidance at all
   for method in (negative, contrastive, annealed):
     assert not np.array_equal(drawn(method, 2), drawn(plain, 2)), method

@@ -144,5 +144,24 @@ def test_other_columns_stay_and_a_last_line_is_ended(tmp_path, name, before):
   assert captions.known(tmp_path / "none") == {}
 
 
+@pytest.mark.parametrize("content", ["", "\n", "\ufeff", "file_name,text\n", "file_name,text"])
+def test_a_file_without_rows_gets_its_first(tmp_path, content):
+  (tmp_path / "metadata.csv").write_text(content, encoding="utf-8")
+  captions.append(tmp_path, {"a/1.png": "new"})
+  assert captions.known(tmp_path) == {"a/1.png": "new"}
+
+
+def test_other_columns_alone_are_refused(tmp_path):
+  (tmp_path / "metadata.csv").write_text("file_name,description\n")
+  for act in (captions.known, lambda folder: captions.append(folder, {"a": "b"})):
+    with pytest.raises(DataError, match=r"needs the columns file_name and text or caption"):
+      act(tmp_path)
+
+
+def test_of_two_texts_the_one_that_is_there_counts(tmp_path):
+  (tmp_path / "metadata.csv").write_text("file_name,text,caption\na,,old\nb,new,old\n")
+  assert captions.known(tmp_path) == {"a": "old", "b": "new"}
+
+
 def test_no_file_is_described_by_nothing():
   assert captions.describe(None) == "" and captions.describe(("a", "")) == "with 1 captions of 2"

@@ -179,4 +179,5 @@ def test_a_method_is_tuned_after_its_base():
   ]  # fmt: skip
   assert image_methods.bases(names) == ["balanced+prompted", "prompted"]
   assert image_methods.base("lora") == "ddpm" and image_methods.trained("lora") == "lora"
+  assert not image_methods.is_known("prompted+inverted+by_name")  # which no prompt would read
   assert not image_methods.is_known("lora+custom") and not image_methods.is_known("inverted")

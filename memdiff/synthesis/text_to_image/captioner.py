@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from input_pipeline import captions, image_files
+from input_pipeline import captions, class_folders, image_files
 from memdiff.errors import ConfigError, DataError, exit_code
 from memdiff.runtime import keras_library
 from memdiff.runtime.progress import Progress
@@ -86,21 +86,30 @@ def load(folder: pathlib.Path, prompt: str | None = None, dtype: str = DTYPES[0]
   return Captioner(task, key, usual if prompt is None else prompt)
 
 
+def find(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """{path from the folder on: image} of the classes in a folder, as data sets find them.
+
+  Raises:
+    DataError: if there is none.
+  """
+  classes, _ = class_folders.find_classes(folder)
+  files = [path for place in classes.values() for path in class_folders.find_images(place)[0]]
+  if not files:
+    raise DataError(f"There is no image in the folders of {folder} that Pillow can read.")
+  return {path.relative_to(folder).as_posix(): path for path in files}
+
+
 def caption(folder: pathlib.Path, captioner: Captioner, batch_size: int = 8) -> dict[str, int]:
-  """Captions the images of a folder that have none.
+  """Captions the images of a folder of classes that have none.
 
   Returns:
     {"had", "captioned", "silent", "unreadable": numbers of images}; the last two got no caption,
-    since the model said nothing or the file cannot be read.
+    since the model said nothing or the file, or its name, cannot be read.
 
   Raises:
-    DataError: if there is no image.
+    DataError: if there is no image, or captions cannot be read or written.
   """
-  known = captions.known(folder)
-  files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in image_files.suffixes())
-  names = {path.relative_to(folder).as_posix(): path for path in files}
-  if not names:
-    raise DataError(f"There is no image in {folder} that Pillow can read.")
+  known, names = captions.known(folder), find(folder)
   missing = [name for name in names if name not in known]
   numbers = {"had": len(names) - len(missing), "captioned": 0, "silent": 0, "unreadable": 0}
   progress = Progress(num_phases=1)
@@ -109,7 +118,11 @@ def caption(folder: pathlib.Path, captioner: Captioner, batch_size: int = 8) -> 
     readable = {}
     for name in missing[start : start + batch_size]:
       try:
+        name.encode()
         readable[name] = image_files.decode(names[name])
+      except UnicodeEncodeError:
+        progress.say(f"{name!r} gets no caption: its name is no UTF-8")
+        numbers["unreadable"] += 1
       except image_files.UnreadableError as error:
         progress.say(f"{names[name]} gets no caption: {error}")
         numbers["unreadable"] += 1
@@ -129,6 +142,8 @@ def _caption(arguments: argparse.Namespace) -> None:
     raise ConfigError("--batch_size must be at least 1.")
   if not arguments.images.is_dir():
     raise DataError(f"There is no folder {arguments.images}.")
+  captions.known(arguments.images)  # what cannot be used is said before the model is read
+  find(arguments.images)
   captioner = load(arguments.model, arguments.prompt, arguments.dtype)
   numbers = caption(arguments.images, captioner, arguments.batch_size)
   lacking = [f"{numbers[name]} {name}" for name in ("silent", "unreadable") if numbers[name]]

@@ -6,6 +6,7 @@ knows, or on the CPU.
 
 import dataclasses
 import importlib.util
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,14 @@ from memdiff.errors import ConfigError, DataError
 from memdiff.synthesis.text_to_image.backends import FEWER, TextToImageConfig
 
 MARK = "model_index.json"  # in the folder of a model
+_TAKES = (
+  "prompt",
+  "negative_prompt",
+  "generator",
+  "guidance_scale",
+  "num_inference_steps",
+  "height",
+)
 _INSTALL = "pip install -r requirements-text-to-image-torch.txt"
 
 
@@ -95,10 +104,22 @@ def load(config: TextToImageConfig) -> Diffusers:
       torch_dtype=getattr(torch, config.dtype),
       local_files_only=True,
     )
+    pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+  except torch.OutOfMemoryError as error:
+    raise ConfigError(
+      f"The text-to-image model in {config.model} does not fit into the memory of the GPU; set"
+      " XLA_PYTHON_CLIENT_PREALLOCATE=false, so that JAX leaves it some, or take a smaller one."
+    ) from error
   except Exception as error:  # many types for torn files, as many as there are parts
     reason = str(error).strip().split("\n")[0]
     raise DataError(
       f"Cannot read the text-to-image model in {config.model} ({type(error).__name__}: {reason})."
     ) from error
+  lacking = [name for name in _TAKES if name not in inspect.signature(pipeline).parameters]
+  if lacking:
+    raise DataError(
+      f"The model in {config.model} is a {type(pipeline).__name__}, which takes no"
+      f" {' and no '.join(lacking)}; give one that draws from prompts, such as Stable Diffusion."
+    )
   pipeline.set_progress_bar_config(disable=True)
-  return Diffusers(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"), config)
+  return Diffusers(pipeline, config)

@@ -139,3 +139,5 @@ def test_what_cannot_be_used_is_one_sentence(folder, model, tmp_path, capsys):
   assert "is a GemmaCausalLM, but must be BLIP2CausalLM or Pali" in refused(folder, other)
   (tmp_path / "empty").mkdir()
   assert "There is no image in" in refused(tmp_path / "empty", model)
+  (folder / "metadata.csv").write_text("path,text\n")
+  assert "needs the columns file_name and text or caption" in refused(folder, model)

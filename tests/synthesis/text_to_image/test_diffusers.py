@@ -113,6 +113,19 @@ def test_a_torn_model_is_one_sentence(saved, config, tmp_path):
 
 
 @needs_diffusers
+def test_a_model_that_takes_no_prompts_is_refused(config, tmp_path):
+  import diffusers
+
+  unet = diffusers.UNet2DModel(
+    sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), norm_num_groups=4,
+    up_block_types=("UpBlock2D",), layers_per_block=1,
+  )  # fmt: skip
+  diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(str(tmp_path / "ddpm"))
+  with pytest.raises(DataError, match=r"a DDPMPipeline, which takes no prompt and no negative"):
+    backends.load(dataclasses.replace(config, model=str(tmp_path / "ddpm")))
+
+
+@needs_diffusers
 def test_models_of_diffusers_are_not_tuned(tmp_path):
   (tmp_path / "model_index.json").write_text("{}")
   config = TextToImageConfig(model=str(tmp_path), tuning=TuningConfig("lora"))

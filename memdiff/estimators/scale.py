@@ -1,0 +1,54 @@
+"""The scale in which estimators see features: every column with mean 0 and deviation 1."""
+
+import dataclasses
+
+import numpy as np
+
+_ROWS = 4096  # at a time in float64
+_FARTHEST = 1e6  # deviations; what lies beyond is taken as that far
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scale:
+  """Of D columns, float64.
+
+  Attributes:
+    peak: [D] largest magnitude, by which columns are divided first, so that no square overflows.
+    mean: [D] of what is left.
+    deviation: [D] the same, 0 for a column that is constant but for rounding.
+    lowest: [D] 0 for a column without negative numbers, else minus infinity.
+  """
+
+  peak: np.ndarray
+  mean: np.ndarray
+  deviation: np.ndarray
+  lowest: np.ndarray
+
+  @classmethod
+  def of(cls, features: np.ndarray) -> "Scale":
+    """Of [N, D] finite numbers; what is constant depends on their type."""
+    peak = np.maximum(features.max(axis=0), -features.min(axis=0)).astype(np.float64)
+    peak[peak == 0] = 1
+    number = len(features)
+    parts = [slice(start, start + _ROWS) for start in range(0, number, _ROWS)]
+    mean = sum((features[part] / peak[None]).sum(axis=0) for part in parts) / number
+    squares = sum(np.square(features[part] / peak[None] - mean[None]).sum(axis=0) for part in parts)
+    deviation = np.sqrt(squares / number)
+    deviation[deviation <= np.finfo(features.dtype).eps] = 0
+    lowest = np.where(features.min(axis=0) < 0, -np.inf, 0.0)
+    return cls(peak, mean, deviation, lowest)
+
+  def forward(self, features: np.ndarray) -> np.ndarray:
+    """[N, D] -> float32 [N, D]; columns that were constant become 0."""
+    inverse = np.where(self.deviation > 0, 1 / np.maximum(self.deviation, 1e-300), 0)
+    found = np.empty(features.shape, np.float32)
+    for start in range(0, len(features), _ROWS):
+      part = slice(start, start + _ROWS)
+      moved = (features[part] / self.peak[None] - self.mean[None]) * inverse[None]
+      found[part] = np.clip(moved, -_FARTHEST, _FARTHEST)
+    return found
+
+  def backward(self, scaled: np.ndarray) -> np.ndarray:
+    """Back to the units of the features, float64; no negative numbers where there were none."""
+    raw = (scaled * self.deviation[None] + self.mean[None]) * self.peak[None]
+    return np.maximum(raw, self.lowest[None])
