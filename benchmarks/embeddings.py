@@ -160,6 +160,7 @@ def page(result: Mapping[str, Any]) -> str:
     f" {rows[0]['seeds']} seeds; each seed draws the split, and which classes are rare. CPU-seconds"
     " are those of a whole fit, tuning included, on one thread. Lead: ours less the row's, paired.",
   ]
+  lines += ["", result["note"]] if result["note"] else []
   for data in dict.fromkeys(row["data"] for row in rows):
     own = [row for row in rows if row["data"] == data]
     first = own[0]
@@ -201,6 +202,7 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--data", nargs="*", default=[], help="NAME=FILE, or NAME=FILE:natural")
+  parser.add_argument("--note", default="", help="for the page: what the data are")
   parser.add_argument("--seeds", type=int, default=5, help="splits")
   parser.add_argument("--json", type=pathlib.Path, help="write the result to this file")
   arguments = parser.parse_args()
@@ -215,7 +217,12 @@ def main() -> None:
     for text, file in zip(arguments.data, files, strict=True)
   ]
   command = " ".join(["python -m benchmarks.embeddings", *(["--data"] if names else []), *names])
-  result = {"rows": summary(records), "records": records, "command": command}
+  result = {
+    "rows": summary(records),
+    "records": records,
+    "command": command,
+    "note": arguments.note,
+  }
   result["environment"] = environment()
   print(page(result))
   if arguments.json:
