@@ -1,4 +1,4 @@
-"""LongTailClassifier against what people have: the same embeddings, the same rare classes.
+"""LongTailClassifier against common alternatives: the same embeddings, the same rare classes.
 
   python -m benchmarks.embeddings [--data NAME=FILE ...] [--seeds N] [--json FILE]
 
@@ -155,7 +155,7 @@ def page(result: Mapping[str, Any]) -> str:
   lines = [
     "# A classifier for embeddings with rare classes",
     "",
-    f"`{OURS}()` with its defaults against what people have. Class-mean accuracy in % of test"
+    f"`{OURS}()` with its defaults against common alternatives. Class-mean accuracy in % of test"
     " examples that nothing was chosen on, mean ± standard deviation over"
     f" {rows[0]['seeds']} seeds; each seed draws the split, and which classes are rare. CPU-seconds"
     " are those of a whole fit, tuning included, on one thread. Lead: ours less the row's, paired.",

@@ -17,6 +17,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 
 from memdiff.estimators.scale import Scale
+from memdiff.evaluation import image_quality
 from memdiff.memory import feature_space
 from memdiff.memory.feature_space import FeatureRuns
 from memdiff.memory.memory_bank import BankConfig
@@ -34,7 +35,6 @@ from memdiff.synthesis.generators import GENERATORS, GeneratorsConfig, Synthesis
 from memdiff.synthesis.hallucination import SamplerConfig
 
 _GUIDED = "memdiff"  # whose strength is the scale of its guidance
-_COPIED = 1 / 3  # a feature so much nearer to one training feature than to any other is a copy
 _STEPS = 50  # of a training between two lines of progress
 
 
@@ -168,15 +168,12 @@ class FeatureHallucinator(BaseEstimator):
     self.nearest_index_, self.nearest_distance_ = confidence.nearest_of_class(
       made, made_labels, known, labels
     )
-    copied, compared = 0, 0
-    for c in np.unique(made_labels):
-      of_class, rows = known[labels == c], made[made_labels == c]
-      if len(of_class) > 1:
-        squares = (rows**2).sum(axis=1)[:, None] + (of_class**2).sum(axis=1)[None]
-        squares = np.partition(np.maximum(squares - 2 * rows @ of_class.T, 0), 1, axis=1)
-        copied += int((np.sqrt(squares[:, 0]) < _COPIED * np.sqrt(squares[:, 1])).sum())
-        compared += len(rows)
-    self.memorization_ = copied / max(compared, 1)
+    copied = [
+      image_quality.nearest(made[made_labels == c], known[labels == c]).copied
+      for c in np.unique(made_labels)
+      if (labels == c).sum() > 1
+    ]
+    self.memorization_ = float(np.concatenate(copied).mean()) if copied else 0.0
 
 
 def _strength(generator: Generator, wanted: float | None) -> float:
@@ -205,7 +202,7 @@ def _run(seed: int, progress: Progress, folder: pathlib.Path, num_steps: int) ->
 
 def _runs(features: np.ndarray, labels: np.ndarray, num_classes: int, run: loop.Run) -> FeatureRuns:
   """What the generator learns from: features, and a bank that holds them."""
-  rows, of_run = features[None].astype(np.float32), labels[None].astype(np.int32)
+  rows, of_run = features[None], labels[None].astype(np.int32)
   keys = run.keys("memory_bank")
   bank = feature_space.fill_bank(rows, of_run, num_classes, keys, BankConfig(), run.mesh)
   return feature_space.make_runs(rows, of_run, bank, None, num_classes, run.mesh)

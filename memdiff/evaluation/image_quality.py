@@ -98,7 +98,7 @@ class Neighbours:
 
 
 def nearest(images: np.ndarray, train_images: np.ndarray) -> Neighbours:
-  """Of images [M, ...] among training images [N, ...], N at least 2; both uint8."""
+  """Of images or features [M, ...] among those of training [N, ...], N at least 2."""
   from sklearn.neighbors import NearestNeighbors  # takes a second to import
 
   search = NearestNeighbors(n_neighbors=2, algorithm="brute").fit(_points(train_images))
