@@ -180,6 +180,33 @@ def read_npy(path: pathlib.Path, labels_path: pathlib.Path) -> LabelledRows:
   return checked(f"{path} with {labels_path}", *found)
 
 
+def read_array(path: pathlib.Path, name: str) -> np.ndarray:
+  """An array [N, ...] that needs no labels: of a .npy file, or of this name in a .npz file.
+
+  A .npz file with one array may call it as it likes.
+  """
+  with reading(path), path.open("rb") as file:
+    arrays = _load(file)
+    if isinstance(arrays, np.ndarray):
+      return arrays
+    names = list(arrays)
+    if name not in names and len(names) != 1:
+      known = ", ".join(names[:_MAX_NAMES]) or "none"
+      raise DataError(f"{path} has no array {name!r}, but {known}; rename the one to use.")
+    return np.asarray(arrays[name if name in names else names[0]])
+
+
+def as_rows(where: str, features: np.ndarray) -> np.ndarray:
+  """Features of a file as float32 [N, D]; axes of length one are dropped."""
+  features = _without_axes_of_one(features, 2)
+  if features.ndim != 2:
+    raise DataError(
+      f"The features in {where} have the shape {features.shape}; they must be [rows, numbers], as"
+      " features.reshape(len(features), -1) is."
+    )
+  return _numbers(where, features)
+
+
 def _names(path: pathlib.Path, key: str, names: np.ndarray | None) -> tuple[str, ...] | None:
   if names is None:
     return None
@@ -208,13 +235,7 @@ def checked(
   Raises:
     DataError: if shapes or types are not those of labelled rows.
   """
-  features, labels = _without_axes_of_one(features, 2), _without_axes_of_one(labels, 1)
-  if features.ndim != 2:
-    raise DataError(
-      f"The features in {where} have the shape {features.shape}; they must be [rows, numbers], as"
-      " features.reshape(len(labels), -1) is."
-    )
-  features = _numbers(where, features)
+  features, labels = as_rows(where, features), _without_axes_of_one(labels, 1)
   if labels.shape != features.shape[:1]:
     one_hot = "; one-hot labels become that by labels.argmax(axis=1)" if labels.ndim == 2 else ""
     raise DataError(

@@ -28,9 +28,6 @@ from memdiff.errors import ConfigError, DataError
 _PARTS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 _IN_MEMORY = 2 * 2**30  # bytes of images, of all parts, up to which they are kept
 _THREADS = 8  # decoding releases Python's lock
-# Photographs are decoded at a fraction of their size that keeps so many times the final one: the
-# smallest random crop then still has as many pixels.
-_DECODED = 5
 
 
 class FolderImages:
@@ -204,7 +201,7 @@ def _read(
   paths: Sequence[pathlib.Path], image_size: int, lazy: bool, skip_unreadable: bool, grey: bool
 ):
   """(images, indices [N] of what can be read, LeftOut of the others); decodes each file once."""
-  least = _DECODED * image_size
+  least = image_files.DECODED * image_size
 
   def view(path: pathlib.Path) -> np.ndarray | UnreadableError | None:
     try:

@@ -8,6 +8,9 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 GROUND = (255, 255, 255)  # shows through where an image is transparent, as in most viewers
+# Photographs are decoded at a fraction of their size that keeps so many times the final one: the
+# smallest random crop then still has as many pixels.
+DECODED = 5
 _NO_PIXELS = ("EPS", "MPEG", "PDF")  # drawings and films that Pillow registers as well
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 

@@ -7,7 +7,6 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-_MARGIN = 256 / 224  # the evaluation view cuts the centre out of an image this much larger
 _THREADS = 8  # decoding releases Python's lock
 
 
@@ -48,6 +47,7 @@ class LazyImages:
   Indexing gives evaluation views; `read` gives the reader's image, for random crops.
   """
 
+  margin = 256 / 224  # an evaluation view is the centre of an image this much larger
   dtype = np.dtype(np.uint8)
   ndim = 4
 
@@ -92,7 +92,7 @@ class LazyImages:
     return self._reader.fingerprint(self._indices)
 
   def _view(self, index: int) -> np.ndarray:
-    return resize_and_crop(self.read(index), self._size, _MARGIN)
+    return resize_and_crop(self.read(index), self._size, self.margin)
 
   def __getitem__(self, key) -> np.ndarray:
     """Evaluation views: [size, size, 3] of one number, [n, size, size, 3] of a slice or array."""

@@ -36,7 +36,7 @@ class Columns(NamedTuple):
 
   features: tuple[str, ...]  # one column of lists, or one column per number
   numbered: bool  # whether it is one column per number
-  label: str
+  label: str | None
   class_names: tuple[str, ...] | None
 
 
@@ -53,27 +53,32 @@ def is_number(kind) -> bool:
   return any(test(kind) for test in _NUMBERS)
 
 
-def choose(path: pathlib.Path, schema, features: str, label: str) -> Columns:
+def choose(path: pathlib.Path, schema, features: str, label: str | None) -> Columns:
   """The columns of these names, `features` being a list or, with *, numbered columns.
 
   Args:
     path: of the file, for messages.
     schema: of Arrow.
+    features: see there.
+    label: None if none is wanted.
 
   Raises:
     DataError: if they are not there, or hold something else than numbers and labels.
   """
   names = _feature_columns(path, schema, features, label)
   numbered = names != [features]
-  if label not in schema.names:
+  if label is not None and label not in schema.names:
     known = feature_files.there_are(schema.names, "columns.label")
     raise DataError(f"{path} has no column {label!r}; {known}.")
-  for name in (*names, label):
+  labels = () if label is None else (label,)
+  for name in (*names, *labels):
     number = schema.names.count(name)
     if number > 1:
       raise DataError(f"{path} has {number} columns {name!r}; rename or remove all but one.")
   for name in names:
     (_check_number if numbered else _check_list)(path, schema.field(name))
+  if label is None:
+    return Columns(tuple(names), numbered, None, None)
   _check_label(path, schema.field(label))
   return Columns(tuple(names), numbered, label, _class_label_names(schema, label))
 
@@ -84,7 +89,7 @@ def natural_order(name: str) -> list:
   return [*(int(text) if i % 2 else text for i, text in enumerate(pieces)), name]
 
 
-def _feature_columns(path: pathlib.Path, schema, features: str, label: str) -> list[str]:
+def _feature_columns(path: pathlib.Path, schema, features: str, label: str | None) -> list[str]:
   """The column of this name, or those that fit it in the order of their numbers."""
   if features in schema.names:
     return [features]

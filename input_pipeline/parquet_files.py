@@ -3,8 +3,8 @@
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -60,6 +60,16 @@ def read(path: pathlib.Path, features: str, label: str) -> LabelledRows:
   )
 
 
+def read_features(path: pathlib.Path, features: str) -> np.ndarray:
+  """Reads features alone, [N, D] float32; as `read` does."""
+  parts = [_open(file, features, None) for file in _files(path)]
+  for part in parts[1:]:
+    _check_alike(parts[0], part)
+  if not sum(part.num_rows for part in parts):
+    raise DataError(f"{path} holds no rows.")
+  return _numbered(parts) if parts[0].columns.numbered else _lists(path, parts)
+
+
 # --- files -----------------------------------------------------------------------------------
 
 
@@ -92,7 +102,7 @@ def _parquet_file(path: pathlib.Path) -> parquet.ParquetFile:
   )
 
 
-def _open(path: pathlib.Path, features: str, label: str) -> _Part:
+def _open(path: pathlib.Path, features: str, label: str | None) -> _Part:
   with feature_files.reading(path), _parquet_file(path) as file:
     columns = parquet_columns.choose(path, file.schema_arrow, features, label)
     return _Part(path, file.metadata.num_rows, columns)
@@ -258,7 +268,11 @@ def parquet_bytes(columns: dict[str, np.ndarray]) -> bytes:
     flat = pyarrow.array(np.ascontiguousarray(values).reshape(-1))
     return pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
+  return table_bytes({name: column(values) for name, values in columns.items()})
+
+
+def table_bytes(columns: Mapping[str, Any]) -> bytes:
+  """A Parquet file of columns that Arrow knows; None in a list is a missing value."""
   sink = pyarrow.BufferOutputStream()
-  table = pyarrow.table({name: column(values) for name, values in columns.items()})
-  parquet.write_table(table, sink, write_page_checksum=True)
+  parquet.write_table(pyarrow.table(dict(columns)), sink, write_page_checksum=True)
   return sink.getvalue().to_pybytes()

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import shlex
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -146,6 +147,11 @@ def _run_phases(experiment: Experiment, kind: Kind) -> dict:
   if distributed.is_main():
     print(kind.summarise(written))
     print(f"\nreport: {experiment.workdir.path / 'report.html'}")
+    if kind.predicts:
+      print(
+        f"predict: python -m memdiff.predict --workdir={shlex.quote(str(experiment.workdir.path))}"
+        " --input=NEW --output=predictions.csv"
+      )
   distributed.barrier("the end")
   return written
 

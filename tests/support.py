@@ -11,9 +11,15 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 
+from input_pipeline.new_inputs import ArrayInputs
+from memdiff.evaluation.lookup import row_of
+from memdiff.prediction import finished, predict
+from memdiff.prediction import methods as prediction_methods
 from memdiff.runtime import loop
+from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.preemption import Preemption
 from memdiff.runtime.progress import Progress
 from memdiff.runtime.writers import TensorBoard
@@ -144,3 +150,24 @@ def make_run(mesh, seeds, steps_per_dispatch, *, every=None, **changes) -> loop.
     "preemption": Preemption(mesh),
   }
   return loop.Run(seeds, mesh, loop.LoopConfig(steps_per_dispatch, **config), **shared | changes)
+
+
+def check_that_predictions_are_those_of_the_report(workdir, inputs, labels, methods) -> None:
+  """Every method's classifier of every seed scores on the test set as the report says.
+
+  Args:
+    workdir: of a finished run.
+    inputs: the test set, [T, ...].
+    labels: [T].
+    methods: those to look at.
+  """
+  run, mesh = finished.open_run(str(workdir)), mesh_lib.make_mesh()
+  for method in methods:
+    scores = []
+    for seed in range(len(run.settings.seeds)):
+      classifier = prediction_methods.load(run, method, [seed], mesh)
+      found = predict.predict(classifier, ArrayInputs(inputs), mesh, top=1)
+      scores.append((found.classes[:, 0] == labels).mean())
+    expected = row_of(run.report, method)["top1"]["mean"]
+    # A change of the last digit may turn a tie.
+    assert abs(np.mean(scores) - expected) < 1.01 / len(labels), method

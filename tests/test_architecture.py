@@ -37,6 +37,10 @@ PARTS = {
   | FOUNDATION,
   "estimators": {"classifier", "diffusion", "evaluation", "memory", "runtime", "synthesis"}
   | FOUNDATION,
+  "prediction": {"classifier", "evaluation", "experiments", "memory", "pipeline", "runtime"}
+  | FOUNDATION,
+  "predict": {"evaluation", "prediction", "runtime"} | FOUNDATION,
+  "export": {"prediction", "predict", "runtime"} | FOUNDATION,
   "pipeline": {"classifier", "evaluation", "experiments", "runtime"} | FOUNDATION,
 }
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 400, 80, 8

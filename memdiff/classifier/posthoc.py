@@ -40,11 +40,12 @@ def scaled_logits(
 
 def nearest_mean_logits(features: jax.Array, means: jax.Array) -> jax.Array:
   """Cosine between features and class means [C, D]: NCM of Kang et al. 2020, section 4.2."""
-
-  def unit(x):
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
   return unit(features) @ unit(means).T
+
+
+def unit(vectors: jax.Array) -> jax.Array:
+  """[..., D], each of length one."""
+  return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def select_tau(candidates: Sequence[float], score: Callable[[float], float]) -> float:

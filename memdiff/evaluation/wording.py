@@ -137,6 +137,28 @@ def _agreement_sentence(advice: Mapping[str, Any]) -> str:
   )
 
 
+def calibration(known: Mapping[str, Any]) -> str:
+  """How far the probabilities of a method can be believed; `known` is of its row."""
+  error, before = (percent(known[name]["mean"]) for name in ("error", "error_before"))
+  found = f"their expected calibration error on the test set is {error} %"
+  if known["temperature"] is None:
+    return f"Its probabilities are not calibrated, since nothing was held out; {found}."
+  if known["temperature"] == 1:
+    return (
+      f"Its probabilities stay as they are, since held-out examples ask for no change; {found}."
+    )
+  return (
+    "Its probabilities are calibrated by held-out examples (temperature"
+    f" {number(known['temperature'], 2)}); {found}, without that {before} %."
+  )
+
+
+def usage(report: Mapping[str, Any], method: str | None) -> str:
+  """What a reader can expect of the method's probabilities; empty if the report does not say."""
+  known = row_of(report, method).get("calibration")
+  return f"Without --method, {method} predicts. {calibration(known)}" if known else ""
+
+
 def untested(report: Mapping[str, Any]) -> str:
   """Names the classes that no average can count."""
   names = (report.get("dataset") or {}).get("classes_without_test_rows") or []

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memdiff.classifier import heads
-from memdiff.evaluation import scores
+from memdiff.evaluation import calibration, scores
 from memdiff.evaluation.lookup import made_data
 from memdiff.evaluation.method import Method
 from memdiff.experiments import augmented_pool, prompting, record
 from memdiff.experiments.augmented_runs import Part, part_of, pool_path
-from memdiff.experiments.augmented_selection import load_selection, predict
+from memdiff.experiments.augmented_selection import load_selection, logits_of
 from memdiff.experiments.augmented_settings import (
   AugmentedConfig,
   Choice,
@@ -28,6 +28,7 @@ from memdiff.experiments.comparison import (
   compare,
   headline,
   known_scores,
+  known_temperatures,
   mark_shown,
 )
 from memdiff.runtime.workdir import read_arrays
@@ -40,27 +41,34 @@ _REAL, _GENERATED = 4, 7  # images per class in a grid
 _MAX_CURVES = 6  # trainings in one picture
 
 
-def classify(experiment: Experiment, choices: Mapping[str, Choice]) -> Scored:
+def classify(
+  experiment: Experiment, choices: Mapping[str, Choice], recommendation: Mapping | None
+) -> Scored:
   """Scores every row under every loss on the test set."""
   config, data = experiment.config, experiment.dataset
   groups = scores.make_groups(data.train_counts)
   final, rows, found = part_of(experiment, "final"), [], {}
+  temperatures, criterion = known_temperatures(recommendation), config.selection.criterion
   for row in rows_of(config, data):
     for loss in config.losses:
       method = Method.of(row.name, loss)
       choice = choices.get(method, candidates(config, row, loss)[0])
-      found[method] = predict(experiment, final, row, loss, choice)
+      logits = logits_of(experiment, final, row, loss, choice)
+      found[method] = logits.argmax(axis=-1)
       words = f"{row.describe()}; {heads.LOSSES[loss]}{_details(config, row, loss, choice)}"
       scored = scores.score_method(
         method, words, found[method], data.test_labels, groups, experiment.seeds, data.num_classes
       )
-      rows.append(scored | {"reference": row.reference})
+      calibrated = calibration.measure(
+        logits, data.test_labels, criterion, temperatures.get(method)
+      )
+      rows.append(scored | {"reference": row.reference, "calibration": calibrated})
   return Scored(
     rows=rows,
     predictions=found,
     heads={},
     labels=data.test_labels,
-    criterion=config.selection.criterion,
+    criterion=criterion,
     groups=groups,
   )
 
@@ -151,7 +159,8 @@ def evaluate(experiment: Experiment) -> dict:
   """Scores every row on the test set, and draws."""
   data, (choices, recommendation) = experiment.dataset, load_selection(experiment)
   experiment.run.progress.say("scoring the rows on the test set")
-  scored, known = classify(experiment, choices), known_scores(recommendation)
+  scored = classify(experiment, choices, recommendation)
+  known = known_scores(recommendation)
   rows = rows_of(experiment.config, data)
   generated = _methods(experiment, [row for row in rows if not row.control and not row.reference])
   controls = _methods(experiment, [row for row in rows if row.control])

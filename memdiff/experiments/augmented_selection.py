@@ -10,7 +10,7 @@ import numpy as np
 
 from memdiff.classifier.priors import log_prior
 from memdiff.errors import WorkdirError
-from memdiff.evaluation import cross_validation
+from memdiff.evaluation import calibration, cross_validation
 from memdiff.evaluation.method import Method
 from memdiff.experiments.augmented_runs import PREDICTIONS, Part, classifier_folder, part_of
 from memdiff.experiments.augmented_settings import Choice, Row, candidates, in_folds, rows_of
@@ -18,12 +18,19 @@ from memdiff.experiments.base import Experiment
 from memdiff.runtime.workdir import read_arrays, write_arrays, write_json
 
 
-def predict(experiment: Experiment, part: Part, row: Row, loss: str, choice: Choice) -> np.ndarray:
-  """Classes of the images that judge, [R, B]; logits less tau times the log prior of a run."""
+def logits_of(
+  experiment: Experiment, part: Part, row: Row, loss: str, choice: Choice
+) -> np.ndarray:
+  """Of the images that judge, [R, B, C], less tau times the log prior of a run."""
   folder = classifier_folder(experiment, part, row, choice.training(loss))
   arrays = read_arrays(folder / PREDICTIONS)
   prior = np.stack([log_prior(counts) for counts in arrays[choice.counts]])
-  return (arrays["logits"] - choice.tau * prior[:, None]).argmax(axis=-1)
+  return arrays["logits"] - choice.tau * prior[:, None]
+
+
+def predict(experiment: Experiment, part: Part, row: Row, loss: str, choice: Choice) -> np.ndarray:
+  """Classes of the images that judge, [R, B]."""
+  return logits_of(experiment, part, row, loss, choice).argmax(axis=-1)
 
 
 def select(experiment: Experiment) -> dict:
@@ -45,7 +52,7 @@ def select(experiment: Experiment) -> dict:
     config.selection.criterion,
     experiment.dataset.num_classes,
   )
-  fitted, choices, numbers = {}, {}, {}
+  fitted, choices, known = {}, {}, {}
   for row in rows:
     for loss in config.losses:
       settings, method = candidates(config, row, loss), Method.of(row.name, loss)
@@ -53,11 +60,13 @@ def select(experiment: Experiment) -> dict:
       predictions = np.stack(found)[:, part.held_out >= 0]
       choices[method] = settings[cross_validation.choose(predictions, judged)]
       fitted[method] = cross_validation.cross_fitted(predictions, judged)
-      numbers[method] = len(settings)
+      logits = logits_of(experiment, part, row, loss, choices[method])[part.held_out >= 0]
+      temperature = calibration.fit_temperature(logits, judged.label, judged.criterion)
+      known[method] = {"settings": len(settings), "temperature": temperature}
   controls = [Method.of(row.name, loss) for row in rows if row.control for loss in config.losses]
   recommendation = cross_validation.recommend(fitted, judged, controls)
-  for method, number in numbers.items():
-    recommendation["scores"][method]["settings"] = number
+  for method, more in known.items():
+    recommendation["scores"][method] |= more
   basis = {
     "folds": config.selection.folds,
     "repeats": config.selection.repeats,

@@ -38,6 +38,9 @@ REFERENCES = {
 }
 
 
+_HEAD = "head"  # ends the name of a row that trains only a head
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
   """What classifiers are trained on: a control, a reference, or a generator and a filter."""
@@ -48,8 +51,15 @@ class Row:
 
   @property
   def name(self) -> str:
-    parts = (self.source, self.filter, "head" if self.head_only else "")
+    parts = (self.source, self.filter, _HEAD if self.head_only else "")
     return ":".join(part for part in parts if part)
+
+  @classmethod
+  def named(cls, name: str) -> "Row":
+    """The row of a name."""
+    source, *parts = name.split(":")
+    head_only = parts[-1:] == [_HEAD]
+    return cls(source, *parts[: len(parts) - head_only], head_only=head_only)
 
   @property
   def weight(self) -> float:

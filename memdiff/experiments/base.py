@@ -95,6 +95,7 @@ class Kind:
     phases: in order; a run has those that its settings want.
     render: (report, pictures by name) -> its page.
     summarise: report -> its first words and its table, for the terminal.
+    predicts: whether its runs have classifiers that `memdiff.predict` can use.
   """
 
   settings: type
@@ -103,6 +104,7 @@ class Kind:
   phases: tuple[Phase, ...]
   render: Callable[[Mapping[str, Any], Mapping[str, bytes]], str] = report.render_html
   summarise: Callable[[Mapping[str, Any]], str] = report.text_table
+  predicts: bool = True
 
   def check(self, settings: Any, data: LongTailLabels) -> None:
     for check in self.checks:

@@ -21,7 +21,7 @@ from memdiff.classifier.encoder import EncoderConfig
 from memdiff.classifier.encoder_training import ClassifierConfig, Recipe
 from memdiff.config import one_of, setting
 from memdiff.errors import ConfigError
-from memdiff.evaluation import scores
+from memdiff.evaluation import calibration, scores
 from memdiff.experiments import record
 from memdiff.experiments.base import (
   TRAIN_CLASSIFIERS,
@@ -42,6 +42,7 @@ from memdiff.runtime.stage import ExecutionConfig, LoopConfig
 from memdiff.runtime.workdir import read_arrays, write_arrays
 
 _MAX_CURVES = 6  # methods in one picture
+_CALIBRATED_FOR = "balanced_accuracy"  # as other kinds of experiment have it by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,58 +188,77 @@ def choose_tau(experiment: Experiment, rows) -> tuple[float, str]:
 
 
 def predict(experiment: Experiment) -> dict[str, dict[str, Any]]:
-  """Every row of the table: {description, test [S, T], holdout [S, H] or None, of classes}."""
+  """Every row of the table: {description, logits of test [S, T, C] and holdout [S, H, C]}.
+
+  Without held-out images, `holdout` is None. A row that has a tau says so.
+  """
   held_out = len(experiment.dataset.holdout_labels) > 0
   rows = {}
   for loss in encoder_training.trained_losses(experiment.config.classifier):
     arrays = read_arrays(experiment.workdir.folder("features") / f"{loss}.npz")
     rows[loss] = {
       "description": f"encoder and head trained with {losses.LOSSES[loss].description}",
-      "test": arrays["logits"].argmax(axis=-1),
-      "holdout": arrays["holdout_logits"].argmax(axis=-1) if held_out else None,
+      "test": arrays["logits"],
+      "holdout": arrays["holdout_logits"] if held_out else None,
     }
   loss = experiment.config.classifier.loss
   arrays = read_arrays(experiment.workdir.folder("features") / f"{loss}.npz")
   test_rows = head_rows(experiment, arrays, "")
   held_rows = head_rows(experiment, arrays, "holdout_") if held_out else {}
   for method, logits in test_rows.items():
-    arguments, words = (), decoupled.METHODS[method]
+    arguments, words, more = (), decoupled.METHODS[method], {}
     if method == "tau_norm":
       tau, how = choose_tau(experiment, held_rows)
-      arguments, words = (tau,), f"{words}, tau = {tau:g} ({how})"
+      arguments, words, more = (tau,), f"{words}, tau = {tau:g} ({how})", {"tau": tau}
     if method == "logit_adjustment":
-      words = f"{words}, tau = {experiment.config.decoupled.adjustment:g}"
-    held = mesh_lib.fetch(held_rows[method](*arguments)) if held_out else None
+      tau = experiment.config.decoupled.adjustment
+      words, more = f"{words}, tau = {tau:g}", {"tau": tau}
     rows[f"{loss}+{method}"] = {
       "description": words,
-      "test": mesh_lib.fetch(logits(*arguments)).argmax(axis=-1),
-      "holdout": None if held is None else held.argmax(axis=-1),
-    }
+      "test": mesh_lib.fetch(logits(*arguments)),
+      "holdout": mesh_lib.fetch(held_rows[method](*arguments)) if held_out else None,
+    } | more
   return rows
+
+
+def _temperature(experiment: Experiment, logits: np.ndarray | None) -> float | None:
+  """By held-out logits [S, H, C]; None if there are none."""
+  if logits is None:
+    return None
+  labels = np.tile(experiment.dataset.holdout_labels, len(logits))
+  flat = logits.reshape(len(labels), -1)
+  examples = calibration.enough(*flat.shape)
+  return calibration.fit_temperature(flat[examples], labels[examples], _CALIBRATED_FOR)
 
 
 def evaluate(experiment: Experiment) -> dict:
   """Scores every row on the test set and draws."""
   from memdiff.evaluation import plots  # matplotlib takes a second
 
-  data, table = experiment.dataset, []
+  data, table, choices = experiment.dataset, [], {}
   groups = scores.make_groups(data.train_counts)
   experiment.run.progress.say("scoring on the test set")
   for method, row in predict(experiment).items():
     scored = scores.score_method(
       method,
       row["description"],
-      row["test"],
+      row["test"].argmax(axis=-1),
       data.test_labels,
       groups,
       experiment.seeds,
       data.num_classes,
     )
+    if "tau" in row:
+      choices[method] = {"tau": row["tau"]}
     if row["holdout"] is not None:
-      hits = row["holdout"] == data.holdout_labels[None]
+      hits = row["holdout"].argmax(axis=-1) == data.holdout_labels[None]
       scored["holdout_top1"] = scores.mean_std(hits.mean(axis=1))
+    scored["calibration"] = calibration.measure(
+      row["test"], data.test_labels, _CALIBRATED_FOR, _temperature(experiment, row["holdout"])
+    )
     table.append(scored)
   outcome = record.record(experiment, table) | {
+    "choices": choices,
     "parameters": parameter_count(experiment),
     "num_steps": experiment.config.classifier.num_steps(len(data.train_labels)),
   }

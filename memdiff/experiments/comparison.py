@@ -80,6 +80,11 @@ def known_scores(recommendation: Mapping | None) -> dict[str, float]:
   return {method: entry["score"] for method, entry in known.items()}
 
 
+def known_temperatures(recommendation: Mapping | None) -> dict[str, float]:
+  known = (recommendation or {}).get("scores", {})
+  return {method: entry["temperature"] for method, entry in known.items()}
+
+
 def compare(scored: Scored, method: str, control: str) -> dict:
   """What hallucination adds to the real-only control, and how much the oracle would; paired.
 

@@ -257,7 +257,7 @@ def evaluate(experiment: Experiment) -> dict:
   with ThreadPoolExecutor(1) as pool:
     plane = pool.submit(place_on_map, experiment, features)  # beside all that follows
     experiment.run.progress.say("scoring the methods on the test set")
-    scored = classify(experiment, space, choices)
+    scored = classify(experiment, space, choices, recommendation)
     release_memory()
     comparison = compare(scored, method, control)
     judged = judge(experiment, space, choices, loss)

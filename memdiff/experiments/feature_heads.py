@@ -1,6 +1,8 @@
 """The final heads of an experiment on features: of generators, real features and references."""
 
 import dataclasses
+import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,7 @@ def train_heads(experiment: Experiment) -> dict:
     prior = trained.stage.per_seed["mixture"].prior
     write_arrays(folder / _HEADS, mesh_lib.fetch(state.params | {"prior": prior}))
     summary[name] = last_metrics(folder)
+  write_arrays(folder.parent / STANDARDIZER, vars(mesh_lib.fetch(space.runs.standardizer)))
   return summary
 
 
@@ -162,16 +165,33 @@ def _unseen_exemplars(experiment: Experiment, space: Space):
   return space.runs.exemplars.replace(features=mesh_lib.replicate(experiment.mesh, features))
 
 
+STANDARDIZER = "standardizer.npz"  # mean and scale [S, D] of the features that heads take
 _HEADS = "heads.npz"  # kernel, bias and prior, leading with losses and, varying fastest, seeds
+
+
+def read_heads(
+  folder: pathlib.Path, losses: Sequence[str], num_seeds: int
+) -> dict[str, dict[str, np.ndarray]]:
+  """Loss -> {"kernel" [S, D, C], "bias" [S, C], "prior" [S, C]} on standardised features.
+
+  Args:
+    folder: of one generator or reference.
+    losses: `head.losses` of the run.
+    num_seeds: S.
+  """
+  arrays = read_arrays(folder / _HEADS)
+  return {
+    loss: {key: value[n * num_seeds : (n + 1) * num_seeds] for key, value in arrays.items()}
+    for n, loss in enumerate(losses)
+  }
 
 
 def final_heads(experiment: Experiment, choices: dict[str, Choice], name: str):
   """Loss -> {"kernel" [S, D, C], "bias" [S, C]} on standardised features, adjusted if asked."""
-  arrays, found = read_arrays(experiment.workdir.folder("heads") / name / _HEADS), {}
-  num_seeds = len(experiment.seeds)
-  for number, loss in enumerate(experiment.config.head.losses):
-    rows = slice(number * num_seeds, (number + 1) * num_seeds)
-    head = mesh_lib.replicate(experiment.mesh, {key: value[rows] for key, value in arrays.items()})
+  folder, found = experiment.workdir.folder("heads") / name, {}
+  of_losses = read_heads(folder, experiment.config.head.losses, len(experiment.seeds))
+  for loss, arrays in of_losses.items():
+    head = mesh_lib.replicate(experiment.mesh, arrays)
     prior = head.pop("prior")
     if loss == "logit_adjustment":
       choice = choices.get(Method.of(name, loss)) or choices[Method.of(REAL, loss)]

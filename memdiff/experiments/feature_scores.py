@@ -6,11 +6,11 @@ import jax
 import numpy as np
 
 from memdiff.classifier.priors import log_prior
-from memdiff.evaluation import scores
+from memdiff.evaluation import calibration, scores
 from memdiff.evaluation.method import Method
 from memdiff.experiments import joint
 from memdiff.experiments.base import Experiment
-from memdiff.experiments.comparison import Scored, best_of, known_scores
+from memdiff.experiments.comparison import Scored, best_of, known_scores, known_temperatures
 from memdiff.experiments.feature_heads import final_heads, head_names
 from memdiff.experiments.feature_store import Space
 from memdiff.experiments.methods import (
@@ -28,42 +28,48 @@ from memdiff.memory.feature_space import logits_of
 JOINT = "joint"  # joint:<generator>+<loss>
 
 
-def classify(experiment: Experiment, space: Space, choices: Mapping[str, Choice]) -> Scored:
+def classify(
+  experiment: Experiment,
+  space: Space,
+  choices: Mapping[str, Choice],
+  recommendation: Mapping | None,
+) -> Scored:
   """Scores every method and reference on the test set."""
-  described, found = _own_heads(experiment, space, choices), {}
+  data, criterion = experiment.dataset, experiment.config.selection.criterion
+  groups, temperatures = scores.make_groups(data.train_counts), known_temperatures(recommendation)
+  rows, predictions, found = [], {}, {}
+
+  def take(method: str, words: str, logits: np.ndarray) -> None:
+    predictions[method] = logits.argmax(axis=-1)
+    row = scores.score_method(
+      method,
+      words,
+      predictions[method],
+      data.test_labels,
+      groups,
+      experiment.seeds,
+      data.num_classes,
+    )
+    calibrated = calibration.measure(logits, data.test_labels, criterion, temperatures.get(method))
+    is_reference = Method(method).generator in REFERENCES
+    rows.append(row | {"reference": is_reference, "calibration": calibrated})
+
+  for method, (words, logits) in _own_heads(experiment, space, choices).items():
+    take(method, words, logits)
   for name, logits in joint.load_logits(experiment).items():
     method = Method.of(f"{JOINT}:{name}", experiment.config.joint.loss)
-    described[method] = describe_joint(experiment, name), logits.argmax(axis=-1)
+    take(method, describe_joint(experiment, name), logits)
   for name in head_names(experiment):
     for loss, head in final_heads(experiment, choices, name).items():
       method = Method.of(name, loss)
-      logits = _logits(head, space.test)
-      words = describe(experiment, method, choices)
-      described[method] = words, np.asarray(logits.argmax(axis=-1))
+      take(method, describe(experiment, method, choices), np.asarray(_logits(head, space.test)))
       found[method] = head
-  labels, groups = (
-    experiment.dataset.test_labels,
-    scores.make_groups(experiment.dataset.train_counts),
-  )
-  rows = [
-    scores.score_method(
-      method,
-      description,
-      predictions,
-      labels,
-      groups,
-      experiment.seeds,
-      experiment.dataset.num_classes,
-    )
-    | {"reference": Method(method).generator in REFERENCES}
-    for method, (description, predictions) in described.items()
-  ]
   return Scored(
     rows=rows,
-    predictions={method: predictions for method, (_, predictions) in described.items()},
+    predictions=predictions,
     heads=found,
-    labels=labels,
-    criterion=experiment.config.selection.criterion,
+    labels=data.test_labels,
+    criterion=criterion,
     groups=groups,
   )
 
@@ -74,16 +80,16 @@ _logits = jax.jit(jax.vmap(logits_of))
 def _own_heads(
   experiment: Experiment, space: Space, choices: Mapping[str, Choice]
 ) -> dict[str, tuple[str, np.ndarray]]:
-  """method -> (words, predictions) of the heads that the encoders were trained with."""
+  """method -> (words, logits [S, T, C]) of the heads that the encoders were trained with."""
   tau, described = own_tau(experiment, choices), {}
   for loss, logits in space.own_logits.items():
     name = _own_name(experiment, loss)
     words = describe_own(experiment, loss)
     adjusted = logits - tau * log_prior(experiment.dataset.train_counts)
-    described[name] = words, logits.argmax(axis=-1)
+    described[name] = words, logits
     described[f"{name}+logit_adjustment"] = (
       f"{words}; logits adjusted by the class prior afterwards (tau {tau:g})",
-      adjusted.argmax(axis=-1),
+      adjusted,
     )
   return described
 

@@ -1,23 +1,18 @@
 """Cross-validation of an experiment on features: every method's setting, and a recommendation."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from memdiff.classifier import heads
-from memdiff.classifier.priors import log_prior
-from memdiff.evaluation import cross_validation
+from memdiff.classifier.priors import log_prior, log_shares
+from memdiff.evaluation import calibration, cross_validation
 from memdiff.evaluation.method import Method
-from memdiff.experiments.base import (
-  Experiment,
-  classifier_stage,
-  forward_images,
-)
+from memdiff.experiments.base import Experiment
+from memdiff.experiments.feature_folds import Folds, make_folds
 from memdiff.experiments.feature_heads import head_setting, of_one_size, trained_losses
-from memdiff.experiments.feature_settings import has_own_head
-from memdiff.experiments.feature_store import load_features
 from memdiff.experiments.methods import (
   OWN,
   REAL,
@@ -26,116 +21,49 @@ from memdiff.experiments.methods import (
   methods,
   synthesis_settings,
 )
-from memdiff.memory import feature_space
-from memdiff.memory.feature_space import FeatureRuns
-from memdiff.runtime import loop, programs
+from memdiff.runtime import loop
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.progress import release_memory
 from memdiff.runtime.workdir import write_arrays, write_json
-from memdiff.runtime.writers import TensorBoard
 from memdiff.synthesis import generators
 
 
 @dataclasses.dataclass(frozen=True)
-class Folds:
-  """The runs of cross-validation and what is held out in each."""
+class Predicted:
+  """What the heads of a method say of the held-out examples.
 
-  runs: FeatureRuns
-  run: loop.Run
-  counts: np.ndarray  # [R, C] training examples
-  held_out: np.ndarray  # [R, B] rows of the training set, -1 if there is none
-  features: jax.Array  # [R, B, D] of them, standardised
-  judged: cross_validation.Judged
-  own_logits: np.ndarray | None  # [R, B, C] of the folds' own heads, where they were trained so
+  Attributes:
+    settings: J of them.
+    predictions: [J, E] classes.
+    logits: (number of a setting, examples [n]) -> [n, C].
+  """
 
-
-def make_folds(experiment: Experiment) -> Folds:
-  """Deals the training set, trains encoders if asked, and builds the runs."""
-  config, labels, num_classes = (
-    experiment.config.selection,
-    experiment.dataset.train_labels,
-    experiment.dataset.num_classes,
-  )
-  train, held_out = cross_validation.fold_rows(labels, config)
-  run = dataclasses.replace(
-    experiment.run,
-    seeds=tuple(range(config.num_runs)),
-    streams="folds/",
-    tensorboard=_fold_writer(experiment),
-  )
-  if config.encoder == "retrained":
-    features, head = _encode_folds(experiment, run, train)
-  else:
-    arrays, head = load_features(experiment), None
-    features = arrays["train"][:1]
-    if "kernel" in arrays:
-      head = {n: np.repeat(arrays[n][:1], config.num_runs, axis=0) for n in ("kernel", "bias")}
-  run_labels = np.where(train >= 0, labels[np.maximum(train, 0)], num_classes)
-  bank = feature_space.fill_bank(
-    features,
-    run_labels,
-    num_classes,
-    run.keys("memory_bank"),
-    experiment.config.memory_bank,
-    experiment.mesh,
-    train,
-  )
-  runs = feature_space.make_runs(
-    features, run_labels, bank, head, num_classes, experiment.mesh, train
-  )
-  own_logits = None
-  if config.encoder == "retrained" and head is not None:
-    held_features = np.stack(
-      [feature_space.take(features, held_out, run) for run in range(config.num_runs)]
-    )
-    own_logits = held_features @ head["kernel"] + head["bias"][:, None]
-  return Folds(
-    runs=runs,
-    run=run,
-    counts=mesh_lib.fetch(runs.exemplars.by_class.counts),
-    held_out=held_out,
-    features=feature_space.standardize(runs.standardizer, features, experiment.mesh, held_out),
-    judged=cross_validation.judged_examples(held_out, labels, config.criterion, num_classes),
-    own_logits=own_logits,
-  )
+  settings: list[Choice]
+  predictions: np.ndarray
+  logits: Callable[[int, np.ndarray], np.ndarray]
 
 
-def _fold_writer(experiment: Experiment) -> TensorBoard:
-  """Curves of folds are no results; TensorBoard gets them only if it is asked to show them."""
-  if experiment.config.execution.show_folds:
-    return experiment.run.tensorboard
-  return TensorBoard(experiment.workdir.path / "tensorboard", enabled=False)
+@dataclasses.dataclass(frozen=True)
+class _FoldHeads:
+  """The heads of a generator, by all settings that differ in more than tau; R runs each.
 
+  Attributes:
+    classes: [1 + T taus, trained losses, J, R, B] that they predict for held-out rows.
+    fitted: {"kernel" [trained losses, J, R, D, C], "bias", "prior" [trained losses, J, R, C]}.
+  """
 
-def _fold_encoders(experiment: Experiment, train: np.ndarray) -> loop.Stage:
-  """Trains an encoder for every fold, on its part of the training images."""
-  rows = train[:, : (train >= 0).sum(axis=1).max()]
-  return dataclasses.replace(
-    classifier_stage(experiment, experiment.config.classifier.loss, rows),
-    name="selection/encoder",
-    result=(),
-  )
+  classes: np.ndarray
+  fitted: dict[str, np.ndarray]
 
-
-def compile_folds(experiment: Experiment) -> None:
-  """Compiles the training of encoders of folds."""
-  config = experiment.config.selection
-  if config.folds and config.encoder == "retrained":
-    train, _ = cross_validation.fold_rows(experiment.dataset.train_labels, config)
-    run = dataclasses.replace(experiment.run, seeds=tuple(range(config.num_runs)))
-    programs.compile_ahead(_fold_encoders(experiment, train), run)
-
-
-def _encode_folds(experiment: Experiment, run: loop.Run, train: np.ndarray):
-  """Features [R, N, D] of all training images by encoders that saw their fold's part, and heads."""
-  loss, stage = experiment.config.classifier.loss, _fold_encoders(experiment, train)
-  folder = experiment.workdir.folder("selection") / "encoder"
-  state = loop.train(stage, run, folder)
-  _, features = forward_images(
-    experiment, loss, state, experiment.dataset.train_images, stage.per_seed["statistics"]
-  )
-  head = mesh_lib.fetch(state.params["head"]) if has_own_head(experiment.config) else None
-  return features, head
+  @classmethod
+  def joined(cls, parts: list["_FoldHeads"], order: np.ndarray) -> "_FoldHeads":
+    """Heads of several parts of the settings, which stand in `order` when they are joined."""
+    back = np.argsort(order)
+    fitted = {
+      name: np.concatenate([part.fitted[name] for part in parts], axis=1)[:, back]
+      for name in parts[0].fitted
+    }
+    return cls(np.concatenate([part.classes for part in parts], axis=2)[:, :, back], fitted)
 
 
 def select(experiment: Experiment) -> dict:
@@ -148,24 +76,28 @@ def select(experiment: Experiment) -> dict:
     }
     write_json(folder / "choices.json", {"choices": choices, "recommendation": None})
     return {}
-  folds, fitted, choices, numbers = make_folds(experiment), {}, {}, {}
+  folds, fitted, choices, known = make_folds(experiment), {}, {}, {}
 
-  def take(method, settings, predictions):
-    """Chooses among settings [J] by their predictions [J, E]."""
-    choices[method] = settings[cross_validation.choose(predictions, folds.judged)]
-    fitted[method] = cross_validation.cross_fitted(predictions, folds.judged)
-    numbers[method] = len(settings)
+  def take(method: str, predicted: Predicted) -> None:
+    """Chooses among the settings of a method."""
+    chosen = cross_validation.choose(predicted.predictions, folds.judged)
+    choices[method] = predicted.settings[chosen]
+    fitted[method] = cross_validation.cross_fitted(predicted.predictions, folds.judged)
+    known[method] = {
+      "settings": len(predicted.settings),
+      "temperature": _temperature(folds, predicted, chosen),
+    }
 
   for name in (REAL, *experiment.config.generators.names):
-    for loss, predictions in _predict_with(experiment, folds, name).items():
-      take(Method.of(name, loss), candidates(experiment, name, loss), predictions)
+    for loss, predicted in _predict_with(experiment, folds, name).items():
+      take(Method.of(name, loss), predicted)
   if folds.own_logits is not None:
-    for method, (settings, predictions) in _predict_with_own_heads(experiment, folds).items():
-      take(method, settings, predictions)
+    for method, predicted in _predict_with_own_heads(experiment, folds).items():
+      take(method, predicted)
   controls = [m for m in fitted if Method(m).generator in (REAL, OWN)]
   recommendation = cross_validation.recommend(fitted, folds.judged, controls)
-  for method, number in numbers.items():
-    recommendation["scores"][method]["settings"] = number
+  for method, more in known.items():
+    recommendation["scores"][method] |= more
   write_json(
     folder / "choices.json",
     {
@@ -183,13 +115,16 @@ def _basis(experiment: Experiment) -> dict[str, Any]:
   return {"folds": config.folds, "repeats": config.repeats, "encoder": config.encoder}
 
 
-def _judged_rows(predictions: np.ndarray, folds: Folds) -> np.ndarray:
-  """Predictions [..., R, B] of held-out rows -> [..., E] in the order of `judged`."""
-  return predictions[..., folds.held_out >= 0]
+def _temperature(folds: Folds, predicted: Predicted, chosen: int) -> float:
+  """Of a method that is set as chosen."""
+  judged = folds.judged
+  examples = calibration.enough(len(judged.label), judged.num_classes)
+  logits = predicted.logits(chosen, examples)
+  return calibration.fit_temperature(logits, judged.label[examples], judged.criterion)
 
 
-def _predict_with(experiment: Experiment, folds: Folds, name: str) -> dict[str, np.ndarray]:
-  """Predictions of every setting for held-out examples, by loss. [J, E]."""
+def _predict_with(experiment: Experiment, folds: Folds, name: str) -> dict[str, Predicted]:
+  """What the heads of a generator say of held-out examples, by loss."""
   settings = candidates(experiment, name, "cross_entropy")
   if name != REAL:
     folder, synthesis = (
@@ -200,22 +135,44 @@ def _predict_with(experiment: Experiment, folds: Folds, name: str) -> dict[str, 
   parts = _strengths_at_a_time(
     experiment, folds, name, sorted({choice.strength for choice in settings})
   )
-  found: list[Any] = [None] * len(settings)
+  found, order = [], []
   for number, strengths in enumerate(parts):
     of_part = [j for j, choice in enumerate(settings) if choice.strength in strengths]
     label = name if len(parts) == 1 else f"{name}/{number}"
-    predictions = _predict_at(experiment, folds, name, label, [settings[j] for j in of_part])
-    for j, of_head in zip(of_part, np.moveaxis(predictions, 2, 0), strict=True):
-      found[j] = of_head
+    found.append(_train_at(experiment, folds, name, label, [settings[j] for j in of_part]))
+    order += of_part
     if len(parts) > 1:
       release_memory()
-  predictions, trained = _judged_rows(np.stack(found, axis=2), folds), trained_losses(experiment)
-  by_loss = {}
-  for loss in experiment.config.head.losses:
-    of_loss = predictions[:, trained.index(heads.trained_loss(loss))]
-    of_loss = of_loss[1:] if loss == "logit_adjustment" else of_loss[:1]
-    by_loss[loss] = of_loss.reshape(-1, of_loss.shape[-1])
-  return by_loss
+  together = _FoldHeads.joined(found, np.array(order))
+  return {
+    loss: _predicted(experiment, folds, name, loss, together)
+    for loss in experiment.config.head.losses
+  }
+
+
+def _predicted(
+  experiment: Experiment, folds: Folds, name: str, loss: str, trained: _FoldHeads
+) -> Predicted:
+  """What a generator's heads say by a loss, for every tau that it has."""
+  of_loss = trained_losses(experiment).index(heads.trained_loss(loss))
+  taus = slice(1, None) if loss == "logit_adjustment" else slice(0, 1)
+  classes = folds.judged_rows(trained.classes[taus, of_loss])
+  settings = candidates(experiment, name, loss)
+  features = mesh_lib.fetch(folds.features)
+
+  def logits(number: int, examples: np.ndarray) -> np.ndarray:
+    j = number % classes.shape[1]  # taus vary slowest
+    head = {key: values[of_loss, j] for key, values in trained.fitted.items()}
+    run, column = folds.at(examples)
+    found = np.empty((len(examples), head["bias"].shape[-1]), np.float32)
+    for r in np.unique(run):
+      inside = run == r
+      found[inside] = features[r, column[inside]] @ head["kernel"][r] + head["bias"][r]
+    if loss == "logit_adjustment":
+      found -= settings[number].tau * log_shares(head["prior"])[run]
+    return found
+
+  return Predicted(settings, classes.reshape(-1, classes.shape[-1]), logits)
 
 
 _AT_ONCE = 2**28  # bytes of synthetic features that heads are trained on at once
@@ -233,14 +190,14 @@ def _strengths_at_a_time(
   return [strengths[start : start + step] for start in range(0, len(strengths), step)]
 
 
-def _predict_at(
+def _train_at(
   experiment: Experiment,
   folds: Folds,
   name: str,
   label: str,
   settings: list[Choice],
-) -> np.ndarray:
-  """Predictions of some settings for held-out rows. [1 + T taus, trained losses, J, R, B].
+) -> _FoldHeads:
+  """The heads of some settings.
 
   Args:
     experiment: the experiment.
@@ -284,30 +241,30 @@ def _predict_at(
   run = dataclasses.replace(folds.run, seeds=tuple(range(len(every))))
   state = loop.train(stage, run, folder / "heads" / label)
   taus = np.array([0.0, *experiment.config.head.taus], np.float32)
-  predictions = mesh_lib.fetch(
-    heads.predict(
-      state.params, stage.per_seed["mixture"].prior, taus, stage.per_seed["run"], folds.features
-    )
+  prior = stage.per_seed["mixture"].prior
+  classes = heads.predict(state.params, prior, taus, stage.per_seed["run"], folds.features)
+  classes, fitted = mesh_lib.fetch((classes, state.params | {"prior": prior}))
+  size = len(trained), len(settings)
+  return _FoldHeads(
+    classes.reshape(len(taus), *size, *folds.held_out.shape),
+    {key: value.reshape(*size, num_runs, *value.shape[1:]) for key, value in fitted.items()},
   )
-  return predictions.reshape(len(taus), len(trained), len(settings), *folds.held_out.shape)
 
 
-def _predict_with_own_heads(
-  experiment: Experiment, folds: Folds
-) -> dict[str, tuple[list[Choice], np.ndarray]]:
-  """method -> (settings [J], predictions [J, E]) of the folds' own heads, adjusted or not.
+def _predict_with_own_heads(experiment: Experiment, folds: Folds) -> dict[str, Predicted]:
+  """What the folds' own heads say of held-out examples, adjusted or not, by method.
 
   The prior is the fold's own: that of the whole set knows what the fold has not seen.
   """
-  plain = folds.own_logits.argmax(axis=-1)
   prior = np.stack([log_prior(counts) for counts in folds.counts])[:, None]
-  adjusted = np.stack(
-    [(folds.own_logits - tau * prior).argmax(axis=-1) for tau in experiment.config.head.taus]
-  )
-  return {
-    OWN: ([Choice()], _judged_rows(plain[None], folds)),
-    f"{OWN}+logit_adjustment": (
-      [Choice(tau=tau) for tau in experiment.config.head.taus],
-      _judged_rows(adjusted, folds),
-    ),
-  }
+
+  def predicted(taus: Sequence[float]) -> Predicted:
+    classes = np.stack([(folds.own_logits - tau * prior).argmax(axis=-1) for tau in taus])
+
+    def logits(number: int, examples: np.ndarray) -> np.ndarray:
+      return (folds.own_logits - taus[number] * prior)[folds.at(examples)]
+
+    return Predicted([Choice(tau=tau) for tau in taus], folds.judged_rows(classes), logits)
+
+  plain = dataclasses.replace(predicted((0.0,)), settings=[Choice()])
+  return {OWN: plain, f"{OWN}+logit_adjustment": predicted(experiment.config.head.taus)}

@@ -33,8 +33,9 @@ from memdiff.experiments.base import (
   load_classifier,
 )
 from memdiff.experiments.feature_evaluation import evaluate
+from memdiff.experiments.feature_folds import compile_folds
 from memdiff.experiments.feature_heads import train_heads
-from memdiff.experiments.feature_selection import compile_folds, select
+from memdiff.experiments.feature_selection import select
 from memdiff.experiments.feature_settings import (
   FeatureConfig,
   MemdiffConfig,

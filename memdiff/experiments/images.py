@@ -189,4 +189,5 @@ KIND = Kind(
   _PHASES,
   image_report.render_html,
   image_report.text_table,
+  predicts=False,
 )

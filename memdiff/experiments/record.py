@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from input_pipeline.embeddings import LongTailEmbeddings
 from memdiff import config as config_lib
+from memdiff.classifier import encoder
 from memdiff.evaluation import scores
 from memdiff.experiments import summaries
 from memdiff.experiments.base import Experiment
@@ -48,9 +50,27 @@ def record(experiment: Experiment, rows: list[dict]) -> dict[str, Any]:
       "profile": data.profile,
       "imbalance": data.imbalance,
     },
+    "input": input_of(experiment),
     "groups": [dataclasses.asdict(g) | {"classes": list(g.classes)} for g in groups],
     "classification": rows,
   }
+
+
+def input_of(experiment: Experiment) -> dict[str, Any]:
+  """What the classifiers of a run take, as far as predicting without its data needs it.
+
+  {"features": D} of embeddings; {"image_shape", "margin"} of images, with {"pixel_mean",
+  "pixel_std"} if there are classifiers.
+  """
+  data = experiment.dataset
+  if isinstance(data, LongTailEmbeddings):
+    return {"features": data.train_features.shape[1]}
+  images = data.train_images
+  found = {"image_shape": list(images.shape[1:]), "margin": getattr(images, "margin", 1.0)}
+  if hasattr(experiment.config, "encoder"):
+    statistics = encoder.pixel_statistics(experiment.config.encoder.input, images)
+    found |= {name: values.tolist() for name, values in statistics.items()}
+  return found
 
 
 def training_curves(experiment: Experiment, stages: Sequence[str]) -> list[dict]:

@@ -45,6 +45,15 @@ def undisturbed(tmp_path_factory):
   return workdir, *run(workdir)
 
 
+def test_classifiers_of_every_row_predict_what_the_report_says(undisturbed):
+  workdir, report, _ = undisturbed
+  data, methods = data_of(), [f"{row}+{loss}" for row in ROWS for loss in LOSSES]
+  assert [row["method"] for row in report["classification"]] == methods
+  support.check_that_predictions_are_those_of_the_report(
+    workdir, data.test_images, data.test_labels, methods
+  )
+
+
 def pools(workdir):
   """{path: arrays} of every generated pool."""
   folder = workdir / "pool"

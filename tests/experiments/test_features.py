@@ -24,6 +24,7 @@ from memdiff.errors import ConfigError, WorkdirError
 from memdiff.evaluation import cross_validation
 from memdiff.experiments import (
   comparison,
+  feature_folds,
   feature_heads,
   feature_selection,
   feature_settings,
@@ -32,7 +33,7 @@ from memdiff.experiments import (
 )
 from memdiff.experiments import feature_evaluation as evaluation
 from memdiff.experiments.base import Experiment
-from memdiff.experiments.feature_selection import Folds
+from memdiff.experiments.feature_folds import Folds
 from memdiff.experiments.methods import Choice
 from memdiff.memory import feature_space
 from memdiff.runtime import loop
@@ -371,12 +372,15 @@ def test_own_heads_of_folds_are_adjusted_by_what_their_fold_has_seen():
       for made, tau in zip(adjusted, TAUS, strict=True):
         made.append((per_seed - tau * np.log(counts[run] / 100)).argmax())
   assert len({str(made) for made in (plain, *adjusted)}) == 1 + len(TAUS)
-  settings, predictions = found["own_head"]
-  assert settings == [Choice()]
-  np.testing.assert_array_equal(predictions, [plain])
-  settings, predictions = found["own_head+logit_adjustment"]
-  assert [choice.tau for choice in settings] == list(TAUS)
-  np.testing.assert_array_equal(predictions, adjusted)
+  assert found["own_head"].settings == [Choice()]
+  np.testing.assert_array_equal(found["own_head"].predictions, [plain])
+  of_taus = found["own_head+logit_adjustment"]
+  assert [choice.tau for choice in of_taus.settings] == list(TAUS)
+  np.testing.assert_array_equal(of_taus.predictions, adjusted)
+  for number, classes in enumerate(adjusted):
+    some = np.arange(1, len(classes), 2)
+    said = of_taus.logits(number, some).argmax(axis=-1)
+    np.testing.assert_array_equal(said, np.array(classes)[some])
 
 
 def test_own_heads_are_adjusted_as_chosen_or_else_by_the_first_tau(experiment):
@@ -606,13 +610,13 @@ def selected(experiment, monkeypatch):
     return SimpleNamespace(params=made["params"])
 
   make_stage = heads.make_stage
-  folds = feature_selection.make_folds(experiment)
+  folds = feature_folds.make_folds(experiment)
   monkeypatch.setattr(heads, "make_stage", watched)
   monkeypatch.setattr(loop, "train", draw)
 
   def select(name):
-    predictions = feature_selection._predict_with(experiment, folds, name)
-    return folds, made["settings"], made["stage"], made["params"], predictions
+    predicted = feature_selection._predict_with(experiment, folds, name)
+    return folds, made["settings"], made["stage"], made["params"], predicted
 
   return select
 
@@ -621,13 +625,13 @@ def selected(experiment, monkeypatch):
 def test_every_candidate_is_judged_by_its_own_heads_and_the_prior_of_its_fold(
   selected, experiment, name
 ):
-  folds, settings, stage, params, predictions = selected(name)
-  assert list(predictions) == list(LOSSES)
+  folds, settings, stage, params, predicted = selected(name)
+  assert list(predicted) == list(LOSSES)
   features, prior = np.asarray(folds.features), np.asarray(stage.per_seed["mixture"].prior)
   for loss in LOSSES:
     choices = methods.candidates(experiment, name, loss)
-    assert len(predictions[loss]) == len(choices)
-    for choice, found in zip(choices, predictions[loss], strict=True):
+    assert predicted[loss].settings == choices
+    for number, choice in enumerate(choices):
       expected = []
       for run in range(2):
         (head,) = [
@@ -637,20 +641,29 @@ def test_every_candidate_is_judged_by_its_own_heads_and_the_prior_of_its_fold(
         logits = features[run] @ params["kernel"][head] + params["bias"][head]
         if loss == "logit_adjustment":
           logits = logits - choice.tau * np.log(prior[head])
-        expected.append(logits.argmax(axis=-1)[folds.held_out[run] >= 0])
-      np.testing.assert_array_equal(found, np.concatenate(expected))
+        expected.append(logits[folds.held_out[run] >= 0])
+      expected = np.concatenate(expected)
+      classes = predicted[loss].predictions[number]
+      np.testing.assert_array_equal(classes, expected.argmax(axis=-1))
+      some = np.arange(0, len(expected), 3)
+      said = predicted[loss].logits(number, some)
+      np.testing.assert_allclose(said, expected[some], rtol=1e-4, atol=1e-4)
 
 
 def test_strengths_in_parts_are_judged_as_they_are_at_once(experiment, monkeypatch):
-  folds = feature_selection.make_folds(experiment)
+  folds = feature_folds.make_folds(experiment)
   at_once = feature_selection._predict_with(experiment, folds, "kernel_jitter")
   monkeypatch.setattr(feature_selection, "_AT_ONCE", 1)
   in_parts = feature_selection._predict_with(experiment, folds, "kernel_jitter")
   trained = experiment.workdir.path / "selection" / "heads" / "kernel_jitter"
   assert {path.name for path in trained.iterdir() if path.name.isdigit()} == set("01234")
   for loss in LOSSES:
-    assert len(np.unique(at_once[loss], axis=0)) > 1
-    np.testing.assert_array_equal(in_parts[loss], at_once[loss])
+    assert len(np.unique(at_once[loss].predictions, axis=0)) > 1
+    np.testing.assert_array_equal(in_parts[loss].predictions, at_once[loss].predictions)
+    last, some = len(at_once[loss].settings) - 1, np.arange(5)
+    np.testing.assert_array_equal(
+      in_parts[loss].logits(last, some), at_once[loss].logits(last, some)
+    )
 
 
 def test_folds_know_what_they_train_on_and_their_prior_is_that(selected, experiment):

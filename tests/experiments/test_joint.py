@@ -208,6 +208,17 @@ def test_the_report_has_the_control_and_the_paired_gain(finished):
 
 
 @pytest.mark.slow
+def test_classifiers_of_every_method_predict_what_the_report_says(finished):
+  workdir, report = finished
+  data = dataset_lib.load(config_lib.build(MemdiffConfig, settings_of()).dataset)
+  methods = [row["method"] for row in report["classification"]]
+  assert {"own_head", "own_head+logit_adjustment", "joint:real+csl"} < set(methods)
+  support.check_that_predictions_are_those_of_the_report(
+    workdir, data.test_images, data.test_labels, methods
+  )
+
+
+@pytest.mark.slow
 def test_features_are_made_anew_where_the_encoder_has_moved(finished, tmp_path):
   workdir, _ = finished
   made = json.loads((workdir / "joint" / "manifest.json").read_text())["metrics"]["kernel_jitter"]

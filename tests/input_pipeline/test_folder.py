@@ -160,7 +160,7 @@ def test_photographs_are_decoded_near_the_size_that_is_needed(root, monkeypatch,
 def test_the_smallest_random_crop_of_a_reduced_photograph_has_enough_pixels(tmp_path, size):
   """Crops have at least 8 % of the area and a ratio of at least 3/4."""
   Image.new("RGB", (2000, 1500)).save(tmp_path / "a.jpg")
-  width, height = folder.FolderImages([tmp_path / "a.jpg"], folder._DECODED * size)[0].size
+  width, height = folder.FolderImages([tmp_path / "a.jpg"], image_files.DECODED * size)[0].size
   smallest = min((0.08 * width * height * ratio) ** 0.5 for ratio in (3 / 4, 1.0))
   assert smallest >= size
 
