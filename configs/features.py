@@ -4,9 +4,9 @@
     --config.dataset.train_path=train.parquet --config.dataset.test_path=test.parquet
 
 Reads .npz, .npy, Parquet and folders of Parquet files; `dataset.test_share=0.2` splits a test set
-off if there is none. The workdir gets report.html, the recommended head (recommended_head.npz)
-and the synthetic embeddings in the format of the training set (synthetic_embeddings.npz or
-.parquet).
+off if there is none. The workdir gets report.html, the recommended head if it is linear
+(recommended_head.npz), and the synthetic embeddings in the format of the training set
+(synthetic_embeddings.npz or .parquet).
 """
 
 from ml_collections import ConfigDict

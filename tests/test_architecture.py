@@ -25,23 +25,33 @@ PARTS = {
   "memory": {"runtime"} | FOUNDATION,
   "classifier": {"contrastive", "convolution", "memory", "runtime"} | FOUNDATION,
   "synthesis": {"contrastive", "diffusion", "evaluation", "memory", "runtime"} | FOUNDATION,
+  "fitting": {"classifier", "evaluation"} | FOUNDATION,
   "experiments": {
     "classifier",
     "contrastive",
     "diffusion",
     "evaluation",
+    "fitting",
     "memory",
     "runtime",
     "synthesis",
   }
   | FOUNDATION,
-  "estimators": {"classifier", "diffusion", "evaluation", "memory", "runtime", "synthesis"}
+  "estimators": {
+    "classifier",
+    "diffusion",
+    "evaluation",
+    "fitting",
+    "memory",
+    "runtime",
+    "synthesis",
+  }
   | FOUNDATION,
-  "prediction": {"classifier", "evaluation", "experiments", "memory", "pipeline", "runtime"}
+  "pipeline": {"classifier", "evaluation", "experiments", "runtime"} | FOUNDATION,
+  "prediction": {"classifier", "evaluation", "experiments", "fitting", "pipeline", "runtime"}
   | FOUNDATION,
   "predict": {"evaluation", "prediction", "runtime"} | FOUNDATION,
   "export": {"prediction", "predict", "runtime"} | FOUNDATION,
-  "pipeline": {"classifier", "evaluation", "experiments", "runtime"} | FOUNDATION,
 }
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 400, 80, 8
 

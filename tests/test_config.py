@@ -346,6 +346,7 @@ OUT_OF_RANGE = {
     "generators.fasa.num_epochs": [0], "generators.fasa.batch_size": [0],
     "generators.ldmlr_share": [0.0],
     "head.losses": [("csl", "ldam"), ("csl", "csl")],
+    "head.fitted": [("forest",), ("lda", "lda")],
     "head.exponents": [(), (0.5, 1.5), (-0.1,)], "head.l2": [(), (-1e-4,)],
     "head.taus": [(), (1.0, -0.5)],
     "head.training.start": ["random"], "head.training.beta": [-0.1, 1.0],

@@ -353,7 +353,8 @@ def test_a_config_runs_from_end_to_end(name, variant, tmp_path):
       else [f"joint:{name}+{config.joint.loss}" for name in config.joint.generators]
     )
     assert methods == [
-      *own_heads(config), *jointly, *(f"{n}+{s}" for n in trained for s in config.head.losses)
+      *own_heads(config), *jointly, *fitted_heads(config),
+      *(f"{n}+{s}" for n in trained for s in config.head.losses),
     ]  # fmt: skip
     assert set(report["generators"]) == set(config.generators.names)
     for measured in report["generators"].values():
@@ -375,6 +376,11 @@ def own_heads(config):
   return [name + suffix for name in losses for suffix in ("", "+logit_adjustment")]
 
 
+def fitted_heads(config):
+  """The rows of fitted heads and of their blend."""
+  return [f"real+{name}" for name in (*config.head.fitted, "blend")] if config.head.fitted else []
+
+
 def check_choice(config, report, methods):
   """Every method has a setting out of the candidates; what is recommended is no reference."""
   found, comparison = report["recommendation"], report["comparison"]
@@ -384,7 +390,8 @@ def check_choice(config, report, methods):
   names = ("real", *config.generators.names)
   retrained = config.selection.folds and config.selection.encoder == "retrained"
   own = own_heads(config)[-2:] if retrained else []
-  assert set(report["choices"]) == {*own, *(m for m in methods if m.split("+")[0] in names)}
+  trained = [m for m in methods if m.split("+")[0] in names and m not in fitted_heads(config)]
+  assert set(report["choices"]) == {*own, *trained}
   for method, choice in report["choices"].items():
     assert choice["exponent"] in (*config.head.exponents, 1.0)
     assert choice["fill"] == (16 if method.split("+")[0] in config.generators.names else 0)
@@ -392,7 +399,7 @@ def check_choice(config, report, methods):
   if config.selection.folds == 0:
     assert found is None
     return
-  assert set(found["scores"]) == set(report["choices"])
+  assert set(found["scores"]) == {*report["choices"], *fitted_heads(config)}
   assert found["method"] in (found["best"], found["control"])
   assert found["control"].split("+")[0] in ("real", "own_head")
   assert found["control"] == comparison["control"]
@@ -408,6 +415,7 @@ def test_features_of_inner_stages_have_no_head_of_their_own(tmp_path):
   config = shrunken("digits_lt", "default", tmp_path)
   config.encoder.backbone.taps = ("2:2", "1:1")
   config.head.training.start = "zeros"
+  config.head.fitted = ()
   assert config.selection.encoder == "retrained"
   report = pipeline.run(config.to_dict(), str(tmp_path / "run"), tensorboard=False, command="")
   assert not any("own_head" in row["method"] for row in report["classification"])

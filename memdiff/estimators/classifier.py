@@ -14,21 +14,17 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
-from threadpoolctl import threadpool_limits
 
 import memdiff
-from memdiff.classifier import blend, fitted_heads
-from memdiff.classifier.fitted_heads import FAMILIES, REGRESSIONS, Head, Training
 from memdiff.errors import DataError, WorkdirError
 from memdiff.estimators.scale import Scale
-from memdiff.estimators.selection import Fold, select
 from memdiff.evaluation import criteria, cross_validation
+from memdiff.fitting import blend
+from memdiff.fitting.heads import FAMILIES, KINDS, Head, Training
+from memdiff.fitting.selection import Fold, distinct, few_threads, select, training
 from memdiff.runtime.workdir import read_arrays, write_arrays
 
 FAST = "fast"
-_SMALL = 2**29  # multiplications of features with a kernel
-_HEADS = {cls.__name__: cls for cls in (fitted_heads.Linear, fitted_heads.Gaussians,
-                                        fitted_heads.Cosines)}  # fmt: skip
 _SCALE = dataclasses.fields(Scale)
 # Of a saved classifier.
 _KEPT = ("settings_", "weights_", "recommendation_", "skipped_", "n_features_in_")
@@ -42,7 +38,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
   worth beside plain logistic regression, before any test example is seen.
 
   Parameters:
-    methods: "fast" for all families, or names of some, of `memdiff.classifier.fitted_heads`.
+    methods: "fast" for all families, or names of some, of `memdiff.fitting.heads`.
     criterion: what counts, "balanced_accuracy", "accuracy" or "macro_f1". Unless it is accuracy,
       heads and probabilities are those of classes that come equally often.
     cv: folds of cross-validation. A class with one example always trains.
@@ -89,17 +85,20 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       raise ValueError(
         f"Only one class is in y, {self.classes_[0]!r}, but a classifier needs two or more."
       )
-    with self._threads(X):
+    with few_threads(X, len(self.classes_)):
       self._fit(X, labels, families)
     return self
 
   def _families(self) -> list[str]:
-    """Names of the families, each once; of those that are one and the same, the first."""
+    """Names of the families.
+
+    Raises:
+      ValueError: if a parameter is none of those that are allowed.
+    """
     if isinstance(self.methods, str):
       names = list(FAMILIES) if self.methods == FAST else []
     else:
       names = list(self.methods) if isinstance(self.methods, Iterable) else []
-    names = list(dict.fromkeys(names))
     if not names or not set(names) <= FAMILIES.keys():
       raise ValueError(
         f"methods is {self.methods!r}, but must be {FAST!r} or names out of {', '.join(FAMILIES)}."
@@ -110,15 +109,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       )
     if not isinstance(self.cv, numbers.Integral) or self.cv < 2:
       raise ValueError(f"cv is {self.cv!r}, but must be a whole number from 2.")
-    if self.criterion == "accuracy":  # all regressions then minimise the same
-      regressions = [name for name in names if name in REGRESSIONS]
-      names = [name for name in names if name not in regressions[1:]]
-    return names
-
-  def _threads(self, features: np.ndarray) -> threadpool_limits:
-    """One thread for small products, in which several only wait for each other."""
-    is_small = features.size * len(self.classes_) < _SMALL
-    return threadpool_limits(1 if is_small else None, user_api="blas")
+    return distinct(names, self.criterion)
 
   def _say(self, words: str) -> None:
     if self.verbose:
@@ -126,11 +117,9 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
 
   def _training(self, features: np.ndarray, labels: np.ndarray) -> tuple[Scale, Training]:
     """Features of some rows in the scale in which heads are fitted, and that scale."""
-    scale, number = Scale.of(features), len(self.classes_)
-    shares = np.full(number, 1 / number)
-    if self.criterion == "accuracy":
-      shares = np.bincount(labels, minlength=number) / len(labels)
-    return scale, Training(scale.forward(features), labels, shares)
+    scale = Scale.of(features)
+    scaled = scale.forward(features)
+    return scale, training(scaled, labels, len(self.classes_), self.criterion)
 
   def _held_out(self, labels: np.ndarray) -> list[np.ndarray]:
     """The rows that each fold holds out."""
@@ -148,7 +137,10 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
 
     if rows := self._held_out(labels):
       folds = [functools.partial(fold, of_fold) for of_fold in rows]
-      selected = select(folds, rows, labels, families, self.criterion, self._say)
+      judged = cross_validation.judged_examples(
+        cross_validation.padded(rows), labels, self.criterion, len(self.classes_)
+      )
+      selected = select(folds, judged, families, self._say)
       self.settings_, self.weights_ = selected.settings, selected.weights
       self.recommendation_, self.skipped_ = selected.recommendation, selected.skipped
     else:  # nothing can be held out
@@ -166,7 +158,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     """Logits [N, C]; of two classes [N], those of the second less those of the first."""
     check_is_fitted(self)
     X = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
-    with self._threads(X):
+    with few_threads(X, len(self.classes_)):
       logits = self._logits(X)
     return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
@@ -242,7 +234,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       if "feature_names" in arrays:
         model.feature_names_in_ = arrays["feature_names"].astype(object)
       model._scale = Scale(**{f.name: arrays[f"scale/{f.name}"] for f in _SCALE})
-      model._heads = {name: _read(_HEADS[k], name, arrays) for name, k in about["heads"].items()}
+      model._heads = {name: _read(KINDS[k], name, arrays) for name, k in about["heads"].items()}
     except (WorkdirError, KeyError, TypeError, ValueError) as error:
       raise DataError(f"{path} holds no LongTailClassifier that can be read.") from error
     return model

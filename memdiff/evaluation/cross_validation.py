@@ -186,7 +186,10 @@ def _by_example(predictions: np.ndarray, judged: Judged) -> np.ndarray:
 
 
 def recommend(
-  predictions: Mapping[str, np.ndarray], judged: Judged, controls: Sequence[str]
+  predictions: Mapping[str, np.ndarray],
+  judged: Judged,
+  controls: Sequence[str],
+  preferred: str | None = None,
 ) -> dict[str, Any]:
   """Which method to use.
 
@@ -197,7 +200,9 @@ def recommend(
   Args:
     predictions: method -> [E], cross-fitted.
     judged: the examples.
-    controls: the methods that use real features only.
+    controls: the methods that use real features only. The best of them is the control.
+    preferred: one that is the control unless another is better with 95 % confidence: with rare
+      classes of a few examples, the best of many is often the best by luck.
 
   Returns:
     {"method", "control", "best", "criterion", "expected_gain", "interval", "standard_error",
@@ -206,13 +211,17 @@ def recommend(
   """
   scores = {method: float(judged.score(values)) for method, values in predictions.items()}
   control = max(controls, key=scores.__getitem__)
+  if preferred in controls:
+    gain = paired_gain(predictions[control], predictions[preferred], judged)
+    control = control if gain.interval()[0] > 0 else preferred
   comparisons = max(len(predictions) - len(controls), 1)
   gains = {
     method: paired_gain(values, predictions[control], judged)
     for method, values in predictions.items()
   }
   intervals = {method: gain.interval(comparisons) for method, gain in gains.items()}
-  best = max(scores, key=scores.__getitem__)
+  others = [method for method in predictions if method not in controls]
+  best = max([control, *others], key=scores.__getitem__)
   worth_it = best not in controls and intervals[best][0] > 0
   return {
     "method": best if worth_it else control,

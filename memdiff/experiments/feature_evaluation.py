@@ -13,7 +13,7 @@ from memdiff.classifier.encoder_training import trained_losses
 from memdiff.classifier.priors import log_prior
 from memdiff.evaluation import quality
 from memdiff.evaluation.method import Method
-from memdiff.experiments import record, summaries
+from memdiff.experiments import fitted, record, summaries
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.comparison import Scored, agreement, compare, headline, mark_shown
 from memdiff.experiments.feature_scores import (
@@ -32,6 +32,7 @@ from memdiff.experiments.methods import (
   own_tau,
 )
 from memdiff.memory.feature_space import raw_head
+from memdiff.runtime import distributed
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.progress import release_memory
 from memdiff.runtime.workdir import write_arrays
@@ -213,17 +214,26 @@ def place_on_map(
 def save_recommended_head(
   experiment: Experiment, space: Space, scored: Scored, method: str, choices: Mapping[str, Choice]
 ) -> None:
-  """The recommended method's head on the encoder's own features.
+  """The recommended method's head on the encoder's own features, if it is linear.
 
   kernel [S, D, C], bias [S, C], class_names [C].
   """
-  head = scored.heads.get(method, space.runs.head)
+  if Method(method).generator == OWN:
+    head = space.runs.head
+  else:
+    head = scored.heads.get(method) or fitted.linear_head(experiment, method)
+  path = experiment.workdir.path / "recommended_head.npz"
+  if head is None:
+    if distributed.is_main():
+      path.unlink(missing_ok=True)  # of an earlier evaluation
+    experiment.run.progress.say(f"{method} has no linear head; memdiff.export writes a program")
+    return
   if method == f"{OWN}+logit_adjustment":
     offset = own_tau(experiment, choices) * log_prior(experiment.dataset.train_counts)
     head = head | {"bias": head["bias"] - offset[None]}
   raw = mesh_lib.fetch(jax.jit(jax.vmap(raw_head))(head, space.runs.standardizer))
   names = {"class_names": np.array(experiment.dataset.class_names)}
-  write_arrays(experiment.workdir.path / "recommended_head.npz", raw | names)
+  write_arrays(path, raw | names)
 
 
 def export_embeddings(
@@ -282,6 +292,7 @@ def evaluate(experiment: Experiment) -> dict:
       "joint": compare_joint(experiment, scored),
       "recommendation": recommendation,
       "choices": {method: dataclasses.asdict(choice) for method, choice in choices.items()},
+      "fitted": dataclasses.asdict(fitted.load(experiment)),
       "features": judged[generator],
       "generators": judged,
       "generator_seconds": seconds(experiment),

@@ -10,6 +10,7 @@ import numpy as np
 
 from memdiff.classifier import heads
 from memdiff.evaluation.method import Method
+from memdiff.experiments import fitted
 from memdiff.experiments.base import (
   Experiment,
   last_metrics,
@@ -52,7 +53,9 @@ def train_heads(experiment: Experiment) -> dict:
     prior = trained.stage.per_seed["mixture"].prior
     write_arrays(folder / _HEADS, mesh_lib.fetch(state.params | {"prior": prior}))
     summary[name] = last_metrics(folder)
-  write_arrays(folder.parent / STANDARDIZER, vars(mesh_lib.fetch(space.runs.standardizer)))
+  folder = experiment.workdir.folder("heads")
+  write_arrays(folder / STANDARDIZER, vars(mesh_lib.fetch(space.runs.standardizer)))
+  write_arrays(folder / fitted.FILE, fitted.fit(experiment, space, fitted.load(experiment)))
   return summary
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from memdiff.classifier.priors import log_prior
 from memdiff.evaluation import calibration, scores
 from memdiff.evaluation.method import Method
-from memdiff.experiments import joint
+from memdiff.experiments import fitted, joint
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.comparison import Scored, best_of, known_scores, known_temperatures
 from memdiff.experiments.feature_heads import final_heads, head_names
@@ -59,6 +59,9 @@ def classify(
   for name, logits in joint.load_logits(experiment).items():
     method = Method.of(f"{JOINT}:{name}", experiment.config.joint.loss)
     take(method, describe_joint(experiment, name), logits)
+  of_fitted = fitted.load(experiment)
+  for method, logits in fitted.logits_of_test(experiment, space, of_fitted):
+    take(method, of_fitted.describe(method), logits)
   for name in head_names(experiment):
     for loss, head in final_heads(experiment, choices, name).items():
       method = Method.of(name, loss)
@@ -121,10 +124,9 @@ def compared_methods(experiment: Experiment, recommendation: Mapping | None) -> 
     else experiment.config.generators.names[0]
   )
   method = best_of([Method.of(name, loss) for loss in experiment.config.head.losses], scores)
-  controls = [m for m in scores if Method(m).generator in (REAL, OWN)]
-  return method, best_of(
-    controls or [Method.of(REAL, loss) for loss in experiment.config.head.losses], scores
-  )
+  if recommendation:
+    return method, recommendation["control"]
+  return method, Method.of(REAL, experiment.config.head.losses[0])
 
 
 def compare_joint(experiment: Experiment, scored: Scored) -> list[dict]:

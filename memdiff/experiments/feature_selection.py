@@ -10,6 +10,7 @@ from memdiff.classifier import heads
 from memdiff.classifier.priors import log_prior, log_shares
 from memdiff.evaluation import calibration, cross_validation
 from memdiff.evaluation.method import Method
+from memdiff.experiments import fitted
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.feature_folds import Folds, make_folds
 from memdiff.experiments.feature_heads import head_setting, of_one_size, trained_losses
@@ -74,15 +75,18 @@ def select(experiment: Experiment) -> dict:
       m: dataclasses.asdict(candidates(experiment, m.generator, m.loss)[0])
       for m in methods(experiment)
     }
-    write_json(folder / "choices.json", {"choices": choices, "recommendation": None})
+    unchosen = dataclasses.asdict(fitted.unchosen(experiment.config))
+    saved = {"choices": choices, "recommendation": None, "fitted": unchosen}
+    write_json(folder / "choices.json", saved)
     return {}
-  folds, fitted, choices, known = make_folds(experiment), {}, {}, {}
+  folds, choices = make_folds(experiment), {}
+  fitted_heads, predictions, known = fitted.select(experiment, folds)
 
   def take(method: str, predicted: Predicted) -> None:
     """Chooses among the settings of a method."""
     chosen = cross_validation.choose(predicted.predictions, folds.judged)
     choices[method] = predicted.settings[chosen]
-    fitted[method] = cross_validation.cross_fitted(predicted.predictions, folds.judged)
+    predictions[method] = cross_validation.cross_fitted(predicted.predictions, folds.judged)
     known[method] = {
       "settings": len(predicted.settings),
       "temperature": _temperature(folds, predicted, chosen),
@@ -94,8 +98,8 @@ def select(experiment: Experiment) -> dict:
   if folds.own_logits is not None:
     for method, predicted in _predict_with_own_heads(experiment, folds).items():
       take(method, predicted)
-  controls = [m for m in fitted if Method(m).generator in (REAL, OWN)]
-  recommendation = cross_validation.recommend(fitted, folds.judged, controls)
+  controls = [m for m in predictions if Method(m).generator in (REAL, OWN)]
+  recommendation = cross_validation.recommend(predictions, folds.judged, controls, fitted.PREFERRED)
   for method, more in known.items():
     recommendation["scores"][method] |= more
   write_json(
@@ -103,10 +107,11 @@ def select(experiment: Experiment) -> dict:
     {
       "choices": {method: dataclasses.asdict(choice) for method, choice in choices.items()},
       "recommendation": recommendation | {"basis": _basis(experiment)},
+      "fitted": dataclasses.asdict(fitted_heads),
     },
   )
   judged = {name: getattr(folds.judged, name) for name in ("label", "example", "run")}
-  write_arrays(folder / "predictions.npz", fitted | judged)
+  write_arrays(folder / "predictions.npz", predictions | judged)
   return {"method": recommendation["method"], "expected_gain": recommendation["expected_gain"]}
 
 

@@ -20,6 +20,7 @@ from memdiff.experiments.base import (
   seeds_field,
 )
 from memdiff.experiments.joint import JointConfig
+from memdiff.fitting.heads import FAMILIES
 from memdiff.memory.memory_bank import BankConfig
 from memdiff.runtime.stage import ExecutionConfig, LoopConfig
 from memdiff.synthesis import confidence as confidence_lib
@@ -52,6 +53,11 @@ class MethodsConfig:
     (1.0, 0.5, 1.5),
     "candidates; logit_adjustment: times the log of the class prior",
     each(lambda tau: tau >= 0, "numbers from 0"),
+  )
+  fitted: tuple[str, ...] = setting(
+    tuple(FAMILIES),
+    "heads that are fitted to real features in seconds, and blended",
+    some_of(FAMILIES),
   )
   training: HeadConfig = setting(HeadConfig(), "of every head")
 

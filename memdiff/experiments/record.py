@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from input_pipeline.dataset import LongTailDataset
 from input_pipeline.embeddings import LongTailEmbeddings
 from memdiff import config as config_lib
 from memdiff.classifier import encoder
@@ -65,6 +66,8 @@ def input_of(experiment: Experiment) -> dict[str, Any]:
   data = experiment.dataset
   if isinstance(data, LongTailEmbeddings):
     return {"features": data.train_features.shape[1]}
+  if not isinstance(data, LongTailDataset):
+    return {}
   images = data.train_images
   found = {"image_shape": list(images.shape[1:]), "margin": getattr(images, "margin", 1.0)}
   if hasattr(experiment.config, "encoder"):

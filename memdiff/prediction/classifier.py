@@ -13,6 +13,7 @@ import numpy as np
 
 from memdiff.classifier import encoder, posthoc
 from memdiff.classifier.encoder import InputConfig
+from memdiff.fitting import blend, heads
 
 
 @flax.struct.dataclass
@@ -23,7 +24,9 @@ class Weights:
     network: {"params", "batch_stats"}, leading with M.
     pixels: {"pixel_mean", "pixel_std"} [ch], what the network's input is standardised by.
     standardizer: {"mean", "scale"} [M, D], what features are standardised by before the head.
-    head: {"kernel" [M, D, C], "bias" [M, C]}; None: the network's own.
+    head: {"kernel" [M, D, C], "bias" [M, C]}; None: the network's own, or fitted ones.
+    fitted: {family: its arrays, leading with M}, heads of `memdiff.fitting`.
+    blend: [M, F], weights of F families.
     offset: [M, C], which logits are lowered by.
     temperature: [], which logits are divided by.
   """
@@ -32,6 +35,8 @@ class Weights:
   pixels: Any
   standardizer: Any
   head: Any
+  fitted: Any
+  blend: Any
   offset: Any
   temperature: Any
 
@@ -64,6 +69,7 @@ class Classifier:
     network: from images to features; None if inputs are features.
     input: how the network sees pixels.
     by_cosine: whether the head compares directions.
+    fitted: {family: name of its kind of head}, in the order of the weights of the blend.
   """
 
   method: str
@@ -76,6 +82,7 @@ class Classifier:
   network: nn.Module | None = None
   input: InputConfig | None = None
   by_cosine: bool = False
+  fitted: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def takes_images(self) -> bool:
@@ -93,19 +100,31 @@ class Classifier:
     ]
     return jax.nn.logsumexp(jnp.stack(of_models), axis=0) - math.log(weights.num_models)
 
+  def _fitted_logits(self, weights: Weights, features: jax.Array) -> jax.Array:
+    """Of one family, or of the blend of several. [B, C]."""
+    found = [
+      heads.KINDS[kind](**weights.fitted[name]).logits(features)
+      for name, kind in self.fitted.items()
+    ]
+    if weights.blend is None:
+      return found[0]
+    parts = jnp.stack([blend.log_probabilities(logits) for logits in found])
+    return jnp.tensordot(weights.blend, parts, axes=1)
+
   def _logits(self, weights: Weights, inputs: jax.Array) -> jax.Array:
     """Of one model. [B, C]."""
     features = inputs
     if self.network is not None:
       pixels = encoder.normalize(self.input, inputs, weights.pixels)
       logits, features = self.network.apply(weights.network, pixels, train=False)
+    if weights.standardizer is not None:
+      features = features - weights.standardizer["mean"][None]
+      features = features / weights.standardizer["scale"][None]
     if weights.head is not None:
-      if weights.standardizer is not None:
-        features = features - weights.standardizer["mean"][None]
-        features = features / weights.standardizer["scale"][None]
-      if self.by_cosine:
-        features = posthoc.unit(features)
+      features = posthoc.unit(features) if self.by_cosine else features
       logits = posthoc.linear_logits(weights.head, features)
+    if self.fitted:
+      logits = self._fitted_logits(weights, features)
     if weights.offset is not None:
       logits = logits - weights.offset[None]
     return logits / weights.temperature

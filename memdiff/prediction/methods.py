@@ -1,5 +1,7 @@
 """The classifier of each method of a finished run, read from what the run has left."""
 
+import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,19 +12,19 @@ from jax.sharding import Mesh
 from memdiff.classifier import decoupled, encoder, encoder_training
 from memdiff.classifier.priors import log_prior, log_shares
 from memdiff.evaluation.method import Method
-from memdiff.experiments import augmented_settings, feature_heads
+from memdiff.experiments import augmented_settings, feature_heads, fitted
 from memdiff.experiments.augmented_runs import PREDICTIONS
 from memdiff.experiments.augmented_settings import Row, Training
 from memdiff.experiments.feature_scores import JOINT
 from memdiff.experiments.methods import OWN
+from memdiff.fitting.heads import Gaussians, Head
+from memdiff.fitting.selection import BLEND
 from memdiff.prediction.classifier import Classifier, Weights
 from memdiff.prediction.finished import FinishedRun
 from memdiff.runtime import results
 from memdiff.runtime.workdir import read_arrays
 
-_NOTHING = Weights(
-  network=None, pixels=None, standardizer=None, head=None, offset=None, temperature=None
-)
+_NOTHING = Weights(**dict.fromkeys(field.name for field in dataclasses.fields(Weights)))
 
 
 def load(run: FinishedRun, method: str, seeds: Sequence[int], mesh: Mesh) -> Classifier:
@@ -91,7 +93,7 @@ def _prior_of_data(run: FinishedRun) -> np.ndarray:
 
 def _of_features(run: FinishedRun, method: Method, mesh: Mesh) -> tuple[Weights, dict]:
   """A head on embeddings."""
-  return _with_head(run, method, _NOTHING), {}
+  return _with_head(run, method, _NOTHING, {})
 
 
 def _of_memdiff(run: FinishedRun, method: Method, mesh: Mesh) -> tuple[Weights, dict]:
@@ -111,13 +113,19 @@ def _of_memdiff(run: FinishedRun, method: Method, mesh: Mesh) -> tuple[Weights, 
       tau = chosen.get("tau", run.settings.head.taus[0])
       weights = _lowered(tau * _prior_of_data(run), weights)
     return weights, more
-  weights, more = _network(run, f"classifier/{loss}", loss, mesh)
-  return _with_head(run, method, weights), more
+  return _with_head(run, method, *_network(run, f"classifier/{loss}", loss, mesh))
 
 
-def _with_head(run: FinishedRun, method: Method, weights: Weights) -> Weights:
-  """With the head that the run has trained for a method."""
+def _with_head(
+  run: FinishedRun, method: Method, weights: Weights, more: dict
+) -> tuple[Weights, dict]:
+  """With the head that the run has trained or fitted for a method."""
   folder, settings = run.folder("heads"), run.settings.head
+  scale = read_arrays(folder / feature_heads.STANDARDIZER, ("mean", "scale"))
+  weights = weights.replace(standardizer=scale)
+  of_fitted = fitted.Fitted(**run.report["fitted"])
+  if method in of_fitted.methods:
+    return _with_fitted(folder, of_fitted, method, weights, more)
   of_losses = feature_heads.read_heads(
     folder / method.generator, settings.losses, len(run.settings.seeds)
   )
@@ -126,8 +134,46 @@ def _with_head(run: FinishedRun, method: Method, weights: Weights) -> Weights:
   if method.loss == "logit_adjustment":
     chosen = run.choice(method) or run.choice(Method.of("real", method.loss))
     weights = _lowered(chosen.get("tau", settings.taus[0]) * log_shares(prior), weights)
-  scale = read_arrays(folder / feature_heads.STANDARDIZER, ("mean", "scale"))
-  return weights.replace(head=head, standardizer=scale)
+  return weights.replace(head=head), more
+
+
+def _with_fitted(
+  folder: pathlib.Path, of_fitted: fitted.Fitted, method: Method, weights: Weights, more: dict
+) -> tuple[Weights, dict]:
+  """With one family of heads, or with the blend of all."""
+  of_runs = fitted.load_heads(folder)
+  names = list(of_fitted.settings) if method.loss == BLEND else [method.loss]
+  arrays = {name: _stacked([of_run[name] for of_run in of_runs]) for name in names}
+  weights = weights.replace(fitted=arrays)
+  if method.loss == BLEND:
+    shares = np.array([of_fitted.weights[name] for name in names], np.float32)
+    weights = weights.replace(blend=shares[None])
+  kinds = {name: type(of_runs[0][name]).__name__ for name in names}
+  return weights, more | {"fitted": kinds}
+
+
+def _stacked(runs: Sequence[Head]) -> dict[str, np.ndarray]:
+  """The arrays of the same head of several runs; leading with runs.
+
+  Gaussians may be told apart along different numbers of directions, which are filled up by ones
+  along which all classes are alike.
+  """
+  found = {}
+  for field in dataclasses.fields(runs[0]):
+    parts = [np.asarray(getattr(head, field.name), np.float32) for head in runs]
+    width = max(part.shape[-1] if part.ndim == 2 else 0 for part in parts)
+    found[field.name] = np.stack(
+      [
+        np.pad(part, ((0, 0), (0, width - part.shape[-1])), constant_values=_LIKE[field.name])
+        if part.ndim == 2 and isinstance(runs[0], Gaussians)
+        else part
+        for part in parts
+      ]
+    )
+  return found
+
+
+_LIKE = {"kernel": 0.0, "means": 0.0, "variances": 1.0}  # of directions that tell nothing
 
 
 # --- classification --------------------------------------------------------------------------

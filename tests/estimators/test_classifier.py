@@ -16,8 +16,8 @@ from sklearn.utils.estimator_checks import check_estimator
 
 import memdiff
 from memdiff import LongTailClassifier
-from memdiff.classifier.fitted_heads import FAMILIES
 from memdiff.errors import DataError
+from memdiff.fitting.heads import FAMILIES
 from tests.support import ROOT
 
 

@@ -366,6 +366,21 @@ def test_a_clear_gain_is_recommended_and_a_doubtful_one_is_not():
   assert found["method"] == "real+adjusted"
 
 
+def test_a_preferred_control_gives_way_only_to_one_that_is_clearly_better():
+  label, rng = np.repeat(np.arange(5), 80), np.random.default_rng(0)
+  folds = all_at_once(label)
+  blend = predict(rng.random(400) < 0.6, label)
+  given = {"real+blend": blend, "real": np.where(np.arange(400) % 80 < 3, label, blend)}
+  assert folds.score(given["real"]) > folds.score(blend)
+  for rate, control in ((0.0, "real+blend"), (0.3, "real")):
+    given["real"] = np.where(rng.random(400) < rate, label, given["real"])
+    given["memdiff"] = given["real"].copy()
+    found = cross_validation.recommend(given, folds, ["real", "real+blend"], "real+blend")
+    assert found["control"] == control == found["method"]
+  without = cross_validation.recommend(given, folds, ["real"], "real+blend")
+  assert without["control"] == "real"
+
+
 # --- agreement -------------------------------------------------------------------------------
 
 

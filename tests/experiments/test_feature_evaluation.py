@@ -9,6 +9,7 @@ from memdiff.evaluation import criteria, scores
 from memdiff.experiments import comparison as comparison_lib
 from memdiff.experiments import feature_evaluation, feature_scores, methods, summaries
 from memdiff.experiments.comparison import Scored, agreement, mark_shown
+from memdiff.experiments.fitted import Fitted
 from memdiff.memory.feature_space import Standardizer
 
 LOSSES = ("cross_entropy", "csl")
@@ -60,12 +61,12 @@ def scored(counts=BALANCED, criterion="balanced_accuracy", train_counts=(200, 50
   )
 
 
-def recommended(method="real+csl", **scores):
+def recommended(method="real+csl", control="real+csl", **scores):
   """A recommendation whose scores are those of test, but for `scores`."""
   known = {m: np.mean(r) for m, r in RATES.items() if m.split("+")[0] not in methods.REFERENCES}
   known |= scores
   return {
-    "method": method, "best": "memdiff+csl", "control": "real+csl",
+    "method": method, "best": "memdiff+csl", "control": control,
     "scores": {
       method: {"score": score, "gain": score - 0.72, "interval": [score - 0.8, score - 0.7]}
       for method, score in known.items()
@@ -99,7 +100,7 @@ def test_memdiff_is_held_against_the_control_seed_by_seed():
 
 
 def test_cross_validation_and_not_the_test_set_chooses_the_losses():
-  advice = recommended(**{
+  advice = recommended(control="real+cross_entropy", **{
     "memdiff+cross_entropy": 0.99, "real+cross_entropy": 0.98, "duplicate+csl": 1.0
   })  # fmt: skip
   found = compare(experiment(), scored(), advice)
@@ -110,10 +111,10 @@ def test_cross_validation_and_not_the_test_set_chooses_the_losses():
 
 
 def test_the_encoders_own_head_is_a_control_if_it_was_judged():
-  found = compare(experiment(), scored(), recommended(own_head=0.97))
+  found = compare(experiment(), scored(), recommended(control="own_head", own_head=0.97))
   assert found["control"] == "own_head"
   assert found["gain"]["mean"] == pytest.approx(np.mean([0.25, 0.22]))
-  adjusted = {"own_head+logit_adjustment": 0.97}
+  adjusted = {"control": "own_head+logit_adjustment", "own_head+logit_adjustment": 0.97}
   made = scored(**{"own_head+logit_adjustment": [0.7, 0.7]})
   found = compare(experiment(), made, recommended(**adjusted))
   assert found["control"] == "own_head+logit_adjustment"
@@ -434,6 +435,7 @@ def test_the_map_and_the_projector_show_the_first_seeds_features(monkeypatch):
       "of_strength": lambda synthetic, choice: arrays | synthetic,
       "judge": lambda *_: {"memdiff": {}},
       "save_recommended_head": lambda *_: None,
+      "fitted": SimpleNamespace(load=lambda e: Fitted({}, {})),
       "seconds": lambda e: {},
       "features_of_first_seed": lambda e, space, shown: {"synthetic": dict(shown)},
       "place_on_map": lambda e, features: features,

@@ -26,6 +26,7 @@ from memdiff.experiments import (
   comparison,
   feature_folds,
   feature_heads,
+  feature_scores,
   feature_selection,
   feature_settings,
   feature_store,
@@ -35,6 +36,7 @@ from memdiff.experiments import feature_evaluation as evaluation
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.feature_folds import Folds
 from memdiff.experiments.methods import Choice
+from memdiff.fitting.heads import FAMILIES
 from memdiff.memory import feature_space
 from memdiff.runtime import loop
 from memdiff.runtime.progress import Progress
@@ -47,6 +49,7 @@ FILL = 9  # the second and the smaller classes get 3, 6 and 7
 LOSSES = ("cross_entropy", "logit_adjustment")
 EXPONENTS, L2, TAUS = (1.0, 0.5), (5e-4, 5e-2), (1.0, 0.5, 2.0)
 METHODS = [f"{name}+{loss}" for name in ("real", "duplicate", "memdiff") for loss in LOSSES]
+FITTED = [f"real+{name}" for name in (*FAMILIES, "blend")]
 REFERENCES = [f"{name}+{loss}" for name in ("oracle", "unseen_exemplars") for loss in LOSSES]
 
 
@@ -124,7 +127,7 @@ def experiment(finished, mesh):
 def test_a_run_on_embeddings_scores_every_method_and_both_references(finished):
   _, workdir, report = finished
   rows = {row["method"]: row for row in report["classification"]}
-  assert list(rows) == METHODS + REFERENCES  # embeddings come without a head of their own
+  assert list(rows) == FITTED + METHODS + REFERENCES  # embeddings come without a head of their own
   assert report["experiment"] == "features"
   assert report["dataset"]["train_counts"] == COUNTS.tolist()
   digests = report["dataset"]["sha256"]
@@ -161,10 +164,14 @@ def test_one_of_the_methods_is_recommended_on_what_was_held_out(finished):
   _, workdir, report = finished
   found = report["recommendation"]
   made = arrays_of(workdir / "selection" / "predictions.npz")
-  assert set(found["scores"]) == set(METHODS) == set(made) - {"label", "example", "run"}
+  assert set(found["scores"]) == {*FITTED, *METHODS} == set(made) - {"label", "example", "run"}
   for method, entry in found["scores"].items():
     per_seed = [(made[method] == c)[made["label"] == c].mean() for c in range(CLASSES)]
     assert entry["score"] == pytest.approx(np.mean(per_seed))
+    if method in FITTED:
+      family = FAMILIES.get(method.removeprefix("real+"))
+      assert entry["settings"] == len(family.settings if family else FAMILIES)
+      continue
     number = len(EXPONENTS) * len(L2)
     number *= 1 if method.startswith("real+") else 2  # fills
     number *= len(TAUS) if method.endswith("+logit_adjustment") else 1
@@ -204,9 +211,16 @@ def test_descriptions_say_what_was_chosen(finished):
     assert "".join(found) == (f" ({', '.join(details)})" if details else "")
 
 
-def test_the_recommended_head_is_for_the_embeddings_as_they_are(finished):
-  config, workdir, report = finished
-  head = arrays_of(workdir / "recommended_head.npz")
+@pytest.mark.parametrize("method", ["memdiff+cross_entropy", "real+lda", "real+weighted_logistic"])
+def test_the_recommended_head_is_for_the_embeddings_as_they_are(
+  finished, experiment, method, tmp_path
+):
+  config, _, report = finished
+  space = feature_store.load_space(experiment)
+  choices, recommendation = feature_store.load_selection(experiment)
+  scored = feature_scores.classify(experiment, space, choices, recommendation)
+  evaluation.save_recommended_head(experiment, space, scored, method, choices)
+  head = arrays_of(experiment.workdir.path / "recommended_head.npz")
   file = arrays_of(config.dataset.train_path)
   assert (head["kernel"].shape, head["bias"].shape) == ((2, DIM, CLASSES), (2, CLASSES))
   assert head["class_names"].tolist() == list("abcd")
@@ -215,7 +229,9 @@ def test_the_recommended_head_is_for_the_embeddings_as_they_are(finished):
   ]
   rows = {row["method"]: row for row in report["classification"]}
   accuracy = (made == file["test_labels"]).mean()
-  assert rows[report["recommendation"]["method"]]["top1"]["mean"] == pytest.approx(accuracy)
+  assert rows[method]["top1"]["mean"] == pytest.approx(accuracy)
+  evaluation.save_recommended_head(experiment, space, scored, "real+blend", choices)
+  assert not (experiment.workdir.path / "recommended_head.npz").exists()
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ need not sum to one, they also set the temperature: what comes out is calibrated
 
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 _LEAST = -30.0  # of a log probability, so that no classifier alone rules a class out
@@ -13,8 +15,10 @@ _LEAST = -30.0  # of a log probability, so that no classifier alone rules a clas
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
   """Logits [N, C] -> log of their softmax, at least -30. [N, C]."""
+  library = jnp if isinstance(logits, jax.Array) else np
   shifted = logits - logits.max(axis=1, keepdims=True)
-  return np.maximum(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), _LEAST)
+  total = library.exp(shifted).sum(axis=1, keepdims=True)
+  return library.maximum(shifted - library.log(total), _LEAST)
 
 
 def blended(weights: Sequence[float] | np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray:

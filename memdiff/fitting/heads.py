@@ -1,20 +1,25 @@
 """Heads that are fitted, not trained by steps: closed forms and convex problems.
 
-They run on the host in NumPy and take seconds. A family fits all of its settings at once, since
+They are fitted on the host in NumPy, in seconds. A family fits all of its settings at once, since
 settings share most of the work. Features are those of `Training`, in which every column should have
-mean 0 and deviation 1. Logits are meant for classes that come as often as `Training.shares` says.
+mean 0 and deviation 1. Logits are meant for classes that come as often as `Training.shares` says;
+heads compute them of arrays of NumPy and of JAX.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from memdiff.classifier.priors import log_shares
 
 _ITERATIONS = 200  # of L-BFGS, at most
 _FLATTER, _BETTER = 1e-3, 1e-5  # it ends if its gradient or its progress is smaller, relatively
+_AT_ONCE = 2**26  # logits
 _LEAST = 1e-6  # of a variance, relative to the mean of all
 
 
@@ -99,7 +104,8 @@ class Gaussians:
   def logits(self, features: np.ndarray) -> np.ndarray:
     """[N, D] -> [N, C]."""
     mapped, precision = features @ self.kernel, 1 / self.variances
-    constant = (self.means**2 * precision + np.log(self.variances)).sum(axis=1)
+    logarithms = _library(self.variances).log(self.variances)
+    constant = (self.means**2 * precision + logarithms).sum(axis=1)
     linear = mapped @ (self.means * precision).T
     return linear - 0.5 * (mapped**2 @ precision.T + constant[None]) + self.bias[None]
 
@@ -119,6 +125,11 @@ class Cosines:
 
 
 Head = Linear | Gaussians | Cosines
+KINDS = {kind.__name__: kind for kind in (Linear, Gaussians, Cosines)}
+
+
+def _library(array: Any) -> Any:
+  return jnp if isinstance(array, jax.Array) else np
 
 
 def discriminants(training: Training, settings: Sequence[float]) -> list[Head]:
@@ -185,11 +196,13 @@ def centroids(training: Training, settings: Sequence[float]) -> list[Head]:
 
 def _powers(features: np.ndarray, power: float | np.ndarray) -> np.ndarray:
   """sign(x) |x|^power, rows of length one."""
-  return _unit(np.sign(features) * np.abs(features) ** power)
+  library = _library(features)
+  return _unit(library.sign(features) * library.abs(features) ** power)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
-  return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+  library = _library(rows)
+  return rows / library.maximum(library.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 def weighted_regressions(training: Training, settings: Sequence[float]) -> list[Head]:
@@ -229,23 +242,29 @@ def _regressions(
 
   features, (number, dim) = training.features, training.features.shape
   present = np.flatnonzero(training.counts)
-  place, rows = np.searchsorted(present, training.labels), np.arange(number)
+  place = np.searchsorted(present, training.labels)
   weights = (weights / weights.sum()).astype(np.float32)
   offset = offset[present].astype(np.float32)
 
+  size = max(_AT_ONCE // len(present), 1)
+  parts = [slice(start, start + size) for start in range(0, number, size)]
+
   def loss(flat: np.ndarray, l2: float) -> tuple[float, np.ndarray]:
     params = flat.astype(np.float32).reshape(dim + 1, len(present))
-    logits = features @ params[:-1] + (params[-1] + offset)[None]
-    logits -= logits.max(axis=1, keepdims=True)
-    own = logits[rows, place]
-    np.exp(logits, out=logits)
-    total = logits.sum(axis=1)
-    value = float(weights @ (np.log(total) - own)) + l2 / 2 * float(np.square(params[:-1]).sum())
-    logits *= (weights / total)[:, None]
-    logits[rows, place] -= weights
-    gradient = np.empty_like(params)
-    gradient[:-1] = features.T @ logits + l2 * params[:-1]
-    gradient[-1] = logits.sum(axis=0)
+    value, gradient = l2 / 2 * float(np.square(params[:-1]).sum()), np.zeros_like(params)
+    gradient[:-1] = l2 * params[:-1]
+    for part in parts:
+      rows, own_class = np.arange(len(place[part])), place[part]
+      logits = features[part] @ params[:-1] + (params[-1] + offset)[None]
+      logits -= logits.max(axis=1, keepdims=True)
+      own = logits[rows, own_class]
+      np.exp(logits, out=logits)
+      total = logits.sum(axis=1)
+      value += float(weights[part] @ (np.log(total) - own))
+      logits *= (weights[part] / total)[:, None]
+      logits[rows, own_class] -= weights[part]
+      gradient[:-1] += features[part].T @ logits
+      gradient[-1] += logits.sum(axis=0)
     return value, gradient.ravel().astype(np.float64)
 
   flat, found = np.zeros((dim + 1) * len(present)), {}
@@ -263,9 +282,10 @@ def _regressions(
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """Heads of one kind: what they are, settings to choose from, and how they are fitted."""
+  """Heads of one kind: what they are, what is set, to which values, and how they are fitted."""
 
   description: str
+  setting: str
   settings: tuple[float, ...]
   fit: Callable[[Training, Sequence[float]], list[Head]]
 
@@ -276,15 +296,15 @@ PLAIN = "plain_logistic"
 REGRESSIONS = (PLAIN, "balanced_logistic", "weighted_logistic")  # one, if shares are the counts'
 FAMILIES: Mapping[str, Family] = {
   "balanced_logistic": Family(
-    "logistic regression with balanced softmax", _PENALTIES, balanced_regressions
+    "logistic regression with balanced softmax", "L2", _PENALTIES, balanced_regressions
   ),
   "weighted_logistic": Family(
-    "logistic regression, every class weighing the same", _PENALTIES, weighted_regressions
+    "logistic regression, every class weighing the same", "L2", _PENALTIES, weighted_regressions
   ),
   "plda": Family(
-    "Gaussian classes whose means are uncertain", _SHARES, probabilistic_discriminants
+    "Gaussian classes whose means are uncertain", "shrinkage", _SHARES, probabilistic_discriminants
   ),
-  "lda": Family("Gaussian classes with one covariance", _SHARES, discriminants),
-  "centroid": Family("the nearest class mean by cosine", (1.0, 0.5), centroids),
-  PLAIN: Family("logistic regression on the data as they are", _PENALTIES, plain_regressions),
+  "lda": Family("Gaussian classes with one covariance", "shrinkage", _SHARES, discriminants),
+  "centroid": Family("the nearest class mean by cosine", "power", (1.0, 0.5), centroids),
+  PLAIN: Family("logistic regression on the data as they are", "L2", _PENALTIES, plain_regressions),
 }

@@ -6,8 +6,8 @@ from scipy import stats
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
-from memdiff.classifier import blend, fitted_heads
-from memdiff.classifier.fitted_heads import FAMILIES, Training
+from memdiff.fitting import blend, heads
+from memdiff.fitting.heads import FAMILIES, Training
 
 COUNTS = np.array([60, 25, 8, 1])
 CLASSES, DIM = len(COUNTS), 5
@@ -39,7 +39,7 @@ def test_discriminants_are_those_of_the_shrunk_covariance(training, new, share):
   covariance = apart.T @ apart / (len(LABELS) - CLASSES)
   shrunk = (1 - share) * covariance + share * np.trace(covariance) / DIM * np.eye(DIM)
   expected = np.stack([stats.multivariate_normal(m, shrunk).logpdf(new) for m in training.means], 1)
-  (head,) = fitted_heads.discriminants(training, (share,))
+  (head,) = heads.discriminants(training, (share,))
   np.testing.assert_allclose(logs(head.logits(new)), logs(expected), atol=2e-3)
 
 
@@ -47,14 +47,14 @@ def test_discriminants_are_those_of_the_shrunk_covariance(training, new, share):
 def test_discriminants_agree_with_scikit_learn(training, new):
   theirs = LinearDiscriminantAnalysis("lsqr", priors=ALIKE, shrinkage=0.0)
   theirs.fit(training.features, LABELS)
-  (head,) = fitted_heads.discriminants(training, (0.0,))
+  (head,) = heads.discriminants(training, (0.0,))
   agree = head.logits(new).argmax(axis=1) == theirs.predict(new)
   assert agree.mean() > 0.97  # its covariance is divided by N, which moves no boundary
 
 
 def test_probabilistic_discriminants_are_predictive_densities(training, new):
   """p(x | features of the class), by the joint Gaussian of a class's features and x."""
-  (head,) = fitted_heads.probabilistic_discriminants(training, (0.1,))
+  (head,) = heads.probabilistic_discriminants(training, (0.1,))
   apart = training.features.astype(float) - training.means[LABELS]
   within = apart.T @ apart / (len(LABELS) - CLASSES)
   within = 0.9 * within + 0.1 * np.trace(within) / DIM * np.eye(DIM)
@@ -76,7 +76,7 @@ def test_probabilistic_discriminants_are_predictive_densities(training, new):
 
 
 def test_a_class_of_few_is_drawn_to_the_middle_and_wider(training):
-  (head,) = fitted_heads.probabilistic_discriminants(training, (0.1,))
+  (head,) = heads.probabilistic_discriminants(training, (0.1,))
   assert (np.diff(head.variances.mean(axis=1)) > 0).all()  # the fewer, the wider
 
 
@@ -84,7 +84,7 @@ def test_centroids_are_cosines(training, new):
   def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
-  (head,) = fitted_heads.centroids(training, (0.5,))
+  (head,) = heads.centroids(training, (0.5,))
   rows = unit(np.sign(training.features) * np.sqrt(np.abs(training.features)))
   means = np.stack([rows[c == LABELS].mean(axis=0) for c in range(CLASSES)])
   expected = unit(np.sign(new) * np.sqrt(np.abs(new))) @ unit(means).T
@@ -95,8 +95,8 @@ def test_centroids_are_cosines(training, new):
 @pytest.mark.parametrize(("name", "weight"), [("plain_logistic", None),
                                               ("weighted_logistic", "balanced")])  # fmt: skip
 def test_regressions_agree_with_scikit_learn(training, new, monkeypatch, name, weight):
-  monkeypatch.setattr(fitted_heads, "_BETTER", 1e-10)
-  monkeypatch.setattr(fitted_heads, "_FLATTER", 1e-6)
+  monkeypatch.setattr(heads, "_BETTER", 1e-10)
+  monkeypatch.setattr(heads, "_FLATTER", 1e-6)
   l2 = 1e-2
   (head,) = FAMILIES[name].fit(training, (l2,))
   theirs = LogisticRegression(C=1 / (l2 * len(LABELS)), class_weight=weight, tol=1e-8)

@@ -1,0 +1,263 @@
+"""How fitted heads are chosen: settings of families, weights of their blend, what it is worth."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from memdiff.evaluation import calibration, cross_validation
+from memdiff.evaluation.cross_validation import Judged
+from memdiff.fitting import blend
+from memdiff.fitting.heads import FAMILIES, PLAIN, REGRESSIONS, Head, Training
+
+BLEND = "blend"
+_MARGIN = 2.0  # standard errors by which a setting may lie behind and still be looked at
+_SMALL = 2**29  # multiplications of features with a kernel
+_AT_ONCE = 2**24  # logits
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fold:
+  """What one fold trains on, and what it holds out, in the same scale.
+
+  Attributes:
+    training: of the rows that train.
+    held_out: [B, D] features.
+  """
+
+  training: Training
+  held_out: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+  """What was chosen.
+
+  Attributes:
+    settings: {family: setting}.
+    weights: {family: weight in the blend}.
+    recommendation: as of `LongTailClassifier.recommendation_`.
+    skipped: {family: settings that no later fold looked at, since they could not win}.
+    predictions: {family or BLEND: [E] classes of held-out examples}, cross-fitted.
+    sample: [n] numbers of some held-out examples, or of all if they are few.
+    logits: {family or BLEND: [n, C]} of these, as chosen.
+  """
+
+  settings: dict[str, float]
+  weights: dict[str, float]
+  recommendation: dict[str, Any]
+  skipped: dict[str, list[float]]
+  predictions: dict[str, np.ndarray]
+  sample: np.ndarray
+  logits: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(eq=False)
+class _Candidates:
+  """The settings of one family that may still be chosen.
+
+  Attributes:
+    settings: J of them.
+    alive: their numbers.
+    predictions: [J, E] of held-out examples.
+    heads: of every fold so far, by the number of the setting.
+  """
+
+  name: str
+  settings: tuple[float, ...]
+  alive: list[int]
+  predictions: np.ndarray
+  heads: list[dict[int, Head]]
+
+  @classmethod
+  def of(cls, name: str, number: int) -> "_Candidates":
+    settings = FAMILIES[name].settings
+    nothing = np.zeros((len(settings), number), np.int32)
+    return cls(name, settings, list(range(len(settings))), nothing, [])
+
+  def look(self, fold: Fold, inside: np.ndarray) -> None:
+    """Fits those that are alive and predicts what the fold holds out, rows `inside` [E]."""
+    fitted = FAMILIES[self.name].fit(fold.training, [self.settings[j] for j in self.alive])
+    self.heads.append(dict(zip(self.alive, fitted, strict=True)))
+    num_classes = len(fold.training.shares)
+    for j, head in self.heads[-1].items():
+      parts = [head.logits(x).argmax(axis=1) for x in _parts(fold.held_out, num_classes)]
+      self.predictions[j, inside] = np.concatenate(parts)
+
+  def drop(self, judged: Judged, seen: np.ndarray) -> None:
+    """Leaves out what lies clearly behind on the examples `seen` [E]."""
+    found = self.predictions[self.alive][:, seen]
+    near = cross_validation.contenders(found, judged.only(seen), _MARGIN)
+    self.alive = [j for j, is_near in zip(self.alive, near, strict=True) if is_near]
+
+  def best(self, judged: Judged, rows: np.ndarray) -> int:
+    """The setting with the highest score on some examples [E]."""
+    found = self.predictions[self.alive][:, rows]
+    return self.alive[int(np.argmax(np.round(judged.only(rows).score(found), 9)))]
+
+
+def _parts(rows: np.ndarray, num_classes: int) -> Iterator[np.ndarray]:
+  """Rows [N, ...] in parts whose logits take little memory; one even of no rows."""
+  size = max(_AT_ONCE // num_classes, 1)
+  for start in range(0, max(len(rows), 1), size):
+    yield rows[start : start + size]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _HeldOut:
+  """What all folds hold out.
+
+  Attributes:
+    features: [B, D] of each fold.
+    run: [E] the fold of each example.
+    place: [E] its row there.
+  """
+
+  features: list[np.ndarray]
+  run: np.ndarray
+  place: np.ndarray
+
+  def log_probabilities(
+    self, candidates: _Candidates, chosen: int, examples: np.ndarray
+  ) -> np.ndarray:
+    """By the heads of a setting, each of its fold, for some examples [n]. [n, C]."""
+    found = None
+    for run in np.unique(self.run[examples]):
+      inside = self.run[examples] == run
+      features = self.features[run][self.place[examples[inside]]]
+      told = blend.log_probabilities(candidates.heads[run][chosen].logits(features))
+      if found is None:
+        found = np.empty((len(examples), told.shape[1]), told.dtype)
+      found[inside] = told
+    return found
+
+
+def distinct(families: Sequence[str], criterion: str) -> list[str]:
+  """Names of families, each once; of those that are one and the same, the first."""
+  names = list(dict.fromkeys(families))
+  if criterion == "accuracy":  # all regressions then minimise the same
+    regressions = [name for name in names if name in REGRESSIONS]
+    names = [name for name in names if name not in regressions[1:]]
+  return names
+
+
+def training(
+  features: np.ndarray, labels: np.ndarray, num_classes: int, criterion: str
+) -> Training:
+  """What heads are fitted to, for classes as a criterion counts them.
+
+  Args:
+    features: [N, D], every column with mean 0 and deviation 1.
+    labels: [N] int.
+    num_classes: C.
+    criterion: of `memdiff.evaluation.criteria`.
+  """
+  shares = np.full(num_classes, 1 / num_classes)
+  if criterion == "accuracy":
+    shares = np.bincount(labels, minlength=num_classes) / len(labels)
+  return Training(features, labels, shares)
+
+
+def few_threads(features: np.ndarray, num_classes: int) -> threadpool_limits:
+  """One thread for small products, in which several only wait for each other."""
+  is_small = features.size * num_classes < _SMALL
+  return threadpool_limits(1 if is_small else None, user_api="blas")
+
+
+def select(
+  folds: Sequence[Callable[[], Fold]],
+  judged: Judged,
+  families: Sequence[str],
+  say: Callable[[str], None],
+) -> Selected:
+  """Chooses settings and weights by examples that folds hold out.
+
+  Args:
+    folds: each makes one fold, run r the r-th.
+    judged: the examples that they hold out, and the criterion.
+    families: names in the blend.
+    say: prints what is done.
+  """
+  wanted = {
+    name: _Candidates.of(name, len(judged.label)) for name in dict.fromkeys([*families, PLAIN])
+  }
+  held = []
+  for number, make in enumerate(folds):
+    say(f"fold {number + 1} of {len(folds)}")
+    fold = make()
+    for candidates in wanted.values():
+      candidates.look(fold, judged.run == number)
+      if number < len(folds) - 1:
+        candidates.drop(judged, judged.run <= number)
+    held.append(fold.held_out)  # without what it trained on
+  held = _HeldOut(held, judged.run, _places(judged.run))
+  sample = calibration.enough(len(judged.label), judged.num_classes)
+  every = np.ones(len(judged.label), bool)
+
+  def choose(rows: np.ndarray) -> tuple[dict[str, int], np.ndarray, list[np.ndarray]]:
+    """By some of the examples: (settings, weights [F], log probabilities of those in sample)."""
+    settings = {name: candidates.best(judged, rows) for name, candidates in wanted.items()}
+    some = sample[rows[sample]]
+    some = some if len(some) else np.flatnonzero(rows)
+    parts = [held.log_probabilities(wanted[n], settings[n], some) for n in families]
+    return settings, _fit_weights(parts, judged, some), parts
+
+  crossed = {name: np.zeros(len(judged.label), np.int32) for name in (*wanted, BLEND)}
+  for run in np.unique(judged.run):  # all that is chosen for a fold is chosen without it
+    inside = np.flatnonzero(judged.run == run)
+    others = ~np.isin(judged.example, judged.example[inside])
+    settings, weights, _ = choose(others if others.any() else every)
+    for name, candidates in wanted.items():
+      crossed[name][inside] = candidates.predictions[settings[name], inside]
+    for part in _parts(inside, judged.num_classes):
+      told = [held.log_probabilities(wanted[n], settings[n], part) for n in families]
+      crossed[BLEND][part] = blend.blended(weights, told).argmax(axis=1)
+  chosen, weights, parts = choose(every)
+  gain = cross_validation.paired_gain(crossed[BLEND], crossed[PLAIN], judged)
+  logits = dict(zip(families, parts, strict=True)) | {BLEND: blend.blended(weights, parts)}
+  weights = dict(zip(families, weights.tolist(), strict=True))
+  found = {
+    "method": BLEND,
+    "criterion": judged.criterion,
+    "score": float(judged.score(crossed[BLEND])),
+    "plain": float(judged.score(crossed[PLAIN])),
+    "gain": gain.mean,
+    "interval": list(gain.interval()),
+    "scores": {name: float(judged.score(crossed[name])) for name in wanted},
+    "weights": weights,
+  }
+  say(
+    f"{judged.criterion} {found['score']:.3f} on held-out examples, plain logistic regression"
+    f" {found['plain']:.3f}"
+  )
+  return Selected(
+    {name: wanted[name].settings[chosen[name]] for name in families},
+    weights,
+    found,
+    {
+      name: [s for j, s in enumerate(candidates.settings) if j not in candidates.alive]
+      for name, candidates in wanted.items()
+    },
+    crossed,
+    sample,
+    logits,
+  )
+
+
+def _places(run: np.ndarray) -> np.ndarray:
+  """[E] the how-manieth example of its run each is; runs stand one after the other."""
+  first = np.searchsorted(run, run)
+  return np.arange(len(run)) - first
+
+
+def _fit_weights(parts: Sequence[np.ndarray], judged: Judged, some: np.ndarray) -> np.ndarray:
+  """Weights [F] of a blend, by some of the held-out examples [n], parts F x [n, C]."""
+  labels = judged.label[some]
+  importance = np.ones(len(some))
+  if judged.criterion != "accuracy":
+    importance = 1 / np.bincount(judged.label, minlength=judged.num_classes)[labels]
+  weights = blend.fit_weights(parts, labels, importance)
+  # Without any weight, nothing that is held out tells anything.
+  return weights if weights.any() else np.full(len(parts), 1 / len(parts))
