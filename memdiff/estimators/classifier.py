@@ -6,6 +6,7 @@ import json
 import numbers
 import os
 import pathlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 import memdiff
 from memdiff.errors import DataError, WorkdirError
+from memdiff.estimators import generated
 from memdiff.estimators.scale import Scale
 from memdiff.evaluation import criteria, cross_validation
 from memdiff.fitting import blend
@@ -24,7 +26,7 @@ from memdiff.fitting.heads import FAMILIES, KINDS, Head, Training
 from memdiff.fitting.selection import Fold, distinct, few_threads, select, training
 from memdiff.runtime.workdir import read_arrays, write_arrays
 
-FAST = "fast"
+FAST, AUTO = "fast", "auto"
 _SCALE = dataclasses.fields(Scale)
 # Of a saved classifier.
 _KEPT = ("settings_", "weights_", "recommendation_", "skipped_", "n_features_in_")
@@ -38,7 +40,10 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
   worth beside plain logistic regression, before any test example is seen.
 
   Parameters:
-    methods: "fast" for all families, or names of some, of `memdiff.fitting.heads`.
+    methods: "fast" for all families of `memdiff.fitting.heads`, "auto" for these and three
+      generators of features, or names of families and generators. What generators make takes part
+      only if the blend is better with it, with 95 % confidence in cross-validation. They take
+      minutes; what they will cost is said on stderr.
     criterion: what counts, "balanced_accuracy", "accuracy" or "macro_f1". Unless it is accuracy,
       heads and probabilities are those of classes that come equally often.
     cv: folds of cross-validation. A class with one example always trains.
@@ -52,7 +57,9 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     weights_: {family: weight in the blend}.
     recommendation_: {"method", "weights", "score", "plain", "gain", "interval", "scores"}: the
       criterion on held-out examples, of the blend, of plain logistic regression, their difference
-      with a 95 % interval, and the criterion of every family. None if no class has two examples.
+      with a 95 % interval, and the criterion of every family; with generators also "extra": the
+      score with them, its gain over that without, and whether they are used. None if no class has
+      two examples.
     skipped_: {family: settings that later folds did not look at, since they lay clearly behind}.
   """
 
@@ -95,13 +102,16 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     Raises:
       ValueError: if a parameter is none of those that are allowed.
     """
+    sets = {FAST: list(FAMILIES), AUTO: [*FAMILIES, *generated.AUTO]}
     if isinstance(self.methods, str):
-      names = list(FAMILIES) if self.methods == FAST else []
+      names = sets.get(self.methods, [])
     else:
       names = list(self.methods) if isinstance(self.methods, Iterable) else []
-    if not names or not set(names) <= FAMILIES.keys():
+    known = (*FAMILIES, *generated.NAMES)
+    if not names or not set(names) <= set(known):
       raise ValueError(
-        f"methods is {self.methods!r}, but must be {FAST!r} or names out of {', '.join(FAMILIES)}."
+        f"methods is {self.methods!r}, but must be {FAST!r}, {AUTO!r} or names out of"
+        f" {', '.join(known)}."
       )
     if self.criterion not in criteria.CRITERIA:
       raise ValueError(
@@ -121,36 +131,42 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     scaled = scale.forward(features)
     return scale, training(scaled, labels, len(self.classes_), self.criterion)
 
-  def _held_out(self, labels: np.ndarray) -> list[np.ndarray]:
+  def _held_out(self, labels: np.ndarray, seed: int) -> list[np.ndarray]:
     """The rows that each fold holds out."""
-    seed = check_random_state(self.random_state).randint(2**31)
     fold = cross_validation.deal(labels, self.cv, seed)
     rows = [np.flatnonzero(fold == k) for k in range(self.cv)]
     return [of_fold for of_fold in rows if len(of_fold)]
 
-  def _fit(self, features: np.ndarray, labels: np.ndarray, families: Sequence[str]) -> None:
+  def _fit(self, features: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> None:
+    seed = check_random_state(self.random_state).randint(2**31)
+    made = {n: generated.Generated(n, seed) for n in names if n not in FAMILIES}
+    families = {n: made[n].family() if n in made else FAMILIES[n] for n in names}
+    rows = self._held_out(labels, seed)
+    self._scale, training = self._training(features, labels)
+    generated.prepare(list(made.values()), training, len(rows), _say_on_stderr)
+
     def fold(held_out: np.ndarray) -> Fold:
       trains = np.ones(len(labels), bool)
       trains[held_out] = False
       scale, training = self._training(features[trains], labels[trains])
       return Fold(training, scale.forward(features[held_out]))
 
-    if rows := self._held_out(labels):
+    if rows:
       folds = [functools.partial(fold, of_fold) for of_fold in rows]
       judged = cross_validation.judged_examples(
         cross_validation.padded(rows), labels, self.criterion, len(self.classes_)
       )
-      selected = select(folds, judged, families, self._say)
+      selected = select(folds, judged, families, self._say, list(made))
       self.settings_, self.weights_ = selected.settings, selected.weights
       self.recommendation_, self.skipped_ = selected.recommendation, selected.skipped
     else:  # nothing can be held out
-      self.settings_ = {name: FAMILIES[name].settings[0] for name in families}
-      self.weights_ = {name: 1 / len(families) for name in families}
+      used = [name for name in names if name not in made] or names
+      self.settings_ = {name: families[name].settings[0] for name in used}
+      self.weights_ = {name: 1 / len(used) for name in used}
       self.recommendation_, self.skipped_ = None, {}
-    self._scale, training = self._training(features, labels)
     self._heads = {
-      name: FAMILIES[name].fit(training, (self.settings_[name],))[0]
-      for name in families
+      name: families[name].fit(training, (setting,))[0]
+      for name, setting in self.settings_.items()
       if self.weights_[name]
     }
 
@@ -238,6 +254,10 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     except (WorkdirError, KeyError, TypeError, ValueError) as error:
       raise DataError(f"{path} holds no LongTailClassifier that can be read.") from error
     return model
+
+
+def _say_on_stderr(words: str) -> None:
+  print(f"memdiff: {words}", file=sys.stderr)
 
 
 def _plain(value: Any) -> Any:

@@ -91,7 +91,8 @@ def select(
 
   makers = [functools.partial(fold, number) for number in range(len(folds.held_out))]
   with selection.few_threads(folds.features[0], judged.num_classes):
-    found = selection.select(makers, judged, names, experiment.run.progress.say)
+    known = {name: FAMILIES[name] for name in names}
+    found = selection.select(makers, judged, known, experiment.run.progress.say)
   fitted = Fitted(found.settings, found.weights)
   predictions = {method: found.predictions[method.loss] for method in fitted.methods}
   known = {}

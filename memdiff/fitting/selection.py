@@ -1,7 +1,7 @@
 """How fitted heads are chosen: settings of families, weights of their blend, what it is worth."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,9 @@ from threadpoolctl import threadpool_limits
 from memdiff.evaluation import calibration, cross_validation
 from memdiff.evaluation.cross_validation import Judged
 from memdiff.fitting import blend
-from memdiff.fitting.heads import FAMILIES, PLAIN, REGRESSIONS, Head, Training
+from memdiff.fitting.heads import FAMILIES, PLAIN, REGRESSIONS, Family, Head, Training
 
-BLEND = "blend"
+BLEND, WITH_EXTRA = "blend", "blend with extra families"
 _MARGIN = 2.0  # standard errors by which a setting may lie behind and still be looked at
 _SMALL = 2**29  # multiplications of features with a kernel
 _AT_ONCE = 2**24  # logits
@@ -59,27 +59,26 @@ class _Candidates:
   """The settings of one family that may still be chosen.
 
   Attributes:
-    settings: J of them.
-    alive: their numbers.
+    family: its settings, J of them.
+    alive: the numbers of those.
     predictions: [J, E] of held-out examples.
     heads: of every fold so far, by the number of the setting.
   """
 
-  name: str
-  settings: tuple[float, ...]
+  family: Family
   alive: list[int]
   predictions: np.ndarray
   heads: list[dict[int, Head]]
 
   @classmethod
-  def of(cls, name: str, number: int) -> "_Candidates":
-    settings = FAMILIES[name].settings
-    nothing = np.zeros((len(settings), number), np.int32)
-    return cls(name, settings, list(range(len(settings))), nothing, [])
+  def of(cls, family: Family, number: int) -> "_Candidates":
+    nothing = np.zeros((len(family.settings), number), np.int32)
+    return cls(family, list(range(len(family.settings))), nothing, [])
 
   def look(self, fold: Fold, inside: np.ndarray) -> None:
     """Fits those that are alive and predicts what the fold holds out, rows `inside` [E]."""
-    fitted = FAMILIES[self.name].fit(fold.training, [self.settings[j] for j in self.alive])
+    settings = [self.family.settings[j] for j in self.alive]
+    fitted = self.family.fit(fold.training, settings)
     self.heads.append(dict(zip(self.alive, fitted, strict=True)))
     num_classes = len(fold.training.shares)
     for j, head in self.heads[-1].items():
@@ -169,20 +168,23 @@ def few_threads(features: np.ndarray, num_classes: int) -> threadpool_limits:
 def select(
   folds: Sequence[Callable[[], Fold]],
   judged: Judged,
-  families: Sequence[str],
+  families: Mapping[str, Family],
   say: Callable[[str], None],
+  extra: Sequence[str] = (),
 ) -> Selected:
   """Chooses settings and weights by examples that folds hold out.
 
   Args:
     folds: each makes one fold, run r the r-th.
     judged: the examples that they hold out, and the criterion.
-    families: names in the blend.
+    families: those of the blend, by name.
     say: prints what is done.
+    extra: families that take part only if the blend is better with them, with 95 % confidence.
   """
-  wanted = {
-    name: _Candidates.of(name, len(judged.label)) for name in dict.fromkeys([*families, PLAIN])
-  }
+  known = {PLAIN: FAMILIES[PLAIN]} | dict(families)
+  wanted = {name: _Candidates.of(family, len(judged.label)) for name, family in known.items()}
+  base = [name for name in families if name not in extra] or list(families)
+  blends = {BLEND: base} | ({WITH_EXTRA: list(families)} if len(base) < len(families) else {})
   held = []
   for number, make in enumerate(folds):
     say(f"fold {number + 1} of {len(folds)}")
@@ -196,15 +198,21 @@ def select(
   sample = calibration.enough(len(judged.label), judged.num_classes)
   every = np.ones(len(judged.label), bool)
 
-  def choose(rows: np.ndarray) -> tuple[dict[str, int], np.ndarray, list[np.ndarray]]:
-    """By some of the examples: (settings, weights [F], log probabilities of those in sample)."""
+  def choose(
+    rows: np.ndarray,
+  ) -> tuple[dict[str, int], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """By some examples: (settings, weights of every blend, log probabilities of the sample)."""
     settings = {name: candidates.best(judged, rows) for name, candidates in wanted.items()}
     some = sample[rows[sample]]
     some = some if len(some) else np.flatnonzero(rows)
-    parts = [held.log_probabilities(wanted[n], settings[n], some) for n in families]
-    return settings, _fit_weights(parts, judged, some), parts
+    parts = {n: held.log_probabilities(wanted[n], settings[n], some) for n in families}
+    weights = {
+      which: _fit_weights([parts[n] for n in names], judged, some)
+      for which, names in blends.items()
+    }
+    return settings, weights, parts
 
-  crossed = {name: np.zeros(len(judged.label), np.int32) for name in (*wanted, BLEND)}
+  crossed = {name: np.zeros(len(judged.label), np.int32) for name in (*wanted, *blends)}
   for run in np.unique(judged.run):  # all that is chosen for a fold is chosen without it
     inside = np.flatnonzero(judged.run == run)
     others = ~np.isin(judged.example, judged.example[inside])
@@ -212,38 +220,58 @@ def select(
     for name, candidates in wanted.items():
       crossed[name][inside] = candidates.predictions[settings[name], inside]
     for part in _parts(inside, judged.num_classes):
-      told = [held.log_probabilities(wanted[n], settings[n], part) for n in families]
-      crossed[BLEND][part] = blend.blended(weights, told).argmax(axis=1)
+      told = {n: held.log_probabilities(wanted[n], settings[n], part) for n in families}
+      for which, names in blends.items():
+        logits = blend.blended(weights[which], [told[n] for n in names])
+        crossed[which][part] = logits.argmax(axis=1)
   chosen, weights, parts = choose(every)
-  gain = cross_validation.paired_gain(crossed[BLEND], crossed[PLAIN], judged)
-  logits = dict(zip(families, parts, strict=True)) | {BLEND: blend.blended(weights, parts)}
-  weights = dict(zip(families, weights.tolist(), strict=True))
+  used, of_extra = _with_or_without(crossed, judged)
+  gain = cross_validation.paired_gain(crossed[used], crossed[PLAIN], judged)
+  logits = blend.blended(weights[used], [parts[n] for n in blends[used]])
+  weights = dict(zip(blends[used], weights[used].tolist(), strict=True))
   found = {
     "method": BLEND,
     "criterion": judged.criterion,
-    "score": float(judged.score(crossed[BLEND])),
+    "score": float(judged.score(crossed[used])),
     "plain": float(judged.score(crossed[PLAIN])),
     "gain": gain.mean,
     "interval": list(gain.interval()),
     "scores": {name: float(judged.score(crossed[name])) for name in wanted},
     "weights": weights,
-  }
+  } | of_extra
   say(
     f"{judged.criterion} {found['score']:.3f} on held-out examples, plain logistic regression"
     f" {found['plain']:.3f}"
   )
   return Selected(
-    {name: wanted[name].settings[chosen[name]] for name in families},
+    {name: known[name].settings[chosen[name]] for name in blends[used]},
     weights,
     found,
     {
-      name: [s for j, s in enumerate(candidates.settings) if j not in candidates.alive]
+      name: [s for j, s in enumerate(known[name].settings) if j not in candidates.alive]
       for name, candidates in wanted.items()
     },
-    crossed,
+    crossed | {BLEND: crossed[used]},
     sample,
-    logits,
+    parts | {BLEND: logits},
   )
+
+
+def _with_or_without(
+  crossed: Mapping[str, np.ndarray], judged: Judged
+) -> tuple[str, dict[str, Any]]:
+  """(the blend to use, what extra families are worth: {"extra"}, if there are any)."""
+  if WITH_EXTRA not in crossed:
+    return BLEND, {}
+  gain = cross_validation.paired_gain(crossed[WITH_EXTRA], crossed[BLEND], judged)
+  used = gain.interval()[0] > 0
+  worth = {
+    "score": float(judged.score(crossed[WITH_EXTRA])),
+    "gain": gain.mean,
+    "interval": list(gain.interval()),
+    "used": bool(used),
+  }
+  return WITH_EXTRA if used else BLEND, {"extra": worth}
 
 
 def _places(run: np.ndarray) -> np.ndarray:

@@ -183,10 +183,10 @@ def test_verbose_says_what_is_done(digits, capsys):
 @pytest.mark.parametrize(
   ("changes", "words"),
   [
-    ({"methods": "magic"}, "methods is 'magic', but must be 'fast' or names out of"),
-    ({"methods": ["lda", "magic"]}, "must be 'fast' or names"),
-    ({"methods": []}, "must be 'fast' or names"),
-    ({"methods": 5}, "must be 'fast' or names"),
+    ({"methods": "magic"}, "methods is 'magic', but must be 'fast', 'auto' or names out of"),
+    ({"methods": ["lda", "magic"]}, "must be 'fast', 'auto' or names"),
+    ({"methods": []}, "must be 'fast', 'auto' or names"),
+    ({"methods": 5}, "must be 'fast', 'auto' or names"),
     ({"criterion": "luck"}, "criterion is 'luck', but must be one of"),
     ({"cv": 1}, "cv is 1, but must be a whole number from 2"),
   ],
