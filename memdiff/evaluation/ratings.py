@@ -8,8 +8,9 @@
 which. It writes sheet_01.png, ... with numbered images over their prompts, ratings.csv to fill in,
 and key.csv, which says where each image is from. A rating is a whole number from 1, worst, to 5,
 best, in `quality` and in `matches`; images that are not rated stay empty. `read` gives means by
-source with 95 % intervals. FILE has `images` and `prompt`, as `memdiff.evaluation.clip_score` reads
-them.
+source with 95 % intervals. If DIR is the folder `ratings` of a run's workdir, the run's command,
+called again, puts them into its report. FILE has `images` and `prompt`, as
+`memdiff.evaluation.clip_score` reads them.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from memdiff.runtime.workdir import write_atomically
 
 _PAGE = 30  # images of a sheet
 ASKED = ("quality", "matches")
-_RATINGS, _KEY = "ratings.csv", "key.csv"
+FOLDER, _RATINGS, _KEY = "ratings", "ratings.csv", "key.csv"
 
 
 def make(sources: Mapping[str, str], out: pathlib.Path, number: int, seed: int = 0) -> int:
@@ -122,6 +123,31 @@ def _mean(ratings: Sequence[int]) -> dict[str, Any]:
   return {"mean": mean, "interval": [mean - float(half), mean + float(half)], "number": number}
 
 
+def of_run(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """What people say of the images of a run, from its folder `ratings`; None if there is none.
+
+  A table that cannot be read is said on stderr, since it is no reason to lose a report.
+  """
+  folder = workdir / FOLDER
+  if not (folder / _RATINGS).exists():
+    return None
+  try:
+    return read(folder)
+  except DataError as error:
+    print(f"memdiff: the report has no ratings. {error}", file=sys.stderr)
+    return None
+
+
+def cells(found: Mapping[str, Any]) -> list[str]:
+  """Of a source: one text for each of ASKED."""
+  return [_in_words(found[what]) if what in found else "" for what in ASKED]
+
+
+def _in_words(row: Mapping[str, Any]) -> str:
+  limits = " ({:.2f} to {:.2f})".format(*row["interval"]) if row["interval"] else ""
+  return f"{row['mean']:.2f}{limits}, {row['number']}"
+
+
 def _sources(arguments: Sequence[str]) -> dict[str, str]:
   pairs = [text.partition("=") for text in arguments]
   if not pairs or any(not name or not path for name, _, path in pairs):
@@ -140,9 +166,8 @@ def _rate(arguments: argparse.Namespace) -> None:
     return
   result = read(arguments.out)
   for name, found in result.items():
-    for what, row in found.items():
-      low, high = row["interval"] or (row["mean"], row["mean"])
-      print(f"{name:24s} {what:8s} {row['mean']:.2f} ({low:.2f} to {high:.2f}), {row['number']}")
+    for what, text in zip(ASKED, cells(found), strict=True):
+      print(f"{name:24s} {what:8s} {text or 'not rated'}")
   if arguments.json:
     arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from memdiff.evaluation import numerals, pool_tables, tables, wording
+from memdiff.evaluation import numerals, pool_tables, ratings, tables, wording
 from memdiff.evaluation.answer import answer
 from memdiff.evaluation.lookup import made_data, num_seeds
 
@@ -138,7 +138,16 @@ def common_view(report: Mapping[str, Any]) -> dict[str, Any]:
     "hardware": report.get("hardware") or {},
     "split": (report.get("dataset") or {}).get("split_sha256"),
     "config": _pretty(report.get("config")),
+    "ratings": _rated(report.get("ratings")),
   }
+
+
+def _rated(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+  """A table of what people say of images."""
+  if not found:
+    return None
+  lines = [(name, ratings.cells(of_source)) for name, of_source in found.items()]
+  return {"titles": ratings.ASKED, "lines": lines}
 
 
 def _breakable(text: str) -> markupsafe.Markup:

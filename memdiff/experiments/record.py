@@ -11,7 +11,7 @@ from input_pipeline.dataset import LongTailDataset
 from input_pipeline.embeddings import LongTailEmbeddings
 from memdiff import config as config_lib
 from memdiff.classifier import encoder
-from memdiff.evaluation import scores
+from memdiff.evaluation import ratings, scores
 from memdiff.experiments import summaries
 from memdiff.experiments.base import Experiment
 from memdiff.runtime import environment, meter
@@ -157,6 +157,8 @@ def write_report(
   result["timing"] = {"phases": phases, "stages": meter.read_all(experiment.workdir.path)} | {
     f"total_{key}": sum(phase[key] for phase in phases.values()) for key in keys
   }
+  if rated := ratings.of_run(experiment.workdir.path):
+    result["ratings"] = rated
   pictures = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}
   write_json(experiment.workdir.path / "report.json", result)
   page = render(result, pictures).encode(errors="backslashreplace")

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from memdiff.evaluation import ratings
+from memdiff.evaluation import ratings, report
 from memdiff.runtime.workdir import write_arrays
+from tests.evaluation.sample_report import make_report
 
 
 def write_source(path, number, value):
@@ -103,3 +104,21 @@ def test_what_is_missing_is_one_sentence(made, tmp_path, capsys):
     assert ratings.main(flags) > 0
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+
+
+def test_ratings_in_the_folder_of_a_run_enter_its_page(made, tmp_path, capsys):
+  workdir = tmp_path / "run"
+  assert ratings.of_run(workdir) is None
+  workdir.mkdir()
+  made.rename(workdir / ratings.FOLDER)
+  assert ratings.of_run(workdir) is None  # not filled in yet: said, and no reason to fail
+  assert "the report has no ratings" in capsys.readouterr().err
+  fill(
+    workdir / ratings.FOLDER,
+    lambda key, name: "4" if (key["source"], name) == ("dark", "quality") else "2",
+  )
+  found = ratings.of_run(workdir)
+  assert found["dark"]["quality"]["mean"] == 4 and found["bright"]["matches"]["mean"] == 2
+  page = report.render_html(make_report() | {"ratings": found}, {})
+  assert "What people say" in page and "4.00 (4.00 to 4.00), 20" in page
+  assert "What people say" not in report.render_html(make_report(), {})
