@@ -71,10 +71,14 @@ def _of_seeds(array: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
 
 
 def _network(run: FinishedRun, folder: str, loss: str, mesh: Mesh) -> tuple[Weights, dict]:
-  """A whole classifier of images, and what Classifier needs beside its weights."""
+  """A whole classifier of images, and what Classifier needs beside its weights.
+
+  It computes in float32, so that programs for all platforms agree, whatever it was trained in.
+  """
   state = results.load(run.folder(folder), mesh)
   variables = {"params": state.params, "batch_stats": state.model_state}
-  settings = run.settings.encoder
+  backbone = dataclasses.replace(run.settings.encoder.backbone, dtype="float32")
+  settings = dataclasses.replace(run.settings.encoder, backbone=backbone)
   model = encoder.make_model(settings, loss, len(run.class_names))
   return _NOTHING.replace(network=variables), {"network": model, "input": settings.input}
 
