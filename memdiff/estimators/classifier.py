@@ -18,10 +18,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 import memdiff
 from memdiff.errors import DataError, WorkdirError
-from memdiff.estimators import generated
+from memdiff.estimators import class_embeddings, generated
 from memdiff.estimators.scale import Scale
 from memdiff.evaluation import criteria, cross_validation
-from memdiff.fitting import blend
+from memdiff.fitting import blend, knowledge
 from memdiff.fitting.heads import FAMILIES, KINDS, Head, Training
 from memdiff.fitting.selection import Fold, distinct, few_threads, select, training
 from memdiff.runtime.workdir import read_arrays, write_arrays
@@ -46,6 +46,11 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       minutes; what they will cost is said on stderr.
     criterion: what counts, "balanced_accuracy", "accuracy" or "macro_f1". Unless it is accuracy,
       heads and probabilities are those of classes that come equally often.
+    class_embeddings: what is known of the classes beside their examples, as embeddings of names or
+      descriptions: an array [C, E] in the order of the sorted labels, {label: embedding}, the path
+      of a .npz file with `names` and `embeddings`, or "names" for labels in words, which MiniLM
+      reads. A family that expects the means of classes where these tell takes part only if the
+      blend is better with it, as generators do.
     cv: folds of cross-validation. A class with one example always trains.
     random_state: seed of the folds; an int makes results reproducible.
     verbose: 1 prints what is done.
@@ -57,9 +62,9 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     weights_: {family: weight in the blend}.
     recommendation_: {"method", "weights", "score", "plain", "gain", "interval", "scores"}: the
       criterion on held-out examples, of the blend, of plain logistic regression, their difference
-      with a 95 % interval, and the criterion of every family; with generators also "extra": the
-      score with them, its gain over that without, and whether they are used. None if no class has
-      two examples.
+      with a 95 % interval, and the criterion of every family; with generators or embeddings of
+      classes also "extra": the score with them, its gain over that without, and whether they are
+      used. None if no class has two examples.
     skipped_: {family: settings that later folds did not look at, since they lay clearly behind}.
   """
 
@@ -68,12 +73,14 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     methods: str | Sequence[str] = FAST,
     *,
     criterion: str = "balanced_accuracy",
+    class_embeddings: Any = None,
     cv: int = 5,
     random_state: Any = None,
     verbose: int = 0,
   ):
     self.methods = methods
     self.criterion = criterion
+    self.class_embeddings = class_embeddings
     self.cv = cv
     self.random_state = random_state
     self.verbose = verbose
@@ -140,7 +147,11 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
   def _fit(self, features: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> None:
     seed = check_random_state(self.random_state).randint(2**31)
     made = {n: generated.Generated(n, seed) for n in names if n not in FAMILIES}
-    families = {n: made[n].family() if n in made else FAMILIES[n] for n in names}
+    extra = {name: one.family() for name, one in made.items()}
+    if self.class_embeddings is not None:
+      embeddings = class_embeddings.of_classes(self.class_embeddings, self.classes_)
+      extra[knowledge.NAME] = knowledge.family(embeddings)
+    families = {name: FAMILIES[name] for name in names if name not in made} | extra
     rows = self._held_out(labels, seed)
     self._scale, training = self._training(features, labels)
     generated.prepare(list(made.values()), training, len(rows), _say_on_stderr)
@@ -156,11 +167,11 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       judged = cross_validation.judged_examples(
         cross_validation.padded(rows), labels, self.criterion, len(self.classes_)
       )
-      selected = select(folds, judged, families, self._say, list(made))
+      selected = select(folds, judged, families, self._say, list(extra))
       self.settings_, self.weights_ = selected.settings, selected.weights
       self.recommendation_, self.skipped_ = selected.recommendation, selected.skipped
     else:  # nothing can be held out
-      used = [name for name in names if name not in made] or names
+      used = [name for name in families if name not in extra] or list(families)
       self.settings_ = {name: families[name].settings[0] for name in used}
       self.weights_ = {name: 1 / len(used) for name in used}
       self.recommendation_, self.skipped_ = None, {}
@@ -261,12 +272,13 @@ def _say_on_stderr(words: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-  """A parameter as JSON has it; a random state that is no whole number is not kept."""
+  """A parameter as JSON has it; random states and embeddings of classes are not kept."""
   if isinstance(value, numbers.Integral):
     return int(value)
   if isinstance(value, (str, type(None))):
     return value
-  return [str(name) for name in value] if isinstance(value, Iterable) else None
+  names = list(value) if isinstance(value, Iterable) else []
+  return names if names and all(isinstance(name, str) for name in names) else None
 
 
 def _read(kind: type[Head], name: str, arrays: Mapping[str, np.ndarray]) -> Head:

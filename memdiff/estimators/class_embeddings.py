@@ -1,0 +1,70 @@
+"""Embeddings of classes, however they are given."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from memdiff.errors import WorkdirError
+from memdiff.runtime.workdir import read_arrays
+
+NAMES = "names"
+_ARRAYS = ("names", "embeddings")
+
+
+def of_classes(given: Any, classes: np.ndarray) -> np.ndarray:
+  """Embeddings [C, E] in the order of `classes` [C].
+
+  Args:
+    given: an array [C, E] in that order; {label: embedding}; the path of a .npz file with `names`
+      and `embeddings`; or "names": the labels are texts, which a sentence encoder reads.
+    classes: the labels, sorted.
+
+  Raises:
+    ValueError: if a class has none, or they are no finite numbers of one length.
+    DataError: if the sentence encoder is not installed.
+  """
+  if isinstance(given, str) and given == NAMES:
+    return _of_names(classes)
+  if isinstance(given, (str, pathlib.Path)):
+    given = _of_file(pathlib.Path(given))
+  if isinstance(given, Mapping):
+    missing = [label for label in classes.tolist() if label not in given]
+    if missing:
+      raise ValueError(
+        f"class_embeddings has none for {len(missing)} classes, for example {missing[0]!r}."
+      )
+    given = [given[label] for label in classes.tolist()]
+  try:
+    found = np.array(given, np.float64)
+  except (TypeError, ValueError):
+    found = np.zeros(0)
+  if found.ndim != 2 or len(found) != len(classes):
+    raise ValueError(
+      f"class_embeddings must be one row of numbers for each of the {len(classes)} classes, all of"
+      " one length."
+    )
+  if not np.isfinite(found).all():
+    raise ValueError("class_embeddings has a NaN or an infinity.")
+  return found
+
+
+def _of_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    names, embeddings = read_arrays(path, _ARRAYS).values()
+  except WorkdirError as error:
+    raise ValueError(
+      f"class_embeddings is {path}, which cannot be read ({error.__cause__}); it must be"
+      f" {NAMES!r} or a .npz file with {' and '.join(_ARRAYS)}."
+    ) from error
+  return dict(zip(names.tolist(), embeddings, strict=False))
+
+
+def _of_names(classes: np.ndarray) -> np.ndarray:
+  from memdiff.synthesis.text_to_image import sentences  # only if they are asked for
+
+  if not all(isinstance(label, str) for label in classes.tolist()):
+    raise ValueError("class_embeddings is 'names', but the labels are no texts.")
+  said = [label.replace("_", " ").replace("-", " ") for label in classes.tolist()]
+  return sentences.embed(sentences.load("minilm", ""), said).astype(np.float64)

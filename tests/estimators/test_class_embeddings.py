@@ -1,0 +1,108 @@
+"""What is known of classes: how it may be given, and that it is used if it clearly helps."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import balanced_accuracy_score
+
+from memdiff import LongTailClassifier
+from memdiff.estimators import class_embeddings
+from memdiff.fitting import heads, knowledge, selection
+
+CLASSES, DIM = 30, 8
+
+
+@pytest.fixture(scope="module")
+def data():
+  """Classes whose means follow from their embeddings, most of them of three examples."""
+  rng = np.random.default_rng(0)
+  embeddings = rng.normal(size=(CLASSES, 4))
+  means = embeddings @ rng.normal(size=(4, DIM)) + 0.1 * rng.normal(size=(CLASSES, DIM))
+  counts = np.where(np.arange(CLASSES) < 5, 60, 3)
+
+  def draw(numbers):
+    labels = np.repeat(np.arange(CLASSES), numbers)
+    return means[labels] + 1.5 * rng.normal(size=(len(labels), DIM)), labels
+
+  return embeddings, *draw(counts), *draw(np.full(CLASSES, 40))
+
+
+def fitted(data, embeddings):
+  model = LongTailClassifier(["plda"], class_embeddings=embeddings, cv=2, random_state=0)
+  return model.fit(data[1], data[2])
+
+
+def test_true_knowledge_is_used_and_helps(data):
+  without, model = fitted(data, None), fitted(data, data[0])
+  assert model.recommendation_["extra"]["used"] and knowledge.NAME in model.weights_
+  scores = [balanced_accuracy_score(data[4], m.predict(data[3])) for m in (without, model)]
+  assert scores[1] > scores[0] + 0.05
+
+
+def test_knowledge_that_tells_nothing_is_left_out(data):
+  noise = np.random.default_rng(1).normal(size=(CLASSES, 4))
+  without, model = fitted(data, None), fitted(data, noise)
+  assert not model.recommendation_["extra"]["used"] and list(model.weights_) == ["plda"]
+  np.testing.assert_allclose(model.predict_proba(data[3]), without.predict_proba(data[3]))
+
+
+def test_the_penalty_is_chosen_by_what_the_map_says_of_classes_that_it_has_not_seen(data):
+  rng = np.random.default_rng(2)
+  embeddings, counts = data[0], np.array([3] * 29 + [0])
+  means = embeddings @ rng.normal(size=(4, DIM))
+  told = knowledge._map(embeddings, means, counts)
+  np.testing.assert_allclose(told.expected[-1], means[-1], atol=0.3)  # of a class without examples
+  # The shortcut for leaving one out says what leaving it out says, weights and centre apart.
+  noisy = means + rng.normal(size=means.shape)
+  missed = knowledge._map(embeddings, noisy, counts).missed
+  alone = []
+  for c in range(29):
+    fewer = counts.copy()
+    fewer[c] = 0
+    alone.append(noisy[c] - knowledge._map(embeddings, noisy, fewer).expected[c])
+  assert np.corrcoef(missed.ravel(), np.ravel(alone))[0, 1] > 0.98
+
+
+def test_where_all_classes_are_alike_in_embedding_it_is_plain_plda(data):
+  X, y = data[1].astype(np.float32), data[2]
+  training = selection.training(X, y, CLASSES, "balanced_accuracy")
+  (plain,) = heads.FAMILIES["plda"].fit(training, (0.1,))
+  (same,) = knowledge.family(np.zeros((CLASSES, 3))).fit(training, (0.1,))
+  agree = plain.logits(X).argmax(axis=1) == same.logits(X).argmax(axis=1)
+  assert agree.mean() > 0.9
+
+
+def test_embeddings_may_be_given_in_several_ways(tmp_path):
+  classes = np.array(["ant", "bee"])
+  rows = np.array([[1.0, 2.0], [3.0, 4.0]])
+  np.savez(tmp_path / "known.npz", names=np.array(["bee", "ant", "cow"]),
+           embeddings=np.array([rows[1], rows[0], [9, 9]]))  # fmt: skip
+  for given in (
+    rows, rows.tolist(), {"bee": rows[1], "ant": rows[0], "cow": [9, 9]},
+    str(tmp_path / "known.npz"), tmp_path / "known.npz",
+  ):  # fmt: skip
+    np.testing.assert_array_equal(class_embeddings.of_classes(given, classes), rows)
+
+
+@pytest.mark.parametrize(
+  ("given", "words"),
+  [
+    ({"ant": [1.0]}, "has none for 1 classes, for example 'bee'"),
+    ([[1.0, 2.0]], "must be one row of numbers for each of the 2 classes"),
+    ({"ant": [1.0], "bee": [1.0, 2.0]}, "all of one length"),
+    ([[1.0], [np.nan]], "NaN or an infinity"),
+    ("nothing.npz", "nothing.npz, which cannot be read"),
+    (5, "must be one row of numbers"),
+  ],
+)
+def test_embeddings_that_do_not_fit_are_refused(given, words):
+  with pytest.raises(ValueError, match=words):
+    class_embeddings.of_classes(given, np.array(["ant", "bee"]))
+  with pytest.raises(ValueError, match="labels are no texts"):
+    class_embeddings.of_classes("names", np.array([0, 1]))
+
+
+def test_a_classifier_that_knows_its_classes_is_saved(data, tmp_path):
+  model = fitted(data, data[0])
+  model.save(tmp_path / "model.npz")
+  loaded = LongTailClassifier.load(tmp_path / "model.npz")
+  np.testing.assert_array_equal(loaded.predict_proba(data[3]), model.predict_proba(data[3]))
