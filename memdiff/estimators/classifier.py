@@ -22,11 +22,12 @@ from memdiff.estimators import class_embeddings, generated
 from memdiff.estimators.scale import Scale
 from memdiff.evaluation import criteria, cross_validation
 from memdiff.fitting import blend, knowledge
-from memdiff.fitting.heads import FAMILIES, KINDS, Head, Training
+from memdiff.fitting.heads import FAMILIES, KINDS, REGRESSIONS, Head, Training
 from memdiff.fitting.selection import Fold, distinct, few_threads, select, training
 from memdiff.runtime.workdir import read_arrays, write_arrays
 
 FAST, AUTO = "fast", "auto"
+_REGRESSED = 2**34  # numbers times classes up to which regressions are fitted unasked
 _SCALE = dataclasses.fields(Scale)
 # Of a saved classifier.
 _KEPT = ("settings_", "weights_", "recommendation_", "skipped_", "n_features_in_")
@@ -40,7 +41,8 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
   worth beside plain logistic regression, before any test example is seen.
 
   Parameters:
-    methods: "fast" for all families of `memdiff.fitting.heads`, "auto" for these and three
+    methods: "fast" for all families of `memdiff.fitting.heads`, regressions excepted if they would
+      take hours, "auto" for these and three
       generators of features, or names of families and generators. What generators make takes part
       only if the blend is better with it, with 95 % confidence in cross-validation. They take
       minutes; what they will cost is said on stderr.
@@ -62,7 +64,8 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     weights_: {family: weight in the blend}.
     recommendation_: {"method", "weights", "score", "plain", "gain", "interval", "scores"}: the
       criterion on held-out examples, of the blend, of plain logistic regression, their difference
-      with a 95 % interval, and the criterion of every family; with generators or embeddings of
+      with a 95 % interval (None if plain regression was not fitted), and the criterion of every
+      family; with generators or embeddings of
       classes also "extra": the score with them, its gain over that without, and whether they are
       used. None if no class has two examples.
     skipped_: {family: settings that later folds did not look at, since they lay clearly behind}.
@@ -99,6 +102,12 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       raise ValueError(
         f"Only one class is in y, {self.classes_[0]!r}, but a classifier needs two or more."
       )
+    if self._is_large(X) and isinstance(self.methods, str):
+      families = [name for name in families if name not in REGRESSIONS]
+      _say_on_stderr(
+        f"regressions are left out, since they would take hours on {len(X):,} x {X.shape[1]:,}"
+        f" features of {len(self.classes_):,} classes; name them in methods to fit them"
+      )
     with few_threads(X, len(self.classes_)):
       self._fit(X, labels, families)
     return self
@@ -128,14 +137,21 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       raise ValueError(f"cv is {self.cv!r}, but must be a whole number from 2.")
     return distinct(names, self.criterion)
 
+  def _is_large(self, features: np.ndarray) -> bool:
+    """Whether regressions take hours."""
+    return features.size * len(self.classes_) > _REGRESSED
+
   def _say(self, words: str) -> None:
     if self.verbose:
       print(words)
 
-  def _training(self, features: np.ndarray, labels: np.ndarray) -> tuple[Scale, Training]:
-    """Features of some rows in the scale in which heads are fitted, and that scale."""
-    scale = Scale.of(features)
-    scaled = scale.forward(features)
+  def _training(
+    self, features: np.ndarray, labels: np.ndarray, rows: np.ndarray | None = None
+  ) -> tuple[Scale, Training]:
+    """All or some rows in the scale in which heads are fitted, and that scale."""
+    scale = Scale.of(features, rows)
+    labels = labels if rows is None else labels[rows]
+    scaled = scale.forward(features, rows)
     return scale, training(scaled, labels, len(self.classes_), self.criterion)
 
   def _held_out(self, labels: np.ndarray, seed: int) -> list[np.ndarray]:
@@ -159,15 +175,17 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     def fold(held_out: np.ndarray) -> Fold:
       trains = np.ones(len(labels), bool)
       trains[held_out] = False
-      scale, training = self._training(features[trains], labels[trains])
-      return Fold(training, scale.forward(features[held_out]))
+      scale, training = self._training(features, labels, np.flatnonzero(trains))
+      return Fold(training, scale.forward(features, held_out))
 
     if rows:
       folds = [functools.partial(fold, of_fold) for of_fold in rows]
       judged = cross_validation.judged_examples(
         cross_validation.padded(rows), labels, self.criterion, len(self.classes_)
       )
-      selected = select(folds, judged, families, self._say, list(extra))
+      selected = select(
+        folds, judged, families, self._say, list(extra), not self._is_large(features)
+      )
       self.settings_, self.weights_ = selected.settings, selected.weights
       self.recommendation_, self.skipped_ = selected.recommendation, selected.skipped
     else:  # nothing can be held out

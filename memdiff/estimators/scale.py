@@ -29,30 +29,40 @@ class Scale:
   lowest: np.ndarray
 
   @classmethod
-  def of(cls, features: np.ndarray) -> "Scale":
-    """Of [N, D] finite numbers; what is constant depends on their type."""
-    peak = np.maximum(features.max(axis=0), -features.min(axis=0)).astype(np.float64)
+  def of(cls, features: np.ndarray, rows: np.ndarray | None = None) -> "Scale":
+    """Of [N, D] finite numbers, all or some rows; what is constant depends on their type."""
+    parts = _parts(features, rows)
+    number = sum(len(features[part]) for part in parts)
+    smallest = np.min([features[part].min(axis=0) for part in parts], axis=0)
+    largest = np.max([features[part].max(axis=0) for part in parts], axis=0)
+    peak = np.maximum(largest, -smallest).astype(np.float64)
     peak[peak == 0] = 1
-    number = len(features)
-    parts = [slice(start, start + _ROWS) for start in range(0, number, _ROWS)]
     mean = sum((features[part] / peak[None]).sum(axis=0) for part in parts) / number
     squares = sum(np.square(features[part] / peak[None] - mean[None]).sum(axis=0) for part in parts)
     deviation = np.sqrt(squares / number)
     deviation[deviation <= np.finfo(features.dtype).eps] = 0
-    lowest = np.where(features.min(axis=0) < 0, -np.inf, 0.0)
+    lowest = np.where(smallest < 0, -np.inf, 0.0)
     return cls(peak, mean, deviation, lowest)
 
-  def forward(self, features: np.ndarray) -> np.ndarray:
-    """[N, D] -> float32 [N, D]; columns that were constant become 0."""
+  def forward(self, features: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    """[N, D], all or n rows -> float32 [n, D]; columns that were constant become 0."""
     inverse = np.where(self.deviation > 0, 1 / np.maximum(self.deviation, 1e-300), 0)
-    found = np.empty(features.shape, np.float32)
-    for start in range(0, len(features), _ROWS):
-      part = slice(start, start + _ROWS)
+    found = np.empty((len(features) if rows is None else len(rows), features.shape[1]), np.float32)
+    for number, part in enumerate(_parts(features, rows)):
       moved = (features[part] / self.peak[None] - self.mean[None]) * inverse[None]
-      found[part] = np.clip(moved, -_FARTHEST, _FARTHEST)
+      start = number * _ROWS
+      found[start : start + len(moved)] = np.clip(moved, -_FARTHEST, _FARTHEST)
     return found
 
   def backward(self, scaled: np.ndarray) -> np.ndarray:
     """Back to the units of the features, float64; no negative numbers where there were none."""
     raw = (scaled * self.deviation[None] + self.mean[None]) * self.peak[None]
     return np.maximum(raw, self.lowest[None])
+
+
+def _parts(features: np.ndarray, rows: np.ndarray | None) -> list[slice | np.ndarray]:
+  """What picks all or some rows, a few at a time."""
+  starts = range(0, len(features) if rows is None else len(rows), _ROWS)
+  if rows is None:
+    return [slice(start, start + _ROWS) for start in starts]
+  return [rows[start : start + _ROWS] for start in starts]

@@ -19,6 +19,7 @@ from memdiff.classifier.priors import log_shares
 
 _ITERATIONS = 200  # of L-BFGS, at most
 _FLATTER, _BETTER = 1e-3, 1e-5  # it ends if its gradient or its progress is smaller, relatively
+_ROWS = 2**16  # features at a time
 _AT_ONCE = 2**26  # logits
 _LEAST = 1e-6  # of a variance, relative to the mean of all
 
@@ -50,11 +51,20 @@ class Training:
   @functools.cached_property
   def means(self) -> np.ndarray:
     """Of the classes, 0 for one without features. [C, D]."""
-    present = np.flatnonzero(self.counts)
-    starts = (np.cumsum(self.counts) - self.counts)[present]
-    ordered = self.features[np.argsort(self.labels, kind="stable")]
+    return self.means_of(lambda rows: rows)
+
+  def means_of(self, transform: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Class means [C, D] of what `transform` makes of rows [n, D], some at a time."""
+    from scipy import sparse  # takes a fifth of a second
+
+    weight = (1 / np.maximum(self.counts, 1)).astype(np.float32)[self.labels]
     means = np.zeros((len(self.counts), self.features.shape[1]), np.float32)
-    means[present] = np.add.reduceat(ordered, starts, axis=0) / self.counts[present, None]
+    for start in range(0, len(self.labels), _ROWS):
+      rows = slice(start, start + _ROWS)
+      number = len(self.labels[rows])
+      places = self.labels[rows], np.arange(number)
+      of_class = sparse.csr_array((weight[rows], places), (len(means), number))
+      means += of_class @ transform(self.features[rows])
     return means
 
   @functools.cached_property
@@ -188,8 +198,7 @@ def centroids(training: Training, settings: Sequence[float]) -> list[Head]:
   """
   found = []
   for power in settings:
-    transformed = dataclasses.replace(training, features=_powers(training.features, power))
-    means = _unit(transformed.means)
+    means = _unit(training.means_of(functools.partial(_powers, power=power)))
     found.append(Cosines(np.float32(power), means, training.log_shares))
   return found
 

@@ -171,6 +171,7 @@ def select(
   families: Mapping[str, Family],
   say: Callable[[str], None],
   extra: Sequence[str] = (),
+  plain: bool = True,
 ) -> Selected:
   """Chooses settings and weights by examples that folds hold out.
 
@@ -180,8 +181,9 @@ def select(
     families: those of the blend, by name.
     say: prints what is done.
     extra: families that take part only if the blend is better with them, with 95 % confidence.
+    plain: whether plain regression is fitted too, to be held against the blend.
   """
-  known = {PLAIN: FAMILIES[PLAIN]} | dict(families)
+  known = ({PLAIN: FAMILIES[PLAIN]} if plain else {}) | dict(families)
   wanted = {name: _Candidates.of(family, len(judged.label)) for name, family in known.items()}
   base = [name for name in families if name not in extra] or list(families)
   blends = {BLEND: base} | ({WITH_EXTRA: list(families)} if len(base) < len(families) else {})
@@ -226,23 +228,18 @@ def select(
         crossed[which][part] = logits.argmax(axis=1)
   chosen, weights, parts = choose(every)
   used, of_extra = _with_or_without(crossed, judged)
-  gain = cross_validation.paired_gain(crossed[used], crossed[PLAIN], judged)
   logits = blend.blended(weights[used], [parts[n] for n in blends[used]])
   weights = dict(zip(blends[used], weights[used].tolist(), strict=True))
   found = {
     "method": BLEND,
     "criterion": judged.criterion,
     "score": float(judged.score(crossed[used])),
-    "plain": float(judged.score(crossed[PLAIN])),
-    "gain": gain.mean,
-    "interval": list(gain.interval()),
+    **_beside_plain(crossed[used], crossed.get(PLAIN), judged),
     "scores": {name: float(judged.score(crossed[name])) for name in wanted},
     "weights": weights,
   } | of_extra
-  say(
-    f"{judged.criterion} {found['score']:.3f} on held-out examples, plain logistic regression"
-    f" {found['plain']:.3f}"
-  )
+  beside = f", plain logistic regression {found['plain']:.3f}" if PLAIN in known else ""
+  say(f"{judged.criterion} {found['score']:.3f} on held-out examples{beside}")
   return Selected(
     {name: known[name].settings[chosen[name]] for name in blends[used]},
     weights,
@@ -255,6 +252,18 @@ def select(
     sample,
     parts | {BLEND: logits},
   )
+
+
+def _beside_plain(blended: np.ndarray, plain: np.ndarray | None, judged: Judged) -> dict[str, Any]:
+  """{"plain", "gain", "interval"} of predictions [E]; None without plain regression."""
+  if plain is None:
+    return dict.fromkeys(("plain", "gain", "interval"))
+  gain = cross_validation.paired_gain(blended, plain, judged)
+  return {
+    "plain": float(judged.score(plain)),
+    "gain": gain.mean,
+    "interval": list(gain.interval()),
+  }
 
 
 def _with_or_without(

@@ -17,6 +17,7 @@ from sklearn.utils.estimator_checks import check_estimator
 import memdiff
 from memdiff import LongTailClassifier
 from memdiff.errors import DataError
+from memdiff.estimators.scale import Scale
 from memdiff.fitting.heads import FAMILIES
 from tests.support import ROOT
 
@@ -229,3 +230,26 @@ def test_importing_memdiff_imports_no_library():
   assert set(memdiff.__all__) == {"FeatureHallucinator", "LongTailClassifier"}
   with pytest.raises(AttributeError, match="no attribute 'Magic'"):
     _ = memdiff.Magic
+
+
+def test_regressions_that_would_take_hours_are_left_out_unless_they_are_named(
+  digits, monkeypatch, capsys
+):
+  monkeypatch.setattr("memdiff.estimators.classifier._REGRESSED", 1)
+  model = LongTailClassifier(cv=2, random_state=0).fit(*digits[:2])
+  assert list(model.settings_) == ["plda", "lda", "centroid"]
+  assert model.recommendation_["plain"] is None is model.recommendation_["interval"]
+  assert "regressions are left out" in capsys.readouterr().err
+  named = LongTailClassifier(["lda", "weighted_logistic"], cv=2, random_state=0)
+  assert list(named.fit(*digits[:2]).settings_) == ["lda", "weighted_logistic"]
+  assert not capsys.readouterr().err
+
+
+def test_the_scale_of_some_rows_is_that_of_these_alone(monkeypatch):
+  monkeypatch.setattr("memdiff.estimators.scale._ROWS", 7)
+  rng = np.random.default_rng(0)
+  features, rows = rng.normal(5, 3, size=(40, 3)), rng.permutation(40)[:17]
+  some, alone = Scale.of(features, rows), Scale.of(features[rows])
+  for name in ("peak", "mean", "deviation", "lowest"):
+    np.testing.assert_allclose(getattr(some, name), getattr(alone, name), rtol=1e-12)
+  np.testing.assert_array_equal(some.forward(features, rows), some.forward(features[rows]))

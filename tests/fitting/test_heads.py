@@ -173,3 +173,14 @@ def test_what_tells_nothing_gets_no_weight_and_what_tells_more_gets_more():
 
 def test_no_classifier_alone_rules_a_class_out():
   assert blend.log_probabilities(np.array([[0.0, -1e4]])).min() == -30
+
+
+def test_means_are_the_same_some_rows_at_a_time(monkeypatch):
+  rng = np.random.default_rng(0)
+  labels = rng.integers(0, 5, 300)
+  features = rng.normal(size=(300, 4)).astype(np.float32)
+  monkeypatch.setattr(heads, "_ROWS", 7)
+  means = Training(features, labels, np.full(6, 1 / 6)).means_of(np.square)
+  expected = [np.square(features[labels == c]).mean(axis=0) for c in range(5)]
+  np.testing.assert_allclose(means[:5], expected, rtol=1e-5)
+  assert not means[5].any()

@@ -1,0 +1,169 @@
+"""Time and memory of classifiers of embeddings, and of samplers, up to a million rows.
+
+  python -m benchmarks.embeddings_scale --rows 10000 100000 --json FILE
+
+Each method runs in a process of its own, so that its peak memory is its own; that of the data is
+told beside it. Data are drawn: classes with means a little apart, of sizes that fall by a factor of
+100 from the most common class to the rarest. Accuracy is on a balanced test set; it tells that a
+method works, not how good it is on real embeddings, which benchmarks.embeddings tells. SMOTE needs
+imbalanced-learn, and is left out without it. FILE keeps what it has; results are added to it.
+"""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
+
+from benchmarks.speed_tables import machine
+from benchmarks.timing import environment
+from memdiff import FeatureHallucinator, LongTailClassifier
+
+_TEST, _RATIO = 20, 100
+_LIMIT = 3600  # seconds for one method
+
+
+def _data(rows: int, dim: int, classes: int) -> tuple[np.ndarray, ...]:
+  """(features, labels, test features, test labels)."""
+  rng = np.random.default_rng(0)
+  sizes = _RATIO ** -np.linspace(0, 1, classes)
+  counts = np.maximum(np.round(rows * sizes / sizes.sum()).astype(int), 2)
+  means = rng.normal(size=(classes, dim)).astype(np.float32) * np.float32(3 / np.sqrt(dim))
+
+  def draw(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    labels = np.repeat(np.arange(classes), numbers)
+    features = rng.standard_normal((len(labels), dim), np.float32)
+    for c in range(classes):  # without a copy of all
+      features[labels == c] += means[c]
+    return features, labels
+
+  return *draw(counts), *draw(np.full(classes, _TEST))
+
+
+def _smote(X: np.ndarray, y: np.ndarray) -> Any:
+  from imblearn.over_sampling import SMOTE
+
+  return SMOTE(k_neighbors=1, random_state=0).fit_resample(X, y)
+
+
+FITS: dict[str, Callable[[np.ndarray, np.ndarray], Any]] = {
+  "LongTailClassifier": lambda X, y: LongTailClassifier(random_state=0).fit(X, y),
+  "LogisticRegression, balanced, C = 1": lambda X, y: LogisticRegression(
+    class_weight="balanced", max_iter=200
+  ).fit(X, y),
+  "LDA": lambda X, y: LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(X, y),
+}
+SAMPLERS: dict[str, Callable[[np.ndarray, np.ndarray], Any]] = {
+  "FeatureHallucinator, gaussian_shared": lambda X, y: FeatureHallucinator(
+    "gaussian_shared", sampling_strategy="auto", random_state=0
+  ).fit_resample(X, y),
+}
+if importlib.util.find_spec("imblearn"):
+  SAMPLERS["SMOTE"] = _smote
+
+
+def _peak() -> float:
+  """GB that this process has held at most."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _measure(method: str, rows: int, dim: int, classes: int) -> dict[str, Any]:
+  """In this process."""
+  X, y, test, labels = _data(rows, dim, classes)
+  before, begun, worked = _peak(), time.perf_counter(), time.process_time()
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # iterations that end
+    found = (FITS | SAMPLERS)[method](X, y)
+  result = {
+    "method": method, "rows": len(X), "dimensions": dim, "classes": classes,
+    "seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - worked,
+    "data_gb": before, "peak_gb": _peak(), "balanced_accuracy": None,
+  }  # fmt: skip
+  if method in FITS:
+    result["balanced_accuracy"] = float((found.predict(test) == labels).mean())
+  return result
+
+
+def _in_a_process(method: str, rows: int, dim: int, classes: int) -> dict[str, Any] | None:
+  command = [sys.executable, "-m", "benchmarks.embeddings_scale", "--one", method]
+  command += ["--rows", str(rows), "--dimensions", str(dim), "--classes", str(classes)]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+  except subprocess.TimeoutExpired:
+    print(f"{method} on {rows:,} rows was stopped after {_LIMIT} seconds", file=sys.stderr)
+  except subprocess.CalledProcessError as error:
+    last = (error.stderr.strip().splitlines() or ["it was killed, perhaps for memory"])[-1]
+    print(f"{method} on {rows:,} rows failed: {last}", file=sys.stderr)
+  return None
+
+
+_TOP = """# Classifiers of embeddings at scale
+
+Time and peak memory of each method in a process of its own. The data are drawn, and the accuracy tells only that a
+method works; [embeddings.md](embeddings.md) compares on real embeddings. `LongTailClassifier` fits six families of
+heads with five folds, and tunes them; the others fit once, untuned. From 2^34 numbers times classes on it leaves
+regressions out, unless they are named.
+
+| rows x numbers, classes | method | seconds | CPU-seconds | peak GB | of that, data | balanced accuracy, % |
+|---|---|---|---|---|---|---|
+"""  # noqa: E501
+
+
+def page(result: dict[str, Any]) -> str:
+  """The committed page."""
+  lines = []
+  for row in result["records"]:
+    accuracy = row["balanced_accuracy"]
+    told = "" if accuracy is None else f"{100 * accuracy:.1f}"
+    lines.append(
+      f"| {row['rows']:,} x {row['dimensions']}, {row['classes']:,} | {row['method']}"
+      f" | {row['seconds']:.0f} | {row['cpu_seconds']:.0f} | {row['peak_gb']:.1f}"
+      f" | {row['data_gb']:.1f} | {told} |"
+    )
+  table = "\n".join(lines)
+  return f"{_TOP}{table}\n\n`{result['command']}`: {machine(result)}\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
+  parser.add_argument("--dimensions", type=int, default=512)
+  parser.add_argument("--classes", type=int, default=100)
+  parser.add_argument("--methods", nargs="+", help="some of them, by name")
+  parser.add_argument("--one", help="measure one method in this process, and print it as JSON")
+  parser.add_argument("--json", type=pathlib.Path, help="file of results, to which is added")
+  arguments = parser.parse_args(argv)
+  size = arguments.dimensions, arguments.classes
+  if arguments.one:
+    print(json.dumps(_measure(arguments.one, arguments.rows[0], *size)))
+    return
+  result = {"command": "python -m benchmarks.embeddings_scale", "records": []} | environment()
+  if arguments.json and arguments.json.exists():
+    result["records"] = json.loads(arguments.json.read_text(encoding="utf-8"))["records"]
+  for rows in arguments.rows:
+    for method in arguments.methods or [*FITS, *SAMPLERS]:
+      found = _in_a_process(method, rows, *size)
+      if found is None:
+        continue
+      print(found, flush=True)
+      result["records"].append(found)
+      if arguments.json:
+        text = json.dumps(result, indent=1) + "\n"
+        arguments.json.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+  main()
