@@ -42,6 +42,8 @@ def test_a_phase_that_has_begun_compiles_its_programs_itself(experiment):
     return Phase(name, name, work, (), compile_ahead=lambda _: compiled.append(name))
 
   phases = phase("bank", lambda _: {}), phase("train", train), phase("select", lambda _: {})
-  kind = SimpleNamespace(phases_of=lambda _: phases, render=None, summarise=lambda _: "")
+  kind = SimpleNamespace(
+    phases_of=lambda _: phases, render=None, summarise=lambda _: "", predicts=False
+  )
   pipeline._run_phases(experiment, kind)
   assert compiled == ["select"]

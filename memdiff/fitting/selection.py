@@ -91,6 +91,11 @@ class _Candidates:
     near = cross_validation.contenders(found, judged.only(seen), _MARGIN)
     self.alive = [j for j, is_near in zip(self.alive, near, strict=True) if is_near]
 
+  @property
+  def skipped(self) -> list[float]:
+    """Settings that no later fold looked at."""
+    return [s for j, s in enumerate(self.family.settings) if j not in self.alive]
+
   def best(self, judged: Judged, rows: np.ndarray) -> int:
     """The setting with the highest score on some examples [E]."""
     found = self.predictions[self.alive][:, rows]
@@ -165,6 +170,78 @@ def few_threads(features: np.ndarray, num_classes: int) -> threadpool_limits:
   return threadpool_limits(1 if is_small else None, user_api="blas")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Choice:
+  """What some of the held-out examples choose.
+
+  Attributes:
+    settings: {family: number of its setting}.
+    weights: {blend: weight of each of its families}.
+    parts: {family: log probabilities [n, C] of the examples that were looked at}.
+  """
+
+  settings: dict[str, int]
+  weights: dict[str, np.ndarray]
+  parts: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Chooser:
+  """Chooses settings of families and weights of blends.
+
+  Attributes:
+    wanted: {family: its candidates}, those of the blends and others.
+    blends: {blend: its families}.
+    held_out: what the folds hold out.
+    judged: the same examples.
+    sample: [n] numbers of those that weights are fitted by.
+  """
+
+  wanted: Mapping[str, _Candidates]
+  blends: Mapping[str, list[str]]
+  held_out: _HeldOut
+  judged: Judged
+  sample: np.ndarray
+
+  def choose(self, rows: np.ndarray) -> _Choice:
+    """By some examples, a mask [E]."""
+    settings = {name: of_family.best(self.judged, rows) for name, of_family in self.wanted.items()}
+    some = self.sample[rows[self.sample]]
+    some = some if len(some) else np.flatnonzero(rows)
+    parts = self._log_probabilities(settings, some)
+    weights = {
+      which: _fit_weights([parts[name] for name in names], self.judged, some)
+      for which, names in self.blends.items()
+    }
+    return _Choice(settings, weights, parts)
+
+  def _log_probabilities(
+    self, settings: Mapping[str, int], examples: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    names = dict.fromkeys(name for names in self.blends.values() for name in names)
+    return {
+      name: self.held_out.log_probabilities(self.wanted[name], settings[name], examples)
+      for name in names
+    }
+
+  def cross_fitted(self) -> dict[str, np.ndarray]:
+    """{family or blend: [E] classes}, each example's chosen without its fold."""
+    judged, every = self.judged, np.ones(len(self.judged.label), bool)
+    crossed = {n: np.zeros(len(every), np.int32) for n in (*self.wanted, *self.blends)}
+    for run in np.unique(judged.run):
+      inside = np.flatnonzero(judged.run == run)
+      others = ~np.isin(judged.example, judged.example[inside])
+      choice = self.choose(others if others.any() else every)
+      for name, candidates in self.wanted.items():
+        crossed[name][inside] = candidates.predictions[choice.settings[name], inside]
+      for part in _parts(inside, judged.num_classes):
+        told = self._log_probabilities(choice.settings, part)
+        for which, names in self.blends.items():
+          logits = blend.blended(choice.weights[which], [told[name] for name in names])
+          crossed[which][part] = logits.argmax(axis=1)
+    return crossed
+
+
 def select(
   folds: Sequence[Callable[[], Fold]],
   judged: Judged,
@@ -185,51 +262,15 @@ def select(
   """
   known = ({PLAIN: FAMILIES[PLAIN]} if plain else {}) | dict(families)
   wanted = {name: _Candidates.of(family, len(judged.label)) for name, family in known.items()}
+  held_out = _look(folds, judged, wanted, say)
   base = [name for name in families if name not in extra] or list(families)
   blends = {BLEND: base} | ({WITH_EXTRA: list(families)} if len(base) < len(families) else {})
-  held = []
-  for number, make in enumerate(folds):
-    say(f"fold {number + 1} of {len(folds)}")
-    fold = make()
-    for candidates in wanted.values():
-      candidates.look(fold, judged.run == number)
-      if number < len(folds) - 1:
-        candidates.drop(judged, judged.run <= number)
-    held.append(fold.held_out)  # without what it trained on
-  held = _HeldOut(held, judged.run, _places(judged.run))
   sample = calibration.enough(len(judged.label), judged.num_classes)
-  every = np.ones(len(judged.label), bool)
-
-  def choose(
-    rows: np.ndarray,
-  ) -> tuple[dict[str, int], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """By some examples: (settings, weights of every blend, log probabilities of the sample)."""
-    settings = {name: candidates.best(judged, rows) for name, candidates in wanted.items()}
-    some = sample[rows[sample]]
-    some = some if len(some) else np.flatnonzero(rows)
-    parts = {n: held.log_probabilities(wanted[n], settings[n], some) for n in families}
-    weights = {
-      which: _fit_weights([parts[n] for n in names], judged, some)
-      for which, names in blends.items()
-    }
-    return settings, weights, parts
-
-  crossed = {name: np.zeros(len(judged.label), np.int32) for name in (*wanted, *blends)}
-  for run in np.unique(judged.run):  # all that is chosen for a fold is chosen without it
-    inside = np.flatnonzero(judged.run == run)
-    others = ~np.isin(judged.example, judged.example[inside])
-    settings, weights, _ = choose(others if others.any() else every)
-    for name, candidates in wanted.items():
-      crossed[name][inside] = candidates.predictions[settings[name], inside]
-    for part in _parts(inside, judged.num_classes):
-      told = {n: held.log_probabilities(wanted[n], settings[n], part) for n in families}
-      for which, names in blends.items():
-        logits = blend.blended(weights[which], [told[n] for n in names])
-        crossed[which][part] = logits.argmax(axis=1)
-  chosen, weights, parts = choose(every)
+  chooser = _Chooser(wanted, blends, held_out, judged, sample)
+  crossed = chooser.cross_fitted()
+  choice = chooser.choose(np.ones(len(judged.label), bool))
   used, of_extra = _with_or_without(crossed, judged)
-  logits = blend.blended(weights[used], [parts[n] for n in blends[used]])
-  weights = dict(zip(blends[used], weights[used].tolist(), strict=True))
+  weights = dict(zip(blends[used], choice.weights[used].tolist(), strict=True))
   found = {
     "method": BLEND,
     "criterion": judged.criterion,
@@ -240,18 +281,35 @@ def select(
   } | of_extra
   beside = f", plain logistic regression {found['plain']:.3f}" if PLAIN in known else ""
   say(f"{judged.criterion} {found['score']:.3f} on held-out examples{beside}")
+  logits = blend.blended(choice.weights[used], [choice.parts[name] for name in blends[used]])
   return Selected(
-    {name: known[name].settings[chosen[name]] for name in blends[used]},
-    weights,
-    found,
-    {
-      name: [s for j, s in enumerate(known[name].settings) if j not in candidates.alive]
-      for name, candidates in wanted.items()
-    },
-    crossed | {BLEND: crossed[used]},
-    sample,
-    parts | {BLEND: logits},
+    settings={name: known[name].settings[choice.settings[name]] for name in blends[used]},
+    weights=weights,
+    recommendation=found,
+    skipped={name: candidates.skipped for name, candidates in wanted.items()},
+    predictions=crossed | {BLEND: crossed[used]},
+    sample=sample,
+    logits=choice.parts | {BLEND: logits},
   )
+
+
+def _look(
+  folds: Sequence[Callable[[], Fold]],
+  judged: Judged,
+  wanted: Mapping[str, _Candidates],
+  say: Callable[[str], None],
+) -> _HeldOut:
+  """Fits all candidates in all folds, fewer from fold to fold."""
+  held_out = []
+  for number, make in enumerate(folds):
+    say(f"fold {number + 1} of {len(folds)}")
+    fold = make()
+    for candidates in wanted.values():
+      candidates.look(fold, judged.run == number)
+      if number < len(folds) - 1:
+        candidates.drop(judged, judged.run <= number)
+    held_out.append(fold.held_out)  # without what it trained on
+  return _HeldOut(held_out, judged.run, _places(judged.run))
 
 
 def _beside_plain(blended: np.ndarray, plain: np.ndarray | None, judged: Judged) -> dict[str, Any]:
