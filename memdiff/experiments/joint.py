@@ -28,9 +28,9 @@ from memdiff.config import above, at_least, between, one_of, path_setting, setti
 from memdiff.errors import ConfigError
 from memdiff.experiments.base import Experiment, forward_images
 from memdiff.memory import feature_space
-from memdiff.runtime import loop
+from memdiff.runtime import loop, results
 from memdiff.runtime import mesh as mesh_lib
-from memdiff.runtime.workdir import read_arrays, write_arrays
+from memdiff.runtime.workdir import read_arrays, write_arrays, writing
 from memdiff.synthesis import generators, image_pool
 from memdiff.synthesis.generators import GENERATORS, SynthesisSettings
 
@@ -222,7 +222,7 @@ def train(
 
 
 def train_all(experiment: Experiment, settings: SynthesisSettings) -> dict:
-  """Trains with every generator and keeps what the classifiers say of the test images.
+  """Trains with every generator; keeps the classifiers, and what they say of the test images.
 
   Returns:
     generator -> metrics, for the manifest.
@@ -230,6 +230,10 @@ def train_all(experiment: Experiment, settings: SynthesisSettings) -> dict:
   config, logits, summary = experiment.config.joint, {}, {}
   for generator in config.generators:
     state, drifts = train(experiment, settings, generator)
+    folder = experiment.workdir.folder("joint") / generator
+    with writing(folder):
+      folder.mkdir(parents=True, exist_ok=True)  # `shared` holds what all have in common
+    results.save(folder, state, ("params", "model_state"))
     logits[generator], _ = forward_images(
       experiment, config.loss, state, experiment.dataset.test_images
     )

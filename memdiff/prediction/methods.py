@@ -104,10 +104,7 @@ def _of_memdiff(run: FinishedRun, method: Method, mesh: Mesh) -> tuple[Weights, 
   """An encoder with its own head, with a new one, or trained together with one."""
   source, joint = method.generator, f"{JOINT}:"
   if source.startswith(joint):
-    rounds = run.folder("joint") / source.removeprefix(joint)
-    last = max((int(f.name.rpartition("_")[2]) for f in rounds.glob("round_*")), default=0)
-    folder = f"joint/{source.removeprefix(joint)}/round_{last}"
-    return _network(run, folder, method.loss, mesh)
+    return _network(run, f"joint/{source.removeprefix(joint)}", method.loss, mesh)
   loss = run.settings.classifier.loss
   if source == OWN or source.startswith(f"{OWN}:"):
     loss = source.partition(":")[2] or loss
