@@ -156,10 +156,15 @@ def _protocol(kept: Mapping[str, Any]) -> str:
     f" {config['classifier']['num_epochs']:g} epochs. {len(config['seeds'])} seeds, mean ± std;"
     f" advice from {config['selection']['folds']} folds of the training images."
     f" {kept['hardware']['cpu_count']} cores of a {kept['hardware']['platform'].upper()}, Python"
-    f" {kept['versions']['python']}, JAX {kept['versions']['jax']};"
-    f" {timing['total_seconds'] / 60:.0f} minutes beside other work,"
-    f" {timing['total_cpu_seconds']:,.0f} CPU-seconds."
+    f" {kept['versions']['python']}, JAX {kept['versions']['jax']}{_cost(timing)}."
   )
+
+
+def _cost(timing: Mapping[str, float]) -> str:
+  if not timing:
+    return "; hours, in several parts"
+  minutes = f"{timing['total_seconds'] / 60:.0f} minutes beside other work"
+  return f"; {minutes}, {timing['total_cpu_seconds']:,.0f} CPU-seconds"
 
 
 def _first_words(found: answer.Answer) -> list[str]:
@@ -245,9 +250,15 @@ def main(argv: Sequence[str] | None = None) -> None:
   for name in SETS:
     parser.add_argument(f"--{name}", type=pathlib.Path, help="folder of its finished run")
   kept = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-  for name, workdir in vars(parser.parse_args(argv)).items():
+  parser.add_argument(
+    "--interrupted", nargs="*", default=[], choices=SETS,
+    help="sets whose run was resumed: its phases do not know what they took before",
+  )  # fmt: skip
+  arguments = vars(parser.parse_args(argv))
+  interrupted = arguments.pop("interrupted")
+  for name, workdir in arguments.items():
     if workdir:
-      kept[name] = keep(name, workdir)
+      kept[name] = keep(name, workdir) | ({"timing": {}} if name in interrupted else {})
   write_json(RESULT, kept)
 
 
