@@ -98,7 +98,9 @@ def _in_a_process(method: str, rows: int, dim: int, classes: int) -> dict[str, A
   command = [sys.executable, "-m", "benchmarks.embeddings_scale", "--one", method]
   command += ["--rows", str(rows), "--dimensions", str(dim), "--classes", str(classes)]
   try:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT, check=True)
+    done = subprocess.run(
+      command, capture_output=True, text=True, encoding="utf-8", timeout=_LIMIT, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
   except subprocess.TimeoutExpired:
     print(f"{method} on {rows:,} rows was stopped after {_LIMIT} seconds", file=sys.stderr)
