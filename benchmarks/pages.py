@@ -20,6 +20,7 @@ from benchmarks import (
   augmented,
   confidence,
   embeddings,
+  embeddings_scale,
   generation,
   image_metrics,
   isolating,
@@ -117,6 +118,9 @@ def whole_pages() -> dict[str, Callable[[], str]]:
   pages["docs/results/image_generation.md"] = lambda: generation.page(load("image_generation"))
   pages["docs/results/unseen_classes.md"] = lambda: unseen_classes.page(load("unseen_classes"))
   pages["docs/results/embeddings.md"] = lambda: embeddings.page(load("embeddings"))
+  pages["docs/results/embeddings_scale.md"] = lambda: embeddings_scale.page(
+    load("embeddings_scale")
+  )
   return pages
 
 
