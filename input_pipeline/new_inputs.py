@@ -129,6 +129,8 @@ def read_images(
         f"{path} holds an array of the shape {found.shape} and type {found.dtype}, but the"
         f" classifier takes images as {wanted}; give files of images, which are resized."
       )
+    if not len(found):
+      raise DataError(f"{path} holds no images.")
     return ArrayInputs(found)
   if not place.is_file():
     raise DataError(f"There is no file or folder {place}.")

@@ -342,7 +342,7 @@ def _with_or_without(
 
 
 def _places(run: np.ndarray) -> np.ndarray:
-  """[E] the how-manieth example of its run each is; runs stand one after the other."""
+  """[E] the position of each example in its run; runs stand one after the other."""
   first = np.searchsorted(run, run)
   return np.arange(len(run)) - first
 

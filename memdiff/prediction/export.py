@@ -19,6 +19,7 @@ from memdiff.errors import ConfigError
 from memdiff.prediction import card
 from memdiff.prediction.classifier import Classifier, Weights
 from memdiff.prediction.finished import FinishedRun
+from memdiff.prediction.predict import writing_output
 from memdiff.runtime.workdir import write_atomically, write_json, writing
 
 PROGRAM, WEIGHTS, DESCRIPTION = "classifier.stablehlo", "weights.safetensors", "model.json"
@@ -33,7 +34,7 @@ def write(folder: pathlib.Path, run: FinishedRun, classifier: Classifier) -> lis
 
   Raises:
     ConfigError: if the folder holds something else.
-    WorkdirError: if they cannot be written.
+    DataError: if they cannot be written.
   """
   files = {
     WEIGHTS: safetensors.numpy.save(flat_weights(classifier.weights)),
@@ -48,11 +49,12 @@ def write(folder: pathlib.Path, run: FinishedRun, classifier: Classifier) -> lis
     raise ConfigError(
       f"--output is {folder}, which holds other files ({sorted(others)[0]}); give a new folder."
     )
-  with writing(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-  for name, data in files.items():
-    write_atomically(folder / name, data)
-  write_json(folder / DESCRIPTION, description(run, classifier))
+  with writing_output():
+    with writing(folder):
+      folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+      write_atomically(folder / name, data)
+    write_json(folder / DESCRIPTION, description(run, classifier))
   return sorted(known)
 
 

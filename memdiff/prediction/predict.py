@@ -1,17 +1,19 @@
 """Asks a classifier about many inputs, on all devices, and writes what it says as a table."""
 
+import contextlib
 import csv
 import dataclasses
 import io
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from input_pipeline.new_inputs import ArrayInputs, ImageInputs
-from memdiff.errors import ConfigError
+from memdiff.errors import ConfigError, DataError, WorkdirError
 from memdiff.prediction.classifier import Classifier
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.workdir import write_atomically
@@ -56,7 +58,7 @@ def predict(
 
   @jax.jit
   def best(weights, chunk):
-    probabilities = jax.numpy.exp(classifier.log_probabilities(weights, chunk))
+    probabilities = jnp.exp(classifier.log_probabilities(weights, chunk))
     return jax.lax.top_k(probabilities, top)
 
   size = _IMAGES if classifier.takes_images else _ROWS
@@ -101,15 +103,35 @@ def write(path: pathlib.Path, columns: dict[str, list]) -> None:
   """Writes a table as .csv or .parquet; what is None stays empty.
 
   Raises:
-    WorkdirError: if it cannot be written.
+    DataError: if it cannot be written.
   """
-  if path.suffix.lower() == ".parquet":
-    from input_pipeline import parquet_files  # Arrow takes its time to load
+  as_bytes = _parquet if path.suffix.lower() == ".parquet" else _csv
+  with writing_output():
+    write_atomically(path, as_bytes(columns))
 
-    write_atomically(path, parquet_files.table_bytes(columns))
-    return
+
+@contextlib.contextmanager
+def writing_output() -> Iterator[None]:
+  """Says of an output that cannot be written what is wrong; there is no run to start again."""
+  try:
+    yield
+  except WorkdirError as error:
+    cause = error.__cause__
+    raise DataError(f"Cannot write {cause.filename} ({cause.strerror}).") from error
+
+
+def _parquet(columns: dict[str, list]) -> bytes:
+  from input_pipeline import parquet_files  # Arrow takes its time to load
+
+  if "path" in columns:  # of names that are no UTF-8
+    paths = [path.encode(errors="backslashreplace").decode() for path in columns["path"]]
+    columns = columns | {"path": paths}
+  return parquet_files.table_bytes(columns)
+
+
+def _csv(columns: dict[str, list]) -> bytes:
   text = io.StringIO(newline="")
   writer = csv.writer(text)
   writer.writerow(columns)
   writer.writerows(zip(*columns.values(), strict=True))
-  write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
+  return text.getvalue().encode(errors="surrogateescape")

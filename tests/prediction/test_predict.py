@@ -160,15 +160,31 @@ def test_bad_input_is_one_sentence(of_features, tmp_path, monkeypatch, capsys, c
 def test_images_of_another_shape_and_empty_folders_are_refused(of_images, tmp_path, capsys):
   workdir, images, _ = of_images
   np.savez(tmp_path / "large.npz", images=np.repeat(images[:2], 2, axis=1))
+  np.savez(tmp_path / "none.npz", images=images[:0])
   (tmp_path / "empty").mkdir()
   for name, words in (
     ("large.npz", "takes images as uint8 [N, 8, 8, 1]"),
+    ("none.npz", "holds no images"),
     ("empty", "There is no image in"),
     ("nothing.png", "There is no file or folder"),
   ):
     asked = ("--workdir", workdir, "--input", tmp_path / name, "--output", tmp_path / "x.csv")
     assert called(*asked) == 1
     assert words in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_named(of_features, tmp_path, monkeypatch, capsys):
+  workdir, inputs, _ = of_features
+  np.save(tmp_path / "x.npy", inputs[:2])
+
+  def full(*_):
+    raise OSError(28, "No space left on device", str(tmp_path / "x.csv.partial"))
+
+  monkeypatch.setattr("memdiff.runtime.workdir.os.fsync", full)
+  asked = ("--workdir", workdir, "--input", tmp_path / "x.npy", "--output", tmp_path / "x.csv")
+  assert called(*asked) == 1
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert "Cannot write" in said and "No space left on device" in said and "workdir" not in said
 
 
 def test_a_run_that_is_unfinished_damaged_or_of_another_version_says_so(
