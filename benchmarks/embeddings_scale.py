@@ -134,7 +134,8 @@ def page(result: dict[str, Any]) -> str:
       f" | {row['data_gb']:.1f} | {told} |"
     )
   table = "\n".join(lines)
-  return f"{_TOP}{table}\n\n`{result['command']}`: {machine(result)}\n"
+  note = f" {result['note']}" if result.get("note") else ""
+  return f"{_TOP}{table}\n\n`{result['command']}`: {machine(result)}{note}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

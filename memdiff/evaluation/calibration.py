@@ -27,8 +27,8 @@ def enough(num_examples: int, num_classes: int) -> np.ndarray:
 def fit_temperature(logits: np.ndarray, labels: np.ndarray, criterion: str) -> float:
   """What logits are divided by, from 0.02 to 50, so that cross-entropy is least (section 4.2).
 
-  It is 1 unless another is better with 95 % confidence: where rare classes have one or two examples
-  to judge by, the best temperature is often the best by luck. The standard error is that of a
+  It is 1 unless another is better with 95 % confidence. If rare classes have one or two examples to
+  judge by, the best temperature is often the best by luck. The standard error is that of a
   stratified sample.
 
   Args:

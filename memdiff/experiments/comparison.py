@@ -81,8 +81,9 @@ def known_scores(recommendation: Mapping | None) -> dict[str, float]:
 
 
 def known_temperatures(recommendation: Mapping | None) -> dict[str, float]:
+  """Of the methods that cross-validation calibrated; selections of older runs have none."""
   known = (recommendation or {}).get("scores", {})
-  return {method: entry["temperature"] for method, entry in known.items()}
+  return {m: entry["temperature"] for m, entry in known.items() if "temperature" in entry}
 
 
 def compare(scored: Scored, method: str, control: str) -> dict:

@@ -1,7 +1,7 @@
 """What is known of classes beside their examples: embeddings of their names or descriptions.
 
-A class with few examples has a mean that is hardly known. Where classes of similar embeddings have
-similar features, a map from embeddings to means tells what to expect of it.
+The mean of a class with few examples is hardly known. If classes with similar embeddings have
+similar features, a map from embeddings to means says where to expect it.
 """
 
 import dataclasses

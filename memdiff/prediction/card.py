@@ -64,13 +64,12 @@ def _sentence(text: str) -> str:
 
 
 def _use(classifier: Classifier) -> str:
-  shape = ("batch", *classifier.input_shape)
   if classifier.takes_images:
     meaning = "images; model.json says how they are cut"
   else:
     meaning = "embeddings of the encoder that the training features are of"
   return _USE.format(
-    shape=f"({', '.join(map(str, (1, *shape[1:])))}{',' * (len(shape) == 1)})",
+    shape=(1, *classifier.input_shape),
     dtype=classifier.input_dtype.name,
     meaning=meaning,
     number=len(classifier.class_names),

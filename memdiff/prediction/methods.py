@@ -17,7 +17,7 @@ from memdiff.experiments.augmented_runs import PREDICTIONS
 from memdiff.experiments.augmented_settings import Row, Training
 from memdiff.experiments.feature_scores import JOINT
 from memdiff.experiments.methods import OWN
-from memdiff.fitting.heads import Gaussians, Head
+from memdiff.fitting.heads import Head
 from memdiff.fitting.selection import BLEND
 from memdiff.prediction.classifier import Classifier, Weights
 from memdiff.prediction.finished import FinishedRun
@@ -156,25 +156,19 @@ def _with_fitted(
 def _stacked(runs: Sequence[Head]) -> dict[str, np.ndarray]:
   """The arrays of the same head of several runs; leading with runs.
 
-  Gaussians may be told apart along different numbers of directions, which are filled up by ones
-  along which all classes are alike.
+  Gaussians of different runs may have different numbers of directions. Missing ones are filled up
+  by directions along which all classes are alike: no kernel, one mean, variance 1.
   """
   found = {}
   for field in dataclasses.fields(runs[0]):
     parts = [np.asarray(getattr(head, field.name), np.float32) for head in runs]
-    width = max(part.shape[-1] if part.ndim == 2 else 0 for part in parts)
-    found[field.name] = np.stack(
-      [
-        np.pad(part, ((0, 0), (0, width - part.shape[-1])), constant_values=_LIKE[field.name])
-        if part.ndim == 2 and isinstance(runs[0], Gaussians)
-        else part
-        for part in parts
+    if parts[0].ndim == 2:
+      width, alike = max(part.shape[1] for part in parts), float(field.name == "variances")
+      parts = [
+        np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=alike) for part in parts
       ]
-    )
+    found[field.name] = np.stack(parts)
   return found
-
-
-_LIKE = {"kernel": 0.0, "means": 0.0, "variances": 1.0}  # of directions that tell nothing
 
 
 # --- classification --------------------------------------------------------------------------
