@@ -17,6 +17,9 @@ LOCK := requirements/py$(subst .,,$(VERSION)).txt
 READY := $(VENV)/.ready-$(VERSION)
 BIN := $(VENV)/bin
 
+# Ends when a worker crashes, and names its test: pytest-xdist 3.8 may wait for ever if it goes on.
+PARALLEL := --numprocesses=$(WORKERS) --dist=loadfile --max-worker-restart=0
+
 AOT := .venv-aot
 
 .PHONY: run run-images test test-slow test-prompts lint format bench aot lock clean
@@ -28,10 +31,10 @@ run-images: $(READY)
 	$(BIN)/python main.py --config=configs/images/digits_lt.py --workdir=runs/digits_images $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
+	$(BIN)/python -m pytest -m slow $(PARALLEL) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

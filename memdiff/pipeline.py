@@ -1,10 +1,11 @@
 """Runs an experiment of any kind, phase by phase, from where its workdir stands to the report."""
 
+import contextlib
 import functools
 import itertools
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from input_pipeline.long_tail import LongTailLabels
@@ -169,21 +170,29 @@ def _work(
       progress.say("finished earlier")
       continue
     progress.say(phase.title)
-    start, worked, compiled = time.perf_counter(), time.process_time(), clock.seconds
-    metrics = phase.work(experiment)
-    seconds, compile_seconds = time.perf_counter() - start, clock.seconds - compiled
-    cpu_seconds = time.process_time() - worked
-    experiment.workdir.finish(
-      phase.name,
-      {
-        "seconds": round(seconds, 3),
-        "compile_seconds": round(compile_seconds, 3),
-        "cpu_seconds": round(cpu_seconds, 3),
-        "versions": environment.versions(),
-        "metrics": metrics,
-      },
-    )
+    with _timed(experiment, phase, clock) as times:
+      metrics = phase.work(experiment)
+    experiment.workdir.finish(phase.name, {"versions": environment.versions(), "metrics": metrics})
     progress.say(
-      f"finished in {seconds:.1f} s, of which compiling {compile_seconds:.1f} s;"
-      f" {cpu_seconds:.1f} CPU-seconds"
+      f"finished in {times['seconds']:.1f} s, of which compiling"
+      f" {times['compile_seconds']:.1f} s; {times['cpu_seconds']:.1f} CPU-seconds"
     )
+
+
+@contextlib.contextmanager
+def _timed(experiment: Experiment, phase: Phase, clock: CompileClock) -> Iterator[dict]:
+  """Adds the time of this process to that of earlier ones; yields a dict that has it at the end.
+
+  A process that is killed cannot. It leaves a count behind, so that the report can tell.
+  """
+  add = functools.partial(experiment.workdir.add, phase.name)
+  add({"killed": 1})
+  start, worked, compiled = time.perf_counter(), time.process_time(), clock.seconds
+  times = {}
+  try:
+    yield times
+  finally:
+    times["seconds"] = time.perf_counter() - start
+    times["compile_seconds"] = clock.seconds - compiled
+    times["cpu_seconds"] = time.process_time() - worked
+    add(times | {"killed": -1})

@@ -19,7 +19,11 @@ def experiment(mesh, tmp_path, monkeypatch):
     config=None,
     mesh=mesh,
     workdir=SimpleNamespace(
-      path=tmp_path, manifest=lambda _: None, begin=lambda *_: False, finish=lambda *_: None
+      path=tmp_path,
+      manifest=lambda _: None,
+      begin=lambda *_: False,
+      add=lambda *_: None,
+      finish=lambda *_: None,
     ),
     run=SimpleNamespace(
       progress=SimpleNamespace(phase=lambda *_: None, say=lambda _: None),

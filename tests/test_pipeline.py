@@ -121,9 +121,10 @@ def test_manifests_tell_what_processors_worked(undisturbed):
   timing = report["timing"]
   for phase in PHASES:
     manifest = json.loads((workdir / phase / "manifest.json").read_text())
+    assert manifest["killed"] == 0
     assert 0 < manifest["cpu_seconds"] <= manifest["seconds"] * os.cpu_count() + 0.1
     assert timing["phases"][phase] == {
-      key: manifest[key] for key in ("seconds", "compile_seconds", "cpu_seconds")
+      key: manifest[key] for key in ("seconds", "compile_seconds", "cpu_seconds", "killed")
     }
   for key in ("seconds", "cpu_seconds"):
     total = sum(phase[key] for phase in timing["phases"].values())

@@ -307,6 +307,7 @@ def timing(report: Mapping[str, Any]) -> dict[str, Any] | None:
     "total": seconds(timing.get("total_seconds")),
     "total_compile": seconds(timing.get("total_compile_seconds")),
     "total_cpu": seconds(timing.get("total_cpu_seconds")),
+    "killed": [n.replace("_", " ") for n, p in phases.items() if p.get("killed", 0) > 0],
   }
 
 

@@ -142,8 +142,15 @@ class Workdir:
       )
     return manifest["finished"]
 
+  def add(self, phase: str, numbers: Mapping[str, float]) -> None:
+    """Adds numbers, such as seconds, to what the manifest of `phase` has under their names."""
+    if distributed.is_main():
+      manifest = self.manifest(phase)
+      sums = {name: round(manifest.get(name, 0) + x, 3) for name, x in numbers.items()}
+      write_json(self.folder(phase) / "manifest.json", manifest | sums)
+
   def finish(self, phase: str, record: Mapping[str, Any]) -> None:
-    """Marks `phase` finished; `record` (timings, versions, metrics) joins its manifest."""
+    """Marks `phase` finished; `record` (versions, metrics) joins its manifest."""
     if distributed.is_main():
       manifest = self.manifest(phase) | {"finished": True} | dict(record)
       write_json(self.folder(phase) / "manifest.json", manifest)

@@ -232,9 +232,20 @@ def test_a_phase_begins_and_finishes_once(workdir):
   assert not workdir.begin("encoder", {"a": 1})
   assert not workdir.begin("encoder", {"a": 1})  # began, not finished: go on
   assert workdir.manifest("encoder") == {"config": {"a": 1}, "finished": False}
-  workdir.finish("encoder", {"seconds": 2.5})
+  workdir.finish("encoder", {"metrics": {"top1": 0.5}})
   assert workdir.begin("encoder", {"a": 1})
-  assert workdir.manifest("encoder") == {"config": {"a": 1}, "finished": True, "seconds": 2.5}
+  manifest = {"config": {"a": 1}, "finished": True, "metrics": {"top1": 0.5}}
+  assert workdir.manifest("encoder") == manifest
+
+
+def test_times_of_several_processes_add_up(workdir):
+  workdir.begin("encoder", {"a": 1})
+  workdir.add("encoder", {"killed": 1})
+  workdir.add("encoder", {"seconds": 2.5, "killed": -1})
+  workdir.add("encoder", {"killed": 1})
+  workdir.add("encoder", {"seconds": 0.1, "killed": -1})
+  manifest = workdir.manifest("encoder")
+  assert (manifest["seconds"], manifest["killed"]) == (2.6, 0)
 
 
 @pytest.mark.parametrize("finished", [False, True])
