@@ -18,13 +18,14 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 import memdiff
 from memdiff.errors import DataError, WorkdirError
-from memdiff.estimators import class_embeddings, generated
+from memdiff.estimators import generated
 from memdiff.estimators.scale import Scale
 from memdiff.evaluation import criteria, cross_validation
 from memdiff.fitting import blend, knowledge
 from memdiff.fitting.heads import FAMILIES, KINDS, REGRESSIONS, Head, Training
 from memdiff.fitting.selection import Fold, distinct, few_threads, select, training
 from memdiff.runtime.workdir import read_arrays, write_arrays
+from memdiff.synthesis import class_embeddings
 
 FAST, AUTO = "fast", "auto"
 _REGRESSED = 2**34  # numbers times classes up to which regressions are fitted unasked
@@ -186,7 +187,8 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       selected = select(
         folds, judged, families, self._say, list(extra), not self._is_large(features)
       )
-      self.settings_, self.weights_ = selected.settings, selected.weights
+      self.weights_ = selected.recommendation["weights"]
+      self.settings_ = {name: selected.settings[name] for name in self.weights_}
       self.recommendation_, self.skipped_ = selected.recommendation, selected.skipped
     else:  # nothing can be held out
       used = [name for name in families if name not in extra] or list(families)

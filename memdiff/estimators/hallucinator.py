@@ -27,14 +27,15 @@ from memdiff.runtime.preemption import Preemption
 from memdiff.runtime.progress import Progress
 from memdiff.runtime.stage import LoopConfig
 from memdiff.runtime.writers import TensorBoard
-from memdiff.synthesis import confidence, generators
+from memdiff.synthesis import class_embeddings, confidence, generators
 from memdiff.synthesis.confidence import ConfidenceConfig
 from memdiff.synthesis.feature_diffusion import DiffusionConfig
 from memdiff.synthesis.generator import Generator
 from memdiff.synthesis.generators import GENERATORS, GeneratorsConfig, SynthesisSettings
 from memdiff.synthesis.hallucination import SamplerConfig
 
-_GUIDED = "memdiff"  # whose strength is the scale of its guidance
+_GUIDED = ("memdiff", "memdiff_described")  # whose strength is the scale of their guidance
+_DESCRIBED = "memdiff_described"
 _STEPS = 50  # of a training between two lines of progress
 
 
@@ -55,6 +56,8 @@ class FeatureHallucinator(BaseEstimator):
     num_steps: training steps of a generator that trains; None: as configured by default.
     strength: of the generator: the spread of Gaussians and jitter in deviations of a class, the
       mixing of mixtures, the guidance of memdiff. None: 1, or the first candidate.
+    class_embeddings: what the generator memdiff_described is told of the classes: embeddings of
+      names or descriptions, as of `LongTailClassifier`.
     random_state: an int makes results reproducible.
     verbose: 1 prints the progress of the training.
 
@@ -74,6 +77,7 @@ class FeatureHallucinator(BaseEstimator):
     sampling_strategy: Any = "tail",
     num_steps: int | None = None,
     strength: float | None = None,
+    class_embeddings: Any = None,
     random_state: Any = None,
     verbose: int = 0,
   ):
@@ -81,6 +85,7 @@ class FeatureHallucinator(BaseEstimator):
     self.sampling_strategy = sampling_strategy
     self.num_steps = num_steps
     self.strength = strength
+    self.class_embeddings = class_embeddings
     self.random_state = random_state
     self.verbose = verbose
 
@@ -100,7 +105,8 @@ class FeatureHallucinator(BaseEstimator):
       self.confidence_, self.nearest_distance_ = np.zeros(0, np.float32), np.zeros(0, np.float32)
       self.nearest_index_, self.memorization_ = np.zeros(0, np.int32), 0.0
       return X, y
-    made, made_labels = self._make(X, labels, numbers)
+    known = self._known(classes)
+    made, made_labels = self._make(X, labels, numbers, known)
     return np.concatenate([X, made.astype(X.dtype)]), np.concatenate([y, classes[made_labels]])
 
   def _check(self) -> None:
@@ -115,14 +121,27 @@ class FeatureHallucinator(BaseEstimator):
     if strength is not None and (not isinstance(strength, Real) or not strength >= 0):
       raise ValueError(f"strength is {strength!r}, but must be a number from 0, or None.")
 
+  def _known(self, classes: np.ndarray) -> np.ndarray | None:
+    """What the generator is told of the classes [C] beside features: [C, E], or None."""
+    needs = self.generator == _DESCRIBED
+    if needs != (self.class_embeddings is not None):
+      raise ValueError(
+        f"class_embeddings are for the generator {_DESCRIBED!r}, which needs them; generator is"
+        f" {self.generator!r}."
+      )
+    if not needs:
+      return None
+    found = class_embeddings.of_classes(self.class_embeddings, classes)
+    return class_embeddings.components(found)
+
   def _make(
-    self, features: np.ndarray, labels: np.ndarray, numbers: np.ndarray
+    self, features: np.ndarray, labels: np.ndarray, numbers: np.ndarray, known: np.ndarray | None
   ) -> tuple[np.ndarray, np.ndarray]:
     """(features [M, D] in the units of X, classes [M])."""
     diffusion = DiffusionConfig()
     if self.num_steps is not None:
       diffusion = dataclasses.replace(diffusion, num_steps=int(self.num_steps))
-    is_guided = self.generator == _GUIDED
+    is_guided = self.generator in _GUIDED
     sampler = SamplerConfig()
     if is_guided and self.strength is not None:
       sampler = SamplerConfig(guidance=(float(self.strength),))
@@ -147,6 +166,8 @@ class FeatureHallucinator(BaseEstimator):
       place = pathlib.Path(folder)
       run = _run(seed, Progress(1, stream=stream), place, diffusion.num_steps)
       runs = _runs(scale.forward(features), labels, len(numbers), run)
+      if known is not None:
+        runs = feature_space.tell(runs, known, run.mesh)
       generators.train(
         self.generator, settings, runs, run, place / "denoiser", f"diffusion/{self.generator}"
       )

@@ -75,7 +75,7 @@ def select(experiment: Experiment) -> dict:
       m: dataclasses.asdict(candidates(experiment, m.generator, m.loss)[0])
       for m in methods(experiment)
     }
-    unchosen = dataclasses.asdict(fitted.unchosen(experiment.config))
+    unchosen = dataclasses.asdict(fitted.unchosen(experiment))
     saved = {"choices": choices, "recommendation": None, "fitted": unchosen}
     write_json(folder / "choices.json", saved)
     return {}

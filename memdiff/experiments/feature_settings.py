@@ -11,7 +11,7 @@ from memdiff.classifier import encoder, encoder_training, heads
 from memdiff.classifier.encoder import EncoderConfig
 from memdiff.classifier.encoder_training import ClassifierConfig
 from memdiff.classifier.heads import HeadConfig
-from memdiff.config import at_least, each, one_of, setting, some_of
+from memdiff.config import at_least, each, one_of, path_setting, setting, some_of
 from memdiff.errors import ConfigError
 from memdiff.evaluation.cross_validation import SelectionConfig
 from memdiff.experiments import joint
@@ -23,8 +23,8 @@ from memdiff.experiments.joint import JointConfig
 from memdiff.fitting.heads import FAMILIES
 from memdiff.memory.memory_bank import BankConfig
 from memdiff.runtime.stage import ExecutionConfig, LoopConfig
+from memdiff.synthesis import class_embeddings, generators
 from memdiff.synthesis import confidence as confidence_lib
-from memdiff.synthesis import generators
 from memdiff.synthesis.feature_diffusion import DiffusionConfig
 from memdiff.synthesis.generators import GeneratorsConfig
 from memdiff.synthesis.hallucination import SamplerConfig, check_conditions
@@ -87,6 +87,10 @@ class FeatureConfig:
   memory_bank: BankConfig = setting(
     BankConfig(), "features of each class, which the denoiser is told"
   )
+  class_embeddings: str = path_setting(
+    "what is known of the classes beside features: a .npz with names and embeddings, or names: a"
+    ' sentence encoder reads them; "": nothing'
+  )
   diffusion: DiffusionConfig = setting(DiffusionConfig(), "how the denoiser is trained")
   hallucination: SamplerConfig = setting(SamplerConfig(), "how features are sampled")
   generators: GeneratorsConfig = setting(GeneratorsConfig(), "what makes features, and how many")
@@ -106,6 +110,12 @@ class FeatureConfig:
         f"hallucination.num_steps is {self.hallucination.num_steps}, but the diffusion has only"
         f" {self.diffusion.schedule.num_steps} steps."
       )
+
+  @property
+  def input_files(self) -> dict[str, str]:
+    """Files that the run reads beside its data: what they are, and where."""
+    known = self.class_embeddings
+    return {"class embeddings": known} if known not in ("", class_embeddings.NAMES) else {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,8 +139,8 @@ class MemdiffConfig(FeatureConfig):
 
   @property
   def input_files(self) -> dict[str, str]:
-    """Files that the run reads beside its data: what they are, and where."""
-    return {"generated images": self.joint.images} if self.joint.images else {}
+    files = {"generated images": self.joint.images} if self.joint.images else {}
+    return super().input_files | files
 
 
 def has_own_head(config: FeatureConfig) -> bool:
@@ -143,6 +153,16 @@ def has_own_head(config: FeatureConfig) -> bool:
 def check(config: FeatureConfig, data: LongTailLabels) -> None:
   """Raises ConfigError if the settings do not fit each other or the data."""
   generators.plan(data.train_counts, config.generators)
+  settings = generators.SynthesisSettings(
+    config.generators, config.diffusion, config.hallucination, len(data.train_counts)
+  )
+  for name in config.generators.names:
+    needs = settings.generator(name).needs_class_embeddings
+    if needs and not config.class_embeddings:
+      raise ConfigError(
+        f"config.generators.names has {name}, which is told embeddings of the classes, but"
+        " config.class_embeddings is empty; give it a file or names."
+      )
   if not has_own_head(config):
     if config.head.training.start == "encoder":
       raise ConfigError(

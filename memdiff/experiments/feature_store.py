@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from memdiff.classifier import heads
-from memdiff.errors import WorkdirError
+from memdiff.errors import ConfigError, WorkdirError
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.methods import Choice
 from memdiff.memory import feature_space, memory_bank
@@ -17,10 +17,23 @@ from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.checkpoint import Checkpointer, abstract
 from memdiff.runtime.progress import Progress
 from memdiff.runtime.workdir import read_arrays, write_arrays
+from memdiff.synthesis import class_embeddings
+
+_KNOWN = "class_embeddings"
 
 
 def fill_memory_bank(experiment: Experiment, arrays: dict[str, np.ndarray]) -> dict:
-  """Fills the bank from features of the training set, and writes it and all `arrays`."""
+  """Fills the bank from features of the training set, and writes it and all `arrays`.
+
+  What else is known of the classes is read and written, too.
+  """
+  given = experiment.config.class_embeddings
+  if given:
+    names = np.array(experiment.dataset.class_names)
+    try:
+      arrays |= {_KNOWN: class_embeddings.of_classes(given, names)}
+    except ValueError as error:
+      raise ConfigError(f"config.{error}") from error
   folder = experiment.workdir.folder("memory_bank")
   say_constant_columns(experiment.run.progress, arrays["train"][0])
   bank = feature_space.fill_bank(
@@ -54,6 +67,22 @@ def say_constant_columns(progress: Progress, features: np.ndarray) -> None:
 def load_features(experiment: Experiment) -> dict[str, np.ndarray]:
   """features.npz: train, left_out, test [1 or S, n, D], and what the encoder's own head says."""
   return read_arrays(experiment.workdir.folder("memory_bank") / "features.npz")
+
+
+def load_class_embeddings(experiment: Experiment) -> np.ndarray | None:
+  """[C, E], or None if there are none."""
+  if not experiment.config.class_embeddings:
+    return None
+  path = experiment.workdir.folder("memory_bank") / "features.npz"
+  return read_arrays(path, (_KNOWN,))[_KNOWN]
+
+
+def tell(experiment: Experiment, runs: FeatureRuns) -> FeatureRuns:
+  """The same runs with what else is known of the classes in their banks."""
+  given = load_class_embeddings(experiment)
+  if given is None:
+    return runs
+  return feature_space.tell(runs, class_embeddings.components(given), experiment.mesh)
 
 
 def load_bank(experiment: Experiment, feature_dim: int) -> memory_bank.MemoryBank:
@@ -103,7 +132,7 @@ def load_space(experiment: Experiment) -> Space:
     experiment.mesh,
   )
   return Space(
-    runs=runs,
+    runs=tell(experiment, runs),
     left_out=feature_space.standardize(runs.standardizer, arrays["left_out"], experiment.mesh),
     test=feature_space.standardize(runs.standardizer, arrays["test"], experiment.mesh),
     own_logits={

@@ -101,7 +101,7 @@ def compile_denoisers(experiment: Experiment) -> None:
   runs = feature_space.make_runs(nothing, labels, bank, None, classes, experiment.mesh)
   for name in experiment.config.generators.names:
     generator = synthesis_settings(experiment).generator(name)
-    if generator.trains:
+    if generator.trains and not generator.needs_class_embeddings:  # which are not read yet
       programs.compile_ahead(generator.stage(runs, experiment.mesh), experiment.run)
 
 
@@ -194,7 +194,7 @@ _MEMDIFF = (
     "memory_bank",
     "encoding all images, filling the bank",
     encode_memory_bank,
-    ("memory_bank",),
+    ("memory_bank", "class_embeddings"),
   ),
   *_SHARED_PHASES,
   Phase(
@@ -212,7 +212,7 @@ _FEATURES = (
     "memory_bank",
     "reading the embeddings, filling the bank",
     read_memory_bank,
-    ("seeds", "dataset", "memory_bank", "loop"),
+    ("seeds", "dataset", "memory_bank", "class_embeddings", "loop"),
   ),
   *_SHARED_PHASES,
   _EVALUATION,

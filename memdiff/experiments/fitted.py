@@ -17,10 +17,10 @@ from memdiff.evaluation import calibration
 from memdiff.evaluation.method import Method
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.feature_folds import Folds
-from memdiff.experiments.feature_store import Space
+from memdiff.experiments.feature_store import Space, load_class_embeddings
 from memdiff.experiments.methods import REAL
-from memdiff.fitting import blend, selection
-from memdiff.fitting.heads import FAMILIES, KINDS, Head, Linear
+from memdiff.fitting import blend, knowledge, selection
+from memdiff.fitting.heads import FAMILIES, KINDS, Family, Head, Linear
 from memdiff.fitting.selection import BLEND, Fold
 from memdiff.memory.feature_space import FeatureRuns
 from memdiff.runtime import mesh as mesh_lib
@@ -28,11 +28,13 @@ from memdiff.runtime.workdir import read_arrays
 
 FILE = "fitted.npz"  # RUN/FAMILY/FIELD of the heads; one run, if all have the same features
 PREFERRED = Method.of(REAL, BLEND)
+_BESIDE = {knowledge.ZERO_SHOT}  # in no blend
+_DESCRIBED = FAMILIES | knowledge.families(np.zeros((0, 0)))  # what reports say of all
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-  """How heads are fitted: {family: setting}, and {family: weight} in the blend."""
+  """How heads are fitted: {family: setting}, and {family: weight} in the blend, or 0."""
 
   settings: Mapping[str, float]
   weights: Mapping[str, float]
@@ -43,12 +45,18 @@ class Fitted:
     names = [*self.settings, *([BLEND] if len(self.settings) > 1 else [])]
     return [Method.of(REAL, name) for name in names]
 
+  def parts(self, method: Method) -> list[str]:
+    """The families of which a method is made."""
+    if method.loss != BLEND:
+      return [method.loss]
+    return [name for name in self.settings if self.weights[name]]
+
   def describe(self, method: Method) -> str:
     if method.loss == BLEND:
       total = sum(self.weights.values())
       shares = sorted(((w / total, name) for name, w in self.weights.items() if w), reverse=True)
       return "real features only; a blend of " + ", ".join(f"{n} {s:.0%}" for s, n in shares)
-    family = FAMILIES[method.loss]
+    family = _DESCRIBED[method.loss]
     setting = f"{family.setting} {self.settings[method.loss]:g}"
     return f"real features only; {family.description} ({setting})"
 
@@ -56,20 +64,27 @@ class Fitted:
     """Of standardised features [N, D]. [N, C]."""
     if method.loss != BLEND:
       return heads[method.loss].logits(features)
-    parts = [blend.log_probabilities(heads[name].logits(features)) for name in self.settings]
-    return blend.blended([self.weights[name] for name in self.settings], parts)
+    names = self.parts(method)
+    parts = [blend.log_probabilities(heads[name].logits(features)) for name in names]
+    return blend.blended([self.weights[name] for name in names], parts)
 
 
-def families(config: Any) -> list[str]:
-  """Those that a run fits."""
-  return selection.distinct(config.head.fitted, config.selection.criterion)
+def families(experiment: Experiment) -> dict[str, Family]:
+  """Those that a run fits; those that know embeddings of the classes come last."""
+  config = experiment.config
+  names = selection.distinct(config.head.fitted, config.selection.criterion)
+  embeddings = load_class_embeddings(experiment) if names else None
+  more = {} if embeddings is None else knowledge.families(embeddings)
+  return {name: FAMILIES[name] for name in names} | more
 
 
-def unchosen(config: Any) -> Fitted:
-  """Without cross-validation: the first settings, weighing alike."""
-  names = families(config)
-  settings = {name: FAMILIES[name].settings[0] for name in names}
-  return Fitted(settings, dict.fromkeys(names, 1 / max(len(names), 1)))
+def unchosen(experiment: Experiment) -> Fitted:
+  """Without cross-validation: the first settings; those without further knowledge weigh alike."""
+  known = families(experiment)
+  settings = {name: family.settings[0] for name, family in known.items()}
+  blended = [name for name in known if name in FAMILIES]
+  weights = dict.fromkeys(known, 0.0) | dict.fromkeys(blended, 1 / max(len(blended), 1))
+  return Fitted(settings, weights)
 
 
 def select(
@@ -81,8 +96,8 @@ def select(
     (what was chosen; method -> cross-fitted predictions [E]; method -> its number of settings and
     its temperature).
   """
-  names, judged = families(experiment.config), folds.judged
-  if not names:
+  fits, judged = families(experiment), folds.judged
+  if not fits:
     return Fitted({}, {}), {}, {}
 
   def fold(number: int) -> Fold:
@@ -91,14 +106,20 @@ def select(
 
   makers = [functools.partial(fold, number) for number in range(len(folds.held_out))]
   with selection.few_threads(folds.features[0], judged.num_classes):
-    known = {name: FAMILIES[name] for name in names}
-    found = selection.select(makers, judged, known, experiment.run.progress.say)
+    found = selection.select(
+      makers,
+      judged,
+      fits,
+      experiment.run.progress.say,
+      extra=[knowledge.NAME],
+      beside=_BESIDE,
+    )
   fitted = Fitted(found.settings, found.weights)
   predictions = {method: found.predictions[method.loss] for method in fitted.methods}
   known = {}
   for method in fitted.methods:
     logits, labels = found.logits[method.loss], judged.label[found.sample]
-    several = FAMILIES[method.loss].settings if method.loss in FAMILIES else names
+    several = fits[method.loss].settings if method.loss in fits else set(fits) - _BESIDE
     known[method] = {
       "settings": len(several),
       "temperature": calibration.fit_temperature(logits, labels, judged.criterion),
@@ -120,12 +141,12 @@ def _training(experiment: Experiment, runs: FeatureRuns, number: int):
 
 def fit(experiment: Experiment, space: Space, fitted: Fitted) -> dict[str, np.ndarray]:
   """The final heads, as FILE has them."""
-  arrays = {}
+  arrays, fits = {}, families(experiment)
   for number in range(1 if space.runs.alike else len(experiment.seeds)):
     training = _training(experiment, space.runs, number)
     with selection.few_threads(training.features, experiment.dataset.num_classes):
       for name, setting in fitted.settings.items():
-        (head,) = FAMILIES[name].fit(training, (setting,))
+        (head,) = fits[name].fit(training, (setting,))
         for field in dataclasses.fields(head):
           arrays[f"{number}/{name}/{field.name}"] = np.asarray(getattr(head, field.name))
         arrays[f"{number}/{name}/kind"] = np.array(type(head).__name__)

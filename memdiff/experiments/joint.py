@@ -26,6 +26,7 @@ from memdiff.classifier.added_images import AddedImagesConfig, ImagePool
 from memdiff.classifier.encoder_training import Recipe
 from memdiff.config import above, at_least, between, one_of, path_setting, setting, some_of
 from memdiff.errors import ConfigError
+from memdiff.experiments import feature_store
 from memdiff.experiments.base import Experiment, forward_images
 from memdiff.memory import feature_space
 from memdiff.runtime import loop, results
@@ -183,6 +184,7 @@ def make_pool(
   runs = feature_space.make_runs(
     features, labels, bank, head, experiment.dataset.num_classes, experiment.mesh
   )
+  runs = feature_store.tell(experiment, runs)
   generators.train(generator, settings, runs, run, folder, f"{generator}/{name}")
   numbers = settings.numbers(generator, experiment.dataset.train_counts)
   strength = settings.generator(generator).strengths[0]

@@ -12,6 +12,7 @@ import numpy as np
 from memdiff.fitting.heads import FAMILIES, Family, Gaussians, Head, Training
 
 NAME = "class_knowledge"
+ZERO_SHOT = "zero_shot"
 _RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of the map, in units of the embeddings' mean square
 _LEAST = 1e-3  # of a variance between classes, in units of that within
 
@@ -28,6 +29,11 @@ class _Map:
 
   expected: np.ndarray
   missed: np.ndarray
+
+
+def families(embeddings: np.ndarray) -> dict[str, Family]:
+  """What heads make of embeddings of classes [C, E]: with examples of a class, and without."""
+  return {NAME: family(embeddings), ZERO_SHOT: zero_shot(embeddings)}
 
 
 def family(embeddings: np.ndarray) -> Family:
@@ -47,7 +53,27 @@ def family(embeddings: np.ndarray) -> Family:
   return Family(description, like.setting, like.settings, fit)
 
 
-def _discriminant(training: Training, embeddings: np.ndarray, share: float) -> Gaussians:
+def zero_shot(embeddings: np.ndarray) -> Family:
+  """The same without the examples of a class: its mean is what those of all others let expect.
+
+  What embeddings of classes tell by themselves.
+
+  Args:
+    embeddings: [C, E] of the classes.
+  """
+  like = FAMILIES["plda"]
+
+  def fit(training: Training, settings: Sequence[float]) -> list[Head]:
+    return [_discriminant(training, embeddings, share, unseen=True) for share in settings]
+
+  description = "every class as if it had no examples, expected from what is known of it"
+  return Family(description, like.setting, like.settings, fit)
+
+
+def _discriminant(
+  training: Training, embeddings: np.ndarray, share: float, unseen: bool = False
+) -> Gaussians:
+  """Of all classes as they are, or each as if it had no examples."""
   vectors, _ = training.within
   whitened = vectors / np.sqrt(training.shrunk(share))[None]
   means, counts = training.means @ whitened, training.counts
@@ -56,9 +82,12 @@ def _discriminant(training: Training, embeddings: np.ndarray, share: float) -> G
   _, lengths, rows = np.linalg.svd(told.missed, full_matrices=False)
   noise = (1 / counts[known]).mean()  # of a mean, in units of the covariance within classes
   between = np.maximum(lengths**2 / max(int(known.sum()) - 1, 1) - noise, _LEAST)
-  evidence = counts[:, None] * between[None]
+  evidence = np.where(unseen, 0, counts)[:, None] * between[None]
   trust = evidence / (evidence + 1)
-  expected = told.expected @ rows.T
+  expected = told.expected.copy()
+  if unseen:
+    expected[known] = means[known] - told.missed
+  expected = expected @ rows.T
   found = trust * (means @ rows.T) + (1 - trust) * expected
   variances = 1 + between[None] / (evidence + 1)
   arrays = (whitened @ rows.T, found, variances)

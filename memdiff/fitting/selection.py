@@ -1,7 +1,7 @@
 """How fitted heads are chosen: settings of families, weights of their blend, what it is worth."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,8 @@ class Selected:
   """What was chosen.
 
   Attributes:
-    settings: {family: setting}.
-    weights: {family: weight in the blend}.
+    settings: {family: setting} of all.
+    weights: {family: weight in the blend}, 0 of those that are not in it.
     recommendation: as of `LongTailClassifier.recommendation_`.
     skipped: {family: settings that no later fold looked at, since they could not win}.
     predictions: {family or BLEND: [E] classes of held-out examples}, cross-fitted.
@@ -249,6 +249,7 @@ def select(
   say: Callable[[str], None],
   extra: Sequence[str] = (),
   plain: bool = True,
+  beside: Collection[str] = (),
 ) -> Selected:
   """Chooses settings and weights by examples that folds hold out.
 
@@ -259,12 +260,15 @@ def select(
     say: prints what is done.
     extra: families that take part only if the blend is better with them, with 95 % confidence.
     plain: whether plain regression is fitted too, to be held against the blend.
+    beside: families that take part in no blend.
   """
   known = ({PLAIN: FAMILIES[PLAIN]} if plain else {}) | dict(families)
   wanted = {name: _Candidates.of(family, len(judged.label)) for name, family in known.items()}
   held_out = _look(folds, judged, wanted, say)
-  base = [name for name in families if name not in extra] or list(families)
-  blends = {BLEND: base} | ({WITH_EXTRA: list(families)} if len(base) < len(families) else {})
+  blended = [name for name in families if name not in beside]
+  base = [name for name in blended if name not in extra] or blended
+  blends = {BLEND: base} | ({WITH_EXTRA: blended} if len(base) < len(blended) else {})
+  blends |= {name: [name] for name in families if name in beside}
   sample = calibration.enough(len(judged.label), judged.num_classes)
   chooser = _Chooser(wanted, blends, held_out, judged, sample)
   crossed = chooser.cross_fitted()
@@ -283,8 +287,8 @@ def select(
   say(f"{judged.criterion} {found['score']:.3f} on held-out examples{beside}")
   logits = blend.blended(choice.weights[used], [choice.parts[name] for name in blends[used]])
   return Selected(
-    settings={name: known[name].settings[choice.settings[name]] for name in blends[used]},
-    weights=weights,
+    settings={name: known[name].settings[choice.settings[name]] for name in families},
+    weights=dict.fromkeys(families, 0.0) | weights,
     recommendation=found,
     skipped={name: candidates.skipped for name, candidates in wanted.items()},
     predictions=crossed | {BLEND: crossed[used]},

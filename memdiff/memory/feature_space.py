@@ -162,6 +162,14 @@ def make_runs(
   )
 
 
+def tell(runs: FeatureRuns, known: np.ndarray, mesh: Mesh) -> FeatureRuns:
+  """The same runs, in whose banks stands what else is known of the classes, [C, E]."""
+  num_runs, rows = runs.bank.seen.shape
+  table = np.zeros((num_runs, rows, known.shape[1]), np.float32)
+  table[:, : len(known)] = known[None]
+  return runs.replace(bank=runs.bank.replace(known=mesh_lib.replicate(mesh, table)))
+
+
 def take(features: np.ndarray, rows: np.ndarray | None, run: int) -> np.ndarray:
   """What one run takes of `features` [R or 1, N, D]: all, or its `rows` [R, n]; zeros if -1."""
   of_run = features[run % len(features)]

@@ -14,6 +14,7 @@ of its own classes; the bank itself never travels. Results do not depend on the 
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.struct
 import jax
@@ -40,6 +41,7 @@ class MemoryBank:
   prototype: jax.Array  # [C, D] running mean
   slots: jax.Array  # [C, K, D] reservoir; the first min(seen, K) slots of a class are filled
   seen: jax.Array  # [C] int32, features offered so far
+  known: Any = None  # [C, E] what else is known of the classes, as embeddings; None: nothing
 
 
 @flax.struct.dataclass
@@ -50,6 +52,7 @@ class Memory:
   slots: jax.Array  # [B, K, D]
   mask: jax.Array  # [B, K] bool, which slots may be looked at
   count: jax.Array  # [B] float32, how many features the prototype averages
+  known: Any = None  # [B, E]
 
 
 def num_rows(num_classes: int) -> int:
@@ -122,7 +125,7 @@ def _update_rows(bank, features, labels, draws, *, horizon):
   )
   moved = kept[:, None] * bank.prototype.at[labels].get(mode="fill", fill_value=0.0) + added
   last = position == total  # of its class in the batch
-  return MemoryBank(
+  return bank.replace(
     prototype=bank.prototype.at[jnp.where(last, labels, rows)].set(moved, mode="drop"),
     slots=flat.reshape(bank.slots.shape),
     seen=bank.seen.at[labels].add(1, mode="drop"),
@@ -218,7 +221,8 @@ def read(bank: MemoryBank, labels: jax.Array, *, mesh: Mesh) -> Memory:
   )(bank.prototype, bank.slots, bank.seen, labels)
   count = packed[:, num_slots + 1, 0]
   mask = jnp.arange(num_slots)[None] < count[:, None]
-  return Memory(packed[:, num_slots], packed[:, :num_slots], mask, count)
+  known = None if bank.known is None else bank.known[labels]
+  return Memory(packed[:, num_slots], packed[:, :num_slots], mask, count, known)
 
 
 # How near a stored feature must be to count as the noised one itself: root mean square distance
@@ -242,7 +246,7 @@ def leave_one_out(memory: Memory, features: jax.Array) -> Memory:
   ]
   prototype = jnp.where(others[:, None] > 0, prototype, 0.0)
   slots = jnp.where(mask[:, :, None], memory.slots, 0.0)
-  return Memory(prototype, slots, mask, others)
+  return memory.replace(prototype=prototype, slots=slots, mask=mask, count=others)
 
 
 def thin_out(memory: Memory, key: jax.Array) -> Memory:
@@ -264,7 +268,7 @@ def thin_out(memory: Memory, key: jax.Array) -> Memory:
   slots = jnp.where(kept[:, :, None], memory.slots, 0.0)
   mean = slots.sum(axis=1) / jnp.maximum(number, 1)[:, None]
   whole = wanted >= available
-  return Memory(
+  return memory.replace(
     prototype=jnp.where(whole[:, None], memory.prototype, mean),
     slots=jnp.where(whole[:, None, None], memory.slots, slots),
     mask=jnp.where(whole[:, None], memory.mask, kept),
@@ -279,7 +283,15 @@ def forget(memory: Memory, dropped: jax.Array) -> Memory:
     slots=jnp.where(dropped[:, None, None], 0.0, memory.slots),
     mask=memory.mask & ~dropped[:, None],
     count=jnp.where(dropped, 0.0, memory.count),
+    known=unknown(memory, dropped).known,
   )
+
+
+def unknown(memory: Memory, dropped: jax.Array) -> Memory:
+  """Takes away what is known beside the features, from the rows where `dropped` [B] is True."""
+  if memory.known is None:
+    return memory
+  return memory.replace(known=jnp.where(dropped[:, None], 0.0, memory.known))
 
 
 def standardize(bank: MemoryBank, mean: jax.Array, scale: jax.Array) -> MemoryBank:

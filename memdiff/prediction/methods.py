@@ -143,7 +143,7 @@ def _with_fitted(
 ) -> tuple[Weights, dict]:
   """With one family of heads, or with the blend of all."""
   of_runs = fitted.load_heads(folder)
-  names = list(of_fitted.settings) if method.loss == BLEND else [method.loss]
+  names = of_fitted.parts(method)
   arrays = {name: _stacked([of_run[name] for of_run in of_runs]) for name in names}
   weights = weights.replace(fitted=arrays)
   if method.loss == BLEND:

@@ -47,7 +47,7 @@ class DenoiserConfig:
 class Context:
   """Conditioning: all that does not change from step to step."""
 
-  summary: jax.Array  # [G, E + D + 2] class embedding, prototype and count
+  summary: jax.Array  # [G, E + D + 2 ...] class embedding, prototype, count, what else is known
   keys: jax.Array  # [G, K + 1, D] the stored features; row 0 is a learned "nothing known"
   values: jax.Array  # [G, K + 1, D] the same with another row 0
   mask: jax.Array  # [G, K + 1] bool
@@ -76,6 +76,17 @@ def attend(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
   scores = jnp.einsum("gqe,gke->gqk", query, keys) / jnp.sqrt(dim)
   weights = nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
   return jnp.einsum("gqk,gkv->gqv", weights, values).reshape(batch, num_heads, -1)
+
+
+def counted(memory: Memory) -> jax.Array:
+  """The log-count of the exemplars, and whether there are any. [G, 2]."""
+  present = (memory.count > 0).astype(jnp.float32)
+  return jnp.stack([jnp.log1p(memory.count), present], axis=-1)
+
+
+def further(memory: Memory) -> list[jax.Array]:
+  """What is known of the classes beside features: one array [G, E], or none."""
+  return [] if memory.known is None else [memory.known]
 
 
 class Affine(nn.Module):
@@ -125,10 +136,11 @@ class ModulatedBlock(nn.Module):
 class MLPDenoiser(nn.Module):
   """Denoises feature vectors, conditioned on time, class and the class's memory.
 
-  The noised feature is concatenated with the class embedding, the prototype and the log-count of
-  the exemplars it averages. The stored exemplars themselves are keys and values of an attention
-  whose queries, one per head, are made of all these and the time: each head looks up a weighted
-  mean of exemplars. Label `num_classes` means "no class". The order of the slots does not matter.
+  The noised feature is concatenated with the class embedding, the prototype, the log-count of the
+  exemplars it averages, and what else is known of the class. The stored exemplars themselves are
+  keys and values of an attention whose queries, one per head, are made of all these and the time:
+  each head looks up a weighted mean of exemplars. Label `num_classes` means "no class". The order
+  of the slots does not matter.
   """
 
   num_classes: int
@@ -150,15 +162,8 @@ class MLPDenoiser(nn.Module):
   def condition(self, label: jax.Array, memory: Memory) -> Context:
     """label [G] int in [0, num_classes], memory of G rows -> Context."""
     number = label.shape[0]
-    summary = jnp.concatenate(
-      [
-        self.class_embedding(label),
-        memory.prototype,
-        jnp.log1p(memory.count)[:, None],
-        (memory.count > 0).astype(jnp.float32)[:, None],
-      ],
-      axis=-1,
-    )
+    parts = [self.class_embedding(label), memory.prototype, counted(memory)]
+    summary = jnp.concatenate(parts + further(memory), axis=-1)
     nothing = jnp.broadcast_to(self.nothing[:, None, None], (2, number, 1, self.feature_dim))
     return Context(
       summary=summary,

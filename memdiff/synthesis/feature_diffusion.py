@@ -25,6 +25,7 @@ from memdiff.synthesis.denoisers import DenoiserConfig, MLPDenoiser
 from memdiff.synthesis.transformer import TransformerDenoiser
 
 CONDITIONS = ("class_and_memory", "memory", "class")
+DESCRIBED = "description_and_memory"  # what else is known of a class takes the place of its label
 DENOISERS = {"mlp": MLPDenoiser, "transformer": TransformerDenoiser}
 
 
@@ -56,9 +57,9 @@ class DiffusionConfig(TrainingConfig):
     """The conditions that training shows the denoiser; those it can be sampled with."""
     if self.label_dropout == 1:
       return ()
-    if self.condition != "class_and_memory":
+    if self.condition not in ("class_and_memory", DESCRIBED):
       return (self.condition,)
-    shares = {"class_and_memory": 1 - self.anonymous, "memory": self.anonymous}
+    shares = {self.condition: 1 - self.anonymous, "memory": self.anonymous}
     return tuple(name for name, share in shares.items() if share > 0)
 
 
@@ -117,8 +118,9 @@ def draw_batch(
     config: batch size and condition; `label_dropout` is the share of rows without label and memory
       (the unconditional model of guidance), `anonymous` the share of the others that are classes
       never seen: without label and, with `displacement`, moved. What the denoiser knows of those
-      it must take from their exemplars. Under the condition `memory` no row has a label, and under
-      `class` none has a memory and none is anonymous.
+      it must take from their exemplars. Under the condition `memory` no row has a label, under
+      `class` none has a memory and none is anonymous, and under DESCRIBED none has a label, but all
+      that are not anonymous have what is known of their class.
     num_classes: C, also the label that means "no class".
     mesh: of the bank.
   """
@@ -134,10 +136,11 @@ def draw_batch(
 
   def shown(label, memory):
     """What the denoiser is told of a class."""
-    no_label = dropped | hidden | (config.condition == "memory")
+    no_label = dropped | hidden | (config.condition in ("memory", DESCRIBED))
     no_memory = dropped | (config.condition == "class")
     told = jnp.where(no_label, num_classes, label)
-    return told, memory_bank.forget(move(memory, shift), no_memory)
+    memory = memory_bank.unknown(move(memory, shift), hidden)
+    return told, memory_bank.forget(memory, no_memory)
 
   told, told_memory = shown(label, memory)
   batch = Batch(x0=x0 + shift, label=told, memory=told_memory)

@@ -25,10 +25,12 @@ class Generator:
   Attributes:
     strengths: candidates for `strength`, from which cross-validation chooses.
     trains: whether there is a `stage`.
+    needs_class_embeddings: whether it reads `known` of the bank.
   """
 
   strengths: tuple[float, ...] = (1.0,)
   trains = False
+  needs_class_embeddings = False
 
   def numbers(self, train_counts: np.ndarray) -> np.ndarray | None:
     """Features that it makes per class [C], or None: as many as fill the tail."""

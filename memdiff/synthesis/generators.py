@@ -29,7 +29,7 @@ from memdiff.synthesis.fasa import FASA, FASAConfig
 from memdiff.synthesis.feature_diffusion import DiffusionConfig
 from memdiff.synthesis.generator import Generator
 from memdiff.synthesis.hallucination import SamplerConfig
-from memdiff.synthesis.memory_diffusion import MemoryDiffusion, class_only
+from memdiff.synthesis.memory_diffusion import MemoryDiffusion, class_only, described
 from memdiff.synthesis.untrained import UNTRAINED
 
 
@@ -60,6 +60,10 @@ GENERATORS = {
   "memdiff": Row(
     "diffusion conditioned on the memory of the class",
     lambda s: MemoryDiffusion(s.diffusion, s.hallucination, s.num_classes),
+  ),
+  "memdiff_described": Row(
+    "the same, told embeddings of the classes, config.class_embeddings, instead of labels",
+    lambda s: described(s.diffusion, s.hallucination, s.num_classes),
   ),
   "class_only": Row(
     "the same diffusion conditioned on the class alone (DDPM)",

@@ -17,7 +17,7 @@ from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.memory import memory_bank
 from memdiff.memory.memory_bank import MemoryBank
 from memdiff.runtime import mesh as mesh_lib
-from memdiff.synthesis.feature_diffusion import CONDITIONS, DiffusionConfig
+from memdiff.synthesis.feature_diffusion import CONDITIONS, DESCRIBED, DiffusionConfig
 
 _GROUP_SIZES = (16, 10, 8, 5, 4, 3, 2, 1)
 _ROOM = 1.25  # times as many samples may be drawn as are wanted, so that groups are whole
@@ -197,7 +197,7 @@ def sample_features(
     memory = memory_bank.read(bank, labels, mesh=mesh)
     if config.condition == "class":
       memory = memory_bank.forget(memory, jnp.ones(labels.shape, bool))
-    if config.condition == "memory":
+    if config.condition in ("memory", DESCRIBED):
       labels = jnp.full_like(labels, denoiser.module.num_classes)
     return guided_denoiser(denoiser.module, denoiser.params, labels, memory, steering.guidance)
 

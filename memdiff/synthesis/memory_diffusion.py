@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 from memdiff.diffusion.schedules import NoiseSchedule
 from memdiff.memory import exemplars as exemplars_lib
 from memdiff.memory.feature_space import FeatureRuns
+from memdiff.memory.memory_bank import MemoryBank
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.random import stream
 from memdiff.runtime.stage import Stage
 from memdiff.synthesis import feature_diffusion, hallucination
-from memdiff.synthesis.feature_diffusion import DiffusionConfig
+from memdiff.synthesis.feature_diffusion import DESCRIBED, DiffusionConfig
 from memdiff.synthesis.generator import Generator, Sampler
 from memdiff.synthesis.hallucination import SamplerConfig, TrainedDenoiser
 
@@ -35,10 +36,18 @@ class MemoryDiffusion(Generator):
   def strengths(self) -> tuple[float, ...]:
     return self.hallucination.strengths
 
+  @property
+  def needs_class_embeddings(self) -> bool:
+    return self.diffusion.condition == DESCRIBED
+
+  def _bank(self, runs: FeatureRuns) -> MemoryBank:
+    """Without what this generator is not to be told."""
+    return runs.bank if self.needs_class_embeddings else runs.bank.replace(known=None)
+
   def stage(self, runs: FeatureRuns, mesh: Mesh) -> Stage:
     data = feature_diffusion.make_data(
-      runs.exemplars.features, mesh_lib.fetch(runs.exemplars.labels), runs.bank, self.num_classes,
-      self.diffusion.class_exponent, mesh,
+      runs.exemplars.features, mesh_lib.fetch(runs.exemplars.labels), self._bank(runs),
+      self.num_classes, self.diffusion.class_exponent, mesh,
     )  # fmt: skip
     return feature_diffusion.make_stage(self.diffusion, data, self.num_classes, mesh)
 
@@ -61,7 +70,7 @@ class MemoryDiffusion(Generator):
           denoiser, bank, labels, key, config, mesh, config.at(strength, origins)
         )
 
-      arguments = keys, params, runs.bank, runs.exemplars
+      arguments = keys, params, self._bank(runs), runs.exemplars
       trust = jnp.ones(labels.shape)
       if len(keys) * labels.size * feature_dim * 4 > _TOGETHER:
         return lambda run: (of_run(*_of_run(arguments, run)), trust)
@@ -73,6 +82,17 @@ class MemoryDiffusion(Generator):
 
 def _of_run(tree: Any, run: jax.Array) -> Any:
   return jax.tree.map(lambda x: x[run], tree)
+
+
+def described(
+  diffusion: DiffusionConfig, hallucination: SamplerConfig, num_classes: int
+) -> MemoryDiffusion:
+  """The same denoiser, told what is known of the class beside its features instead of the label."""
+  return MemoryDiffusion(
+    dataclasses.replace(diffusion, condition=DESCRIBED),
+    dataclasses.replace(hallucination, condition=DESCRIBED),
+    num_classes,
+  )
 
 
 def class_only(

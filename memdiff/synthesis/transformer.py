@@ -7,14 +7,14 @@ import jax.numpy as jnp
 
 from memdiff.diffusion.schedules import time_embedding
 from memdiff.memory.memory_bank import Memory
-from memdiff.synthesis.denoisers import DenoiserConfig, attend, dense, spread
+from memdiff.synthesis.denoisers import DenoiserConfig, attend, counted, dense, further, spread
 
 
 @flax.struct.dataclass
 class Context:
   """Conditioning as K + 2 tokens: class, prototype, and the K stored features."""
 
-  start: jax.Array  # [G, W] the prototype's part of the noised feature's token
+  start: jax.Array  # [G, W] the part of prototype, count and what else is known in the token of x_t
   keys: jax.Array  # [G, L + 1, K + 2, E] of L blocks and of the last look-up
   values: jax.Array  # [G, L, K + 2, E]
   rows: jax.Array  # [G, K + 2, D] the features that tokens stand for; the class's is zero
@@ -86,8 +86,8 @@ class TransformerDenoiser(nn.Module):
 
   def condition(self, label: jax.Array, memory: Memory) -> Context:
     """label [G] int in [0, num_classes], memory of G rows -> Context."""
-    known = [jnp.log1p(memory.count)[:, None], (memory.count > 0).astype(jnp.float32)[:, None]]
-    prototype = jnp.concatenate([memory.prototype, *known], axis=-1)
+    parts = [memory.prototype, counted(memory), *further(memory)]
+    prototype = jnp.concatenate(parts, axis=-1)
     first = [self.embed_class(label)[:, None], self.embed_prototype(prototype)[:, None]]
     tokens = nn.silu(jnp.concatenate([*first, self.embed_exemplar(memory.slots)], axis=1))
     rows = jnp.concatenate([memory.prototype[:, None], memory.slots], axis=1)

@@ -238,6 +238,27 @@ def test_what_a_denoiser_learns_is_what_its_batches_show(mesh, settings, learned
   assert tuple(name for name, rows in shown.items() if rows.any()) == learned
 
 
+def test_descriptions_take_the_place_of_labels_but_of_classes_that_are_moved(mesh):
+  own = make_own(mesh)
+  table = np.arange(1.0, 1 + len(own.bank.seen), dtype=np.float32)[:, None]
+  own = own.replace(bank=own.bank.replace(known=jnp.asarray(table)))
+  config = dataclasses.replace(
+    CONFIG, label_dropout=0.2, anonymous=0.5, displacement=1.0, batch_size=512,
+    condition=feature_diffusion.DESCRIBED,
+    objective=with_terms(supcon=1.0),
+  )  # fmt: skip
+  draw = functools.partial(
+    feature_diffusion.draw_batch, config=config, num_classes=CLASSES, mesh=mesh
+  )
+  batch = jax.tree.map(np.asarray, jax.jit(draw)(jax.random.key(3), own))
+  assert (batch.label == CLASSES).all()
+  told, still = batch.memory.known[:, 0], batch.true_label < CLASSES
+  assert not told[~still].any()
+  assert set(told[still] - batch.true_label[still] - 1) <= {0, *(-1.0 - np.arange(CLASSES))}
+  assert 0.3 < (told > 0).mean() < 0.5  # (1 - 0.2) (1 - 0.5)
+  np.testing.assert_array_equal(told[told > 0], batch.true_label[told > 0] + 1)
+
+
 def test_displacement_moves_feature_and_memory_of_chosen_rows_alike():
   rng = np.random.default_rng(0)
   prototype = rng.normal(size=(6, DIM)).astype(np.float32)

@@ -5,8 +5,8 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score
 
 from memdiff import LongTailClassifier
-from memdiff.estimators import class_embeddings
 from memdiff.fitting import heads, knowledge, selection
+from memdiff.synthesis import class_embeddings
 
 CLASSES, DIM = 30, 8
 
@@ -69,6 +69,37 @@ def test_where_all_classes_are_alike_in_embedding_it_is_plain_plda(data):
   (same,) = knowledge.family(np.zeros((CLASSES, 3))).fit(training, (0.1,))
   agree = plain.logits(X).argmax(axis=1) == same.logits(X).argmax(axis=1)
   assert agree.mean() > 0.9
+
+
+def test_zero_shot_tells_classes_without_their_examples(data):
+  """A class whose examples are moved away is still expected where the others let it."""
+  X, y = data[1].astype(np.float32), data[2]
+  family = knowledge.zero_shot(data[0])
+  (head,) = family.fit(selection.training(X, y, CLASSES, "balanced_accuracy"), (0.3,))
+  score = balanced_accuracy_score(data[4], head.logits(data[3]).argmax(axis=1))
+  assert score > 4 / CLASSES
+  moved = np.where((y == 2)[:, None], X + 30, X)
+  training = selection.training(moved, y, CLASSES, "balanced_accuracy")
+  shares = [
+    (of_family.fit(training, (0.3,))[0].logits(moved[y == 2]).argmax(axis=1) == 2).mean()
+    for of_family in (family, knowledge.family(data[0]))
+  ]
+  assert shares == [0, 1]
+
+
+def test_components_are_those_of_the_classes():
+  rng = np.random.default_rng(0)
+  embeddings = rng.normal(size=(50, 3)) @ rng.normal(size=(3, 200)) + 7
+  told = class_embeddings.components(embeddings)
+  assert told.shape == (50, 33) and told.dtype == np.float32
+  np.testing.assert_array_equal(told[:, -1], 1)
+  np.testing.assert_allclose(np.square(told[:, :-1]).mean(), 1, rtol=1e-5)
+  away = embeddings - embeddings.mean(axis=0)
+  scale = np.linalg.norm(away) / np.linalg.norm(told[:, :-1])
+  np.testing.assert_allclose(
+    scale**2 * told[:, :-1] @ told[:, :-1].T, away @ away.T, atol=1e-2 * np.square(away).max()
+  )
+  assert not class_embeddings.components(np.ones((4, 3)))[:, :-1].any()
 
 
 def test_embeddings_may_be_given_in_several_ways(tmp_path):

@@ -102,4 +102,5 @@ def test_extra_families_are_judged_by_paired_examples(helps):
   folds = [lambda held=held: make(held) for held in rows]
   found = selection.select(folds, judged, families, lambda words: None, ["extra"])
   assert found.recommendation["extra"]["used"] == helps
-  assert list(found.weights) == (["blind", "extra"] if helps else ["blind"])
+  assert list(found.recommendation["weights"]) == (["blind", "extra"] if helps else ["blind"])
+  assert list(found.weights) == ["blind", "extra"] and (found.weights["extra"] > 0) == helps

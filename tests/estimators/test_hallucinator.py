@@ -146,6 +146,18 @@ def test_what_means_nothing_is_refused(data, changes, words):
     FeatureHallucinator(**changes).fit_resample(*data)
 
 
+def test_embeddings_of_classes_are_for_the_generator_that_reads_them(data):
+  known = {"common": [1.0, 0.0], "rare": [0.0, 1.0], "single": [0.5, 0.5]}
+  sampler = FeatureHallucinator(
+    "memdiff_described", class_embeddings=known, num_steps=5, random_state=0
+  )
+  X, y = made(sampler, data)
+  assert len(X) == len(y) > 0 and np.isfinite(X).all()
+  for generator, given in (("memdiff_described", None), ("duplicate", known)):
+    with pytest.raises(ValueError, match="class_embeddings are for the generator 'memdiff_desc"):
+      FeatureHallucinator(generator, class_embeddings=given).fit_resample(*data)
+
+
 def test_a_ratio_that_is_reached_already_is_refused(data):
   X, y = (x[data[1] != "single"] for x in data)
   for ratio in (0.1, 1.5):

@@ -488,6 +488,11 @@ def check(config, data):
     ({"generators.confidence.name": "entropy_literal"}, None, "use cosine or none"),
     ({"generators.confidence.name": "probability"}, None, "use cosine or none"),
     ({"selection.encoder": "retrained"}, None, "embeddings have no encoder to train"),
+    (
+      {"generators.names": ("memdiff", "memdiff_described")},
+      None,
+      "names has memdiff_described, .* but config.class_embeddings is empty; give it a file",
+    ),
     ({"generators.fill_to": (2,)}, None, r"no class .* tail_below=10 .* fill_to=2"),
     ({"generators.tail_below": 2}, None, r"no class .*smallest class has 2, the largest 12\); set"),
     ({"generators.tail_below": 5}, (40, 9), "set tail_below above 9 and fill_to above that"),

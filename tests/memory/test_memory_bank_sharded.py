@@ -93,7 +93,11 @@ def child(out: str) -> None:
     results["read_both"] = jax.jit(jax.vmap(read, in_axes=(0, None)))(both, wanted)
     for name, tree in results.items():
       for field, value in vars(tree).items():
-        arrays[f"{number}/{name}/{field}"] = np.asarray(value)
+        if value is not None:
+          arrays[f"{number}/{name}/{field}"] = np.asarray(value)
+    known = jnp.arange(2.0 * ROWS).reshape(ROWS, 2)
+    told = jax.jit(read)(single.replace(known=known), wanted[::-1])
+    arrays[f"{number}/known"] = np.asarray(told.known)
   np.savez(pathlib.Path(out) / "arrays.npz", **arrays)
   (pathlib.Path(out) / "programs.json").write_text(json.dumps(programs))
 
@@ -170,6 +174,8 @@ def test_reading_equals_dense_indexing_on_any_number_of_devices(
   np.testing.assert_array_equal(
     arrays[f"{number}/{memory}/mask"], np.arange(SLOTS) < seen[..., None]
   )
+  table = np.arange(2.0 * len(arrays[f"{number}/known"])).reshape(-1, 2)
+  np.testing.assert_array_equal(arrays[f"{number}/known"], table[::-1])
 
 
 @pytest.mark.parametrize("number", DEVICES[1:])

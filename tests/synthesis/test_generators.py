@@ -57,7 +57,8 @@ SETTINGS = SynthesisSettings(
   num_classes=CLASSES,
 )  # fmt: skip
 ALL = sorted(GENERATORS)
-TRAINED = ["class_only", "ldmlr", "ldmlr_published", "memdiff"]
+TRAINED = ["class_only", "ldmlr", "ldmlr_published", "memdiff", "memdiff_described"]
+KNOWN = np.random.default_rng(0).normal(size=(CLASSES, 3)).astype(np.float32)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -136,7 +137,7 @@ def test_strengths_are_candidates_of_the_generator_or_scales_of_guidance():
     expected = (1.0,)
     if name in UNTRAINED:
       expected = UNTRAINED[name][1].strengths
-    if name == "memdiff":
+    if name in ("memdiff", "memdiff_described"):
       expected = (1.0, 2.0)
     assert SETTINGS.generator(name).strengths == expected
 
@@ -198,7 +199,8 @@ def make_runs(mesh, data_seeds, bank_from=None):
     "kernel": np.stack([np.eye(DIM, CLASSES, dtype=np.float32)] * len(labels)),
     "bias": np.zeros((len(labels), CLASSES), np.float32),
   }
-  return feature_space.make_runs(raw, labels, bank, head, CLASSES, mesh)
+  runs = feature_space.make_runs(raw, labels, bank, head, CLASSES, mesh)
+  return feature_space.tell(runs, KNOWN, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -389,6 +391,21 @@ def test_class_only_ignores_the_bank_and_memdiff_does_not(made, runs, mesh, work
   anew = train_and_make("memdiff", other, mesh, workdir)  # is trained already
   differ = np.abs(np.asarray(anew.features - learned)).max(axis=-1)
   assert (differ > 1e-4).mean() > 0.9
+
+
+def test_what_is_known_of_classes_reaches_the_generator_that_asks_for_it(
+  made, runs, mesh, workdir, tmp_path
+):
+  """While training, and while sampling."""
+  other = feature_space.tell(runs, KNOWN[::-1], mesh)
+  for name in ("memdiff", "class_only"):
+    anew = train_and_make(name, other, mesh, tmp_path)
+    np.testing.assert_array_equal(anew.features, made(name).features)
+  learned = made("memdiff_described").features
+  for folder in (tmp_path, workdir):  # in which it is trained already
+    anew = train_and_make("memdiff_described", other, mesh, folder)
+    differ = np.abs(np.asarray(anew.features - learned)).max(axis=-1)
+    assert (differ > 1e-5).mean() > 0.9
 
 
 def test_runs_are_sampled_one_by_one_as_together(made, runs, mesh, workdir, monkeypatch):

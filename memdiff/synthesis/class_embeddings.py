@@ -11,6 +11,7 @@ from memdiff.runtime.workdir import read_arrays
 
 NAMES = "names"
 _ARRAYS = ("names", "embeddings")
+_MOST_COMPONENTS = 32
 
 
 def of_classes(given: Any, classes: np.ndarray) -> np.ndarray:
@@ -48,6 +49,20 @@ def of_classes(given: Any, classes: np.ndarray) -> np.ndarray:
   if not np.isfinite(found).all():
     raise ValueError("class_embeddings has a NaN or an infinity.")
   return found
+
+
+def components(embeddings: np.ndarray) -> np.ndarray:
+  """Principal components of embeddings [C, E] over the classes, as a denoiser reads them.
+
+  Returns:
+    [C, K + 1] float32, K at most 32: components with a mean square of 1 over all, and a column of
+    ones, which is 0 where nothing is told of a class.
+  """
+  away = embeddings - embeddings.mean(axis=0, keepdims=True)
+  left, lengths, _ = np.linalg.svd(away, full_matrices=False)
+  found = (left * lengths[None])[:, :_MOST_COMPONENTS]
+  size = np.sqrt(np.square(found).mean()) or 1.0
+  return np.pad(found / size, ((0, 0), (0, 1)), constant_values=1).astype(np.float32)
 
 
 def _of_file(path: pathlib.Path) -> dict[str, np.ndarray]:
