@@ -36,8 +36,16 @@ class _Folder(type(epath.Path("."))):
     return map(type(self), glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
 
 
+def in_background() -> bool:
+  """Whether training goes on while a state is written.
+
+  On a CPU that gains 15 ms a save, and a process once crashed there in native code meanwhile.
+  """
+  return jax.default_backend() != "cpu"
+
+
 class Checkpointer:
-  """Saves and restores the train state of one stage, in the background.
+  """Saves and restores the train state of one stage; on accelerators, saving runs beside training.
 
   The newest `keep` steps stay, and every step that is a multiple of `keep_every` (0: none).
   """
@@ -50,7 +58,9 @@ class Checkpointer:
     self._manager = ocp.CheckpointManager(
       _Folder(directory.absolute()),
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True
+        max_to_keep=keep,
+        keep_period=keep_every or None,
+        enable_async_checkpointing=in_background(),
       ),
     )
 

@@ -186,6 +186,16 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
   assert (tmp_path / "metrics.jsonl").read_text() == uninterrupted[1]
 
 
+@pytest.mark.parametrize("at", [15, 23])
+def test_so_it_does_if_saving_runs_beside_training(mesh, tmp_path, uninterrupted, monkeypatch, at):
+  """As on accelerators."""
+  assert not checkpoints.in_background()
+  monkeypatch.setattr(checkpoints, "in_background", lambda: True)
+  kill_at(mesh, tmp_path, at)
+  state = loop.train(make_stage(), make_run(mesh), tmp_path)
+  check_same(state, uninterrupted[0])
+
+
 def test_a_resumed_run_goes_on_at_its_checkpoint_and_says_so(mesh, tmp_path):
   kill_at(mesh, tmp_path, 20)
   assert steps_on_disk(tmp_path) == [10]
