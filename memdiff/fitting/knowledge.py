@@ -44,13 +44,8 @@ def family(embeddings: np.ndarray) -> Family:
   Args:
     embeddings: [C, E] of the classes.
   """
-  like = FAMILIES["plda"]
-
-  def fit(training: Training, settings: Sequence[float]) -> list[Head]:
-    return [_discriminant(training, embeddings, share) for share in settings]
-
-  description = f"{like.description}, and expected from what is known of the class"
-  return Family(description, like.setting, like.settings, fit)
+  like = FAMILIES["plda"].description
+  return _family(embeddings, f"{like}, and expected from what is known of the class", unseen=False)
 
 
 def zero_shot(embeddings: np.ndarray) -> Family:
@@ -61,24 +56,27 @@ def zero_shot(embeddings: np.ndarray) -> Family:
   Args:
     embeddings: [C, E] of the classes.
   """
-  like = FAMILIES["plda"]
+  words = "every class as if it had no examples, expected from what is known of it"
+  return _family(embeddings, words, unseen=True)
 
+
+def _family(embeddings: np.ndarray, description: str, unseen: bool) -> Family:
   def fit(training: Training, settings: Sequence[float]) -> list[Head]:
-    return [_discriminant(training, embeddings, share, unseen=True) for share in settings]
+    regression = _Regression.of(embeddings, training.counts)
+    return [_discriminant(training, regression, share, unseen) for share in settings]
 
-  description = "every class as if it had no examples, expected from what is known of it"
+  like = FAMILIES["plda"]
   return Family(description, like.setting, like.settings, fit)
 
 
 def _discriminant(
-  training: Training, embeddings: np.ndarray, share: float, unseen: bool = False
+  training: Training, regression: "_Regression", share: float, unseen: bool
 ) -> Gaussians:
   """Of all classes as they are, or each as if it had no examples."""
   vectors, _ = training.within
   whitened = vectors / np.sqrt(training.shrunk(share))[None]
-  means, counts = training.means @ whitened, training.counts
-  known = counts > 0
-  told = _map(embeddings, means, counts)
+  means, counts, known = training.means @ whitened, training.counts, regression.known
+  told = regression.map(means)
   _, lengths, rows = np.linalg.svd(told.missed, full_matrices=False)
   noise = (1 / counts[known]).mean()  # of a mean, in units of the covariance within classes
   between = np.maximum(lengths**2 / max(int(known.sum()) - 1, 1) - noise, _LEAST)
@@ -87,37 +85,61 @@ def _discriminant(
   expected = told.expected.copy()
   if unseen:
     expected[known] = means[known] - told.missed
-  expected = expected @ rows.T
-  found = trust * (means @ rows.T) + (1 - trust) * expected
+  found = trust * (means @ rows.T) + (1 - trust) * (expected @ rows.T)
   variances = 1 + between[None] / (evidence + 1)
   arrays = (whitened @ rows.T, found, variances)
   return Gaussians(*(x.astype(np.float32) for x in arrays), training.log_shares)
 
 
-def _map(embeddings: np.ndarray, means: np.ndarray, counts: np.ndarray) -> _Map:
-  """Ridge regression in its dual form; the penalty with the least leave-one-out error.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Regression:
+  """Weighted ridge regression on embeddings of C classes, in its dual form.
 
-  Args:
-    embeddings: [C, E].
-    means: [C, D], in units of the covariance within classes.
-    counts: [C] examples; a class without any is told, but teaches nothing.
+  A class without examples is told, but teaches nothing; P classes have some.
+
+  Attributes:
+    known: [C] bool, classes with examples.
+    weights: [P] of these, 1 in the mean.
+    products: [C, P] of the embeddings about their centre.
+    vectors: [P, P] eigenvectors of the weighted products of the P classes.
+    values: [P] their eigenvalues.
   """
-  known = counts > 0
-  weights = counts[known] / (counts[known] + 1.0)  # a mean of one example is half noise
-  weights = weights / weights.mean()
-  centre = np.average(embeddings[known], axis=0, weights=weights)
-  away = (embeddings - centre[None]).astype(np.float64)
-  middle = np.average(means[known], axis=0, weights=weights)
-  targets = means[known] - middle[None]
-  products = away[known] @ away[known].T
-  size = max(np.trace(products) / len(products), 1e-12)
-  best, error = None, np.inf
-  for ridge in _RIDGES:
-    inverse = np.linalg.inv(products + np.diag(ridge * size / weights))
-    hat = products @ inverse
-    missed = (targets - hat @ targets) / np.maximum(1 - np.diag(hat), 1e-6)[:, None]
-    found = weights @ np.square(missed).sum(axis=1)
-    if found < error:
-      expected = middle[None] + away @ (away[known].T @ (inverse @ targets))
-      best, error = _Map(expected, missed), found
-  return best
+
+  known: np.ndarray
+  weights: np.ndarray
+  products: np.ndarray
+  vectors: np.ndarray
+  values: np.ndarray
+
+  @classmethod
+  def of(cls, embeddings: np.ndarray, counts: np.ndarray) -> "_Regression":
+    """Of embeddings [C, E] and numbers of examples [C]."""
+    known = counts > 0
+    weights = counts[known] / (counts[known] + 1.0)  # a mean of one example is half noise
+    weights = weights / weights.mean()
+    centre = np.average(embeddings[known], axis=0, weights=weights)
+    away = (embeddings - centre[None]).astype(np.float64)
+    products, roots = away @ away[known].T, np.sqrt(weights)
+    values, vectors = np.linalg.eigh(roots[:, None] * products[known] * roots[None])
+    return cls(known, weights, products, vectors, np.maximum(values, 0))
+
+  def map(self, means: np.ndarray) -> _Map:
+    """To means [C, D] in units of the covariance within classes.
+
+    The penalty is the one with the least leave-one-out error.
+    """
+    middle = np.average(means[self.known], axis=0, weights=self.weights)
+    targets, roots = means[self.known] - middle[None], np.sqrt(self.weights)
+    inside = self.products[self.known]
+    size = max(np.trace(inside) / len(inside), 1e-12)
+    turned = self.vectors.T @ (roots[:, None] * targets)
+    best, error = None, np.inf
+    for ridge in _RIDGES:
+      damped = self.values + ridge * size
+      coefficients = roots[:, None] * (self.vectors @ (turned / damped[:, None]))
+      of_itself = self.vectors**2 @ (self.values / damped)
+      missed = (targets - inside @ coefficients) / np.maximum(1 - of_itself, 1e-6)[:, None]
+      found = self.weights @ np.square(missed).sum(axis=1)
+      if found < error:
+        best, error = _Map(middle[None] + self.products @ coefficients, missed), found
+    return best

@@ -49,16 +49,16 @@ def test_the_penalty_is_chosen_by_what_the_map_says_of_classes_that_it_has_not_s
   rng = np.random.default_rng(2)
   embeddings, counts = data[0], np.array([3] * 29 + [0])
   means = embeddings @ rng.normal(size=(4, DIM))
-  told = knowledge._map(embeddings, means, counts)
+  told = knowledge._Regression.of(embeddings, counts).map(means)
   np.testing.assert_allclose(told.expected[-1], means[-1], atol=0.3)  # of a class without examples
   # The shortcut for leaving one out says what leaving it out says, weights and centre apart.
   noisy = means + rng.normal(size=means.shape)
-  missed = knowledge._map(embeddings, noisy, counts).missed
+  missed = knowledge._Regression.of(embeddings, counts).map(noisy).missed
   alone = []
   for c in range(29):
     fewer = counts.copy()
     fewer[c] = 0
-    alone.append(noisy[c] - knowledge._map(embeddings, noisy, fewer).expected[c])
+    alone.append(noisy[c] - knowledge._Regression.of(embeddings, fewer).map(noisy).expected[c])
   assert np.corrcoef(missed.ravel(), np.ravel(alone))[0, 1] > 0.98
 
 
