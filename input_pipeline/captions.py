@@ -96,7 +96,7 @@ def _columns(path: pathlib.Path) -> list[str]:
   """
   try:
     with open(path, encoding="utf-8-sig", newline="") as file:
-      columns = next(csv.reader(file), [])
+      columns = next(csv.reader(file, strict=True), [])
   except OSError as error:
     raise DataError(f"Cannot read {path} ({error.strerror}).") from error
   except (ValueError, csv.Error) as error:
@@ -131,9 +131,12 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
   try:
     with open(path, encoding="utf-8-sig", newline="") as file:
       if path.suffix == ".csv":
-        reader = csv.DictReader(file)
-        for row in reader:
-          yield reader.line_num, row
+        reader = csv.DictReader(file, strict=True)  # else an open quote swallows the rest
+        try:
+          for row in reader:
+            yield reader.line_num, row
+        except csv.Error as error:
+          raise ValueError(f'after line {reader.line_num} a " is open or stands alone') from error
       else:
         for number, line in enumerate(file, 1):
           if line.strip():
@@ -143,7 +146,7 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
             yield number, row
   except OSError as error:
     raise DataError(f"Cannot read {path} ({error.strerror}).") from error
-  except (ValueError, csv.Error) as error:  # torn JSON, or no UTF-8
+  except ValueError as error:  # torn JSON, or no UTF-8
     raise DataError(f"Cannot read the captions in {path} ({error}).") from error
 
 

@@ -97,6 +97,8 @@ def broken(path, kind):
     (path / "metadata.jsonl").write_text("[1, 2]")
   elif kind == "number":
     (path / "metadata.jsonl").write_text('{"file_name": "cat/0.png", "text": 3}')
+  elif kind == "quote":
+    (path / "metadata.csv").write_text('file_name,text\ncat/0.png,"a cat\ncat/1.png,a cat\n')
   elif kind == "latin":
     (path / "metadata.csv").write_bytes(b"file_name,text\ncat/0.png,caf\xe9")
 
@@ -111,6 +113,7 @@ def broken(path, kind):
     ("list", "line 1 is no object"),
     ("number", "line 1: it needs file_name and text or caption"),
     ("latin", "Cannot read the captions in"),
+    ("quote", 'after line 1 a " is open or stands alone'),
   ],
 )
 def test_a_broken_file_is_named_in_one_sentence(tmp_path, kind, words):
