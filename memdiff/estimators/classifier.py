@@ -19,7 +19,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 import memdiff
 from memdiff.errors import DataError, WorkdirError
 from memdiff.estimators import generated
-from memdiff.estimators.scale import Scale
+from memdiff.estimators.scale import Scale, ScaledRows
 from memdiff.evaluation import criteria, cross_validation
 from memdiff.fitting import blend, knowledge
 from memdiff.fitting.heads import FAMILIES, KINDS, REGRESSIONS, Head, Training
@@ -96,7 +96,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       ValueError: if there is one class only, or a parameter is none of those that are allowed.
     """
     families = self._families()
-    X, y = validate_data(self, X, y, dtype=(np.float64, np.float32))
+    X, y = validate_data(self, _in_single(X), y, dtype=(np.float64, np.float32))
     check_classification_targets(y)
     self.classes_, labels = np.unique(y, return_inverse=True)
     if len(self.classes_) < 2:
@@ -170,14 +170,16 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       extra[knowledge.NAME] = knowledge.family(embeddings)
     families = {name: FAMILIES[name] for name in names if name not in made} | extra
     rows = self._held_out(labels, seed)
-    self._scale, training = self._training(features, labels)
-    generated.prepare(list(made.values()), training, len(rows), _say_on_stderr)
+    whole = None  # it takes as much memory as the features, so that folds do without if they can
+    if made:
+      whole = self._training(features, labels)
+      generated.prepare(list(made.values()), whole[1], len(rows), _say_on_stderr)
 
     def fold(held_out: np.ndarray) -> Fold:
       trains = np.ones(len(labels), bool)
       trains[held_out] = False
       scale, training = self._training(features, labels, np.flatnonzero(trains))
-      return Fold(training, scale.forward(features, held_out))
+      return Fold(training, ScaledRows(scale, features, held_out))
 
     if rows:
       folds = [functools.partial(fold, of_fold) for of_fold in rows]
@@ -195,6 +197,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       self.settings_ = {name: families[name].settings[0] for name in used}
       self.weights_ = {name: 1 / len(used) for name in used}
       self.recommendation_, self.skipped_ = None, {}
+    self._scale, training = whole or self._training(features, labels)
     self._heads = {
       name: families[name].fit(training, (setting,))[0]
       for name, setting in self.settings_.items()
@@ -204,7 +207,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
   def decision_function(self, X: Any) -> np.ndarray:
     """Logits [N, C]; of two classes [N], those of the second less those of the first."""
     check_is_fitted(self)
-    X = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
+    X = validate_data(self, _in_single(X), dtype=(np.float64, np.float32), reset=False)
     with few_threads(X, len(self.classes_)):
       logits = self._logits(X)
     return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
@@ -285,6 +288,14 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     except (WorkdirError, KeyError, TypeError, ValueError) as error:
       raise DataError(f"{path} holds no LongTailClassifier that can be read.") from error
     return model
+
+
+def _in_single(X: Any) -> Any:
+  """Features in half precision as float32, which is what heads are fitted to; others as they are.
+
+  scikit-learn would make float64 of them, which takes twice the memory.
+  """
+  return X.astype(np.float32) if getattr(X, "dtype", None) == np.float16 else X
 
 
 def _say_on_stderr(words: str) -> None:

@@ -60,6 +60,27 @@ class Scale:
     return np.maximum(raw, self.lowest[None])
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScaledRows:
+  """Some rows of features in a scale, made when they are asked for; none is kept.
+
+  Attributes:
+    scale: see there.
+    features: [N, D].
+    rows: [n] of them.
+  """
+
+  scale: Scale
+  features: np.ndarray
+  rows: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def __getitem__(self, picked: slice | np.ndarray) -> np.ndarray:
+    return self.scale.forward(self.features, self.rows[picked])
+
+
 def _parts(features: np.ndarray, rows: np.ndarray | None) -> list[slice | np.ndarray]:
   """What picks all or some rows, a few at a time."""
   starts = range(0, len(features) if rows is None else len(rows), _ROWS)

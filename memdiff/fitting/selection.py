@@ -24,11 +24,11 @@ class Fold:
 
   Attributes:
     training: of the rows that train.
-    held_out: [B, D] features.
+    held_out: [B, D] features, or what makes some of these rows when it is indexed.
   """
 
   training: Training
-  held_out: np.ndarray
+  held_out: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +81,11 @@ class _Candidates:
     fitted = self.family.fit(fold.training, settings)
     self.heads.append(dict(zip(self.alive, fitted, strict=True)))
     num_classes = len(fold.training.shares)
-    for j, head in self.heads[-1].items():
-      parts = [head.logits(x).argmax(axis=1) for x in _parts(fold.held_out, num_classes)]
-      self.predictions[j, inside] = np.concatenate(parts)
+    rows = np.flatnonzero(inside)
+    for part in _parts(len(fold.held_out), num_classes):
+      features = fold.held_out[part]
+      for j, head in self.heads[-1].items():
+        self.predictions[j, rows[part]] = head.logits(features).argmax(axis=1)
 
   def drop(self, judged: Judged, seen: np.ndarray) -> None:
     """Leaves out what lies clearly behind on the examples `seen` [E]."""
@@ -102,11 +104,11 @@ class _Candidates:
     return self.alive[int(np.argmax(np.round(judged.only(rows).score(found), 9)))]
 
 
-def _parts(rows: np.ndarray, num_classes: int) -> Iterator[np.ndarray]:
-  """Rows [N, ...] in parts whose logits take little memory; one even of no rows."""
+def _parts(number: int, num_classes: int) -> Iterator[slice]:
+  """Parts of some rows whose logits take little memory."""
   size = max(_AT_ONCE // num_classes, 1)
-  for start in range(0, max(len(rows), 1), size):
-    yield rows[start : start + size]
+  for start in range(0, number, size):
+    yield slice(start, start + size)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,12 +116,12 @@ class _HeldOut:
   """What all folds hold out.
 
   Attributes:
-    features: [B, D] of each fold.
+    features: of each fold, as it has them.
     run: [E] the fold of each example.
     place: [E] its row there.
   """
 
-  features: list[np.ndarray]
+  features: list[Any]
   run: np.ndarray
   place: np.ndarray
 
@@ -234,7 +236,8 @@ class _Chooser:
       choice = self.choose(others if others.any() else every)
       for name, candidates in self.wanted.items():
         crossed[name][inside] = candidates.predictions[choice.settings[name], inside]
-      for part in _parts(inside, judged.num_classes):
+      for rows in _parts(len(inside), judged.num_classes):
+        part = inside[rows]
         told = self._log_probabilities(choice.settings, part)
         for which, names in self.blends.items():
           logits = blend.blended(choice.weights[which], [told[name] for name in names])

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -17,7 +18,7 @@ from sklearn.utils.estimator_checks import check_estimator
 import memdiff
 from memdiff import LongTailClassifier
 from memdiff.errors import DataError
-from memdiff.estimators.scale import Scale
+from memdiff.estimators.scale import Scale, ScaledRows
 from memdiff.fitting.heads import FAMILIES
 from tests.support import ROOT
 
@@ -253,3 +254,33 @@ def test_the_scale_of_some_rows_is_that_of_these_alone(monkeypatch):
   for name in ("peak", "mean", "deviation", "lowest"):
     np.testing.assert_allclose(getattr(some, name), getattr(alone, name), rtol=1e-12)
   np.testing.assert_array_equal(some.forward(features, rows), some.forward(features[rows]))
+
+
+def test_rows_in_a_scale_are_made_as_they_are_asked_for():
+  rng = np.random.default_rng(0)
+  features, rows = rng.normal(size=(50, 3)), rng.permutation(50)[:20]
+  scale = Scale.of(features)
+  made = ScaledRows(scale, features, rows)
+  assert len(made) == 20
+  for picked in (slice(3, 9), np.array([5, 0, 19])):
+    np.testing.assert_array_equal(made[picked], scale.forward(features, rows)[picked])
+
+
+def test_fitting_takes_about_as_much_memory_as_the_features_once_more():
+  rng = np.random.default_rng(0)
+  y = np.repeat(np.arange(3), 8000)
+  X = rng.normal(size=(len(y), 64)).astype(np.float32) + y[:, None]
+  LongTailClassifier(["lda"], cv=2, random_state=0).fit(X[::100], y[::100])  # imports
+  tracemalloc.start()
+  LongTailClassifier(["lda"], cv=2, random_state=0).fit(X, y)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 2 * X.nbytes
+
+
+def test_half_precision_is_read_as_single(digits):
+  X, y = digits[0].astype(np.float16), digits[1]
+  half, single = (
+    LongTailClassifier(["lda"], random_state=0).fit(x, y) for x in (X, X.astype("f4"))
+  )
+  np.testing.assert_array_equal(half.predict_proba(X), single.predict_proba(X.astype("f4")))
