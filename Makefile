@@ -17,7 +17,7 @@ LOCK := requirements/py$(subst .,,$(VERSION)).txt
 READY := $(VENV)/.ready-$(VERSION)
 BIN := $(VENV)/bin
 
-# Ends when a worker crashes, and names its test: pytest-xdist 3.8 may wait for ever if it goes on.
+# Ends when a worker crashes, and names its test. If pytest-xdist 3.8 replaces it, it may hang.
 PARALLEL := --numprocesses=$(WORKERS) --dist=loadfile --max-worker-restart=0
 
 AOT := .venv-aot

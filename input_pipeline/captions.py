@@ -136,7 +136,7 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
           for row in reader:
             yield reader.line_num, row
         except csv.Error as error:
-          raise ValueError(f'after line {reader.line_num} a " is open or stands alone') from error
+          raise ValueError(f"after line {reader.line_num}: {error}; look at its quotes") from error
       else:
         for number, line in enumerate(file, 1):
           if line.strip():

@@ -8,6 +8,7 @@ import pytest
 from memdiff import pipeline
 from memdiff.experiments.base import Phase
 from memdiff.runtime import ahead
+from memdiff.runtime.progress import CompileClock
 
 
 @pytest.fixture
@@ -51,3 +52,16 @@ def test_a_phase_that_has_begun_compiles_its_programs_itself(experiment):
   )
   pipeline._run_phases(experiment, kind)
   assert compiled == ["select"]
+
+
+def test_the_time_of_a_process_that_fails_counts(experiment):
+  def fail(_):
+    raise ValueError("failed")
+
+  added = []
+  experiment.workdir.add = lambda name, numbers: added.append((name, numbers))
+  phase = Phase("bank", "bank", fail, ())
+  with pytest.raises(ValueError, match="failed"):
+    pipeline._work(experiment, (phase,), CompileClock(), set())
+  assert added[0] == ("bank", {"killed": 1})
+  assert added[1][1]["killed"] == -1 and added[1][1]["seconds"] >= 0

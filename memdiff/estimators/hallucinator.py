@@ -99,13 +99,12 @@ class FeatureHallucinator(BaseEstimator):
     X, y = validate_data(self, X, y, dtype=(np.float64, np.float32))
     check_classification_targets(y)
     classes, labels = np.unique(y, return_inverse=True)
-    numbers = _numbers(self.sampling_strategy, classes, y)
+    numbers, known = _numbers(self.sampling_strategy, classes, y), self._known(classes)
     self.sampling_strategy_ = dict(zip(classes.tolist(), numbers.tolist(), strict=True))
     if not numbers.any():
       self.confidence_, self.nearest_distance_ = np.zeros(0, np.float32), np.zeros(0, np.float32)
       self.nearest_index_, self.memorization_ = np.zeros(0, np.int32), 0.0
       return X, y
-    known = self._known(classes)
     made, made_labels = self._make(X, labels, numbers, known)
     return np.concatenate([X, made.astype(X.dtype)]), np.concatenate([y, classes[made_labels]])
 

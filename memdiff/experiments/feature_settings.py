@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from input_pipeline import dataset as dataset_lib
 from input_pipeline import embeddings
 from input_pipeline.dataset import DatasetConfig
@@ -153,16 +155,7 @@ def has_own_head(config: FeatureConfig) -> bool:
 def check(config: FeatureConfig, data: LongTailLabels) -> None:
   """Raises ConfigError if the settings do not fit each other or the data."""
   generators.plan(data.train_counts, config.generators)
-  settings = generators.SynthesisSettings(
-    config.generators, config.diffusion, config.hallucination, len(data.train_counts)
-  )
-  for name in config.generators.names:
-    needs = settings.generator(name).needs_class_embeddings
-    if needs and not config.class_embeddings:
-      raise ConfigError(
-        f"config.generators.names has {name}, which is told embeddings of the classes, but"
-        " config.class_embeddings is empty; give it a file or names."
-      )
+  _check_class_embeddings(config, data)
   if not has_own_head(config):
     if config.head.training.start == "encoder":
       raise ConfigError(
@@ -190,6 +183,39 @@ def check(config: FeatureConfig, data: LongTailLabels) -> None:
       " of the folds would begin with one that was trained on what they are judged on; set start to"
       " zeros, or config.selection.folds to 0."
     )
+
+
+def _check_class_embeddings(config: FeatureConfig, data: LongTailLabels) -> None:
+  settings = generators.SynthesisSettings(
+    config.generators, config.diffusion, config.hallucination, len(data.train_counts)
+  )
+  jointly = config.joint.generators if isinstance(config, MemdiffConfig) else ()
+  readers = []
+  for name in {*config.generators.names, *jointly} & set(generators.GENERATORS):
+    generator = settings.generator(name)
+    if not generator.needs_class_embeddings:
+      continue
+    readers.append(name)
+    try:
+      check_conditions(generator.diffusion, generator.hallucination)
+    except ValueError as error:
+      raise ConfigError(f"config.generators.names has {name}: {error}") from error
+  if not config.class_embeddings:
+    if readers:
+      raise ConfigError(
+        f"config.generators.names has {readers[0]}, which is told embeddings of the classes, but"
+        " config.class_embeddings is empty; give it a file or names."
+      )
+    return
+  if not readers and not config.head.fitted:
+    raise ConfigError(
+      "config.class_embeddings is given, but nothing reads it; name the generator"
+      " memdiff_described, or heads in config.head.fitted."
+    )
+  try:
+    class_embeddings.check(config.class_embeddings, np.array(data.class_names))
+  except ValueError as error:
+    raise ConfigError(f"config.{error}") from error
 
 
 def check_memdiff(config: MemdiffConfig, data: dataset_lib.LongTailDataset) -> None:

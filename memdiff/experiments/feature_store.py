@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from memdiff.classifier import heads
-from memdiff.errors import ConfigError, WorkdirError
+from memdiff.errors import WorkdirError
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.methods import Choice
 from memdiff.memory import feature_space, memory_bank
@@ -30,10 +30,7 @@ def fill_memory_bank(experiment: Experiment, arrays: dict[str, np.ndarray]) -> d
   given = experiment.config.class_embeddings
   if given:
     names = np.array(experiment.dataset.class_names)
-    try:
-      arrays |= {_KNOWN: class_embeddings.of_classes(given, names)}
-    except ValueError as error:
-      raise ConfigError(f"config.{error}") from error
+    arrays |= {_KNOWN: class_embeddings.of_classes(given, names)}
   folder = experiment.workdir.folder("memory_bank")
   say_constant_columns(experiment.run.progress, arrays["train"][0])
   bank = feature_space.fill_bank(

@@ -150,9 +150,10 @@ def write_report(
   """report.json and report.html from the evaluation's result and all phases' manifests."""
   folder = experiment.workdir.folder("evaluation")
   result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-  keys = ("seconds", "compile_seconds", "cpu_seconds", "killed")
+  keys = ("seconds", "compile_seconds", "cpu_seconds")
   phases = {
-    name: {key: manifest.get(key, 0) for key in keys} for name, manifest in manifests.items()
+    name: {key: manifest.get(key, 0) for key in (*keys, "killed")}
+    for name, manifest in manifests.items()
   }
   result["timing"] = {"phases": phases, "stages": meter.read_all(experiment.workdir.path)} | {
     f"total_{key}": sum(phase[key] for phase in phases.values()) for key in keys

@@ -133,12 +133,14 @@ class _Regression:
     inside = self.products[self.known]
     size = max(np.trace(inside) / len(inside), 1e-12)
     turned = self.vectors.T @ (roots[:, None] * targets)
+    of_middle = self.weights / self.weights.sum()  # what a class adds to the mean of all
     best, error = None, np.inf
     for ridge in _RIDGES:
       damped = self.values + ridge * size
       coefficients = roots[:, None] * (self.vectors @ (turned / damped[:, None]))
       of_itself = self.vectors**2 @ (self.values / damped)
-      missed = (targets - inside @ coefficients) / np.maximum(1 - of_itself, 1e-6)[:, None]
+      others = np.maximum(1 - of_middle - of_itself, 1e-6)
+      missed = (targets - inside @ coefficients) / others[:, None]
       found = self.weights @ np.square(missed).sum(axis=1)
       if found < error:
         best, error = _Map(middle[None] + self.products @ coefficients, missed), found

@@ -1,9 +1,10 @@
 """The workdir of a run: one folder and one manifest per phase, a lock, atomic writes.
 
-A phase's manifest is written when it begins (with the part of the config it depends on) and again
-when it has finished. The same command resumes at the first unfinished phase; a changed config for
-a phase that has begun is refused with the differing fields named. Digests of the data belong to the
-config, under names that begin with `data/`.
+A phase's manifest is written when it begins (with the part of the config it depends on), whenever a
+process begins or ends its work on it (with the time that it took), and when it has finished. The
+same command resumes at the first unfinished phase; a changed config for a phase that has begun is
+refused with the differing fields named. Digests of the data belong to the config, under names that
+begin with `data/`.
 """
 
 import contextlib

@@ -20,7 +20,7 @@ def of_classes(given: Any, classes: np.ndarray) -> np.ndarray:
   Args:
     given: an array [C, E] in that order; {label: embedding}; the path of a .npz file with `names`
       and `embeddings`; or "names": the labels are texts, which a sentence encoder reads.
-    classes: the labels, sorted.
+    classes: the labels, in the order that is wanted.
 
   Raises:
     ValueError: if a class has none, or they are no finite numbers of one length.
@@ -29,7 +29,7 @@ def of_classes(given: Any, classes: np.ndarray) -> np.ndarray:
   if isinstance(given, str) and given == NAMES:
     return _of_names(classes)
   if isinstance(given, (str, pathlib.Path)):
-    given = _of_file(pathlib.Path(given))
+    given = _of_file(pathlib.Path(given), as_texts=classes.dtype.kind == "U")
   if isinstance(given, Mapping):
     missing = [label for label in classes.tolist() if label not in given]
     if missing:
@@ -65,7 +65,15 @@ def components(embeddings: np.ndarray) -> np.ndarray:
   return np.pad(found / size, ((0, 0), (0, 1)), constant_values=1).astype(np.float32)
 
 
-def _of_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+def check(given: Any, classes: np.ndarray) -> None:
+  """Raises what `of_classes` would, at once: of names, it only looks for the sentence encoder."""
+  if isinstance(given, str) and given == NAMES:
+    _sentences(classes)
+  else:
+    of_classes(given, classes)
+
+
+def _of_file(path: pathlib.Path, *, as_texts: bool) -> dict[Any, np.ndarray]:
   try:
     names, embeddings = read_arrays(path, _ARRAYS).values()
   except WorkdirError as error:
@@ -73,13 +81,30 @@ def _of_file(path: pathlib.Path) -> dict[str, np.ndarray]:
       f"class_embeddings is {path}, which cannot be read ({error.__cause__}); it must be"
       f" {NAMES!r} or a .npz file with {' and '.join(_ARRAYS)}."
     ) from error
-  return dict(zip(names.tolist(), embeddings, strict=False))
+  if names.ndim != 1 or embeddings.ndim != 2 or len(names) != len(embeddings):
+    raise ValueError(
+      f"class_embeddings is {path}, which must have one name and one row of embeddings for each"
+      f" class, but has names {list(names.shape)} and embeddings {list(embeddings.shape)}."
+    )
+  keys = [str(name) if as_texts else name for name in names.tolist()]
+  if twice := [key for key in keys if keys.count(key) > 1]:
+    raise ValueError(f"class_embeddings is {path}, which names {twice[0]!r} twice.")
+  return dict(zip(keys, embeddings, strict=True))
 
 
 def _of_names(classes: np.ndarray) -> np.ndarray:
   from memdiff.synthesis.text_to_image import sentences  # only if they are asked for
 
-  if not all(isinstance(label, str) for label in classes.tolist()):
-    raise ValueError("class_embeddings is 'names', but the labels are no texts.")
-  said = [label.replace("_", " ").replace("-", " ") for label in classes.tolist()]
-  return sentences.embed(sentences.load("minilm", ""), said).astype(np.float64)
+  encoder, said = _sentences(classes)
+  return sentences.embed(encoder, said).astype(np.float64)
+
+
+def _sentences(classes: np.ndarray) -> tuple[Any, list[str]]:
+  """(the sentence encoder, what it is to read)."""
+  from memdiff.synthesis.text_to_image import sentences  # only if they are asked for
+
+  labels = classes.tolist()
+  if not all(isinstance(label, str) and not label.isdigit() for label in labels):
+    raise ValueError("class_embeddings is 'names', but not all classes have words as names.")
+  said = [label.replace("_", " ").replace("-", " ") for label in labels]
+  return sentences.load("minilm", ""), said

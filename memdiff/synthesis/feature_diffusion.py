@@ -120,7 +120,7 @@ def draw_batch(
       never seen: without label and, with `displacement`, moved. What the denoiser knows of those
       it must take from their exemplars. Under the condition `memory` no row has a label, under
       `class` none has a memory and none is anonymous, and under DESCRIBED none has a label, but all
-      that are not anonymous have what is known of their class.
+      that are neither dropped nor anonymous have what is known of their class.
     num_classes: C, also the label that means "no class".
     mesh: of the bank.
   """

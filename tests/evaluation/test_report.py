@@ -88,6 +88,12 @@ class TestPage:
     text = page(make_report()).text
     assert "encoder 12.3 s 4.5 s 20.6 s total 2 min 10 s 4.5 s 2 min 41 s" in text
 
+  def test_says_whose_times_are_not_whole(self):
+    report = make_report()
+    assert "lower bounds" not in page(report).text
+    report["timing"]["phases"]["encoder"]["killed"] = 1
+    assert "lower bounds: processes that were killed during encoder did not" in page(report).text
+
   def test_runs_from_before_cpu_time_have_a_dash(self):
     report = make_report()
     del report["timing"]["total_cpu_seconds"], report["timing"]["phases"]["encoder"]["cpu_seconds"]

@@ -66,6 +66,35 @@ def test_what_is_known_makes_rows(finished):
   assert set(ROWS) < set(scores)
 
 
+def test_without_folds_the_blend_does_without_what_is_known(folder, tmp_path):
+  config = config_for(folder)
+  config.selection.folds = 0
+  config.generators.names = ("memdiff",)
+  config.head.fitted = ("plda", "lda")
+  report = pipeline.run(config.to_dict(), str(tmp_path), tensorboard=False, command="")
+  weights = report["fitted"]["weights"]
+  assert weights == {"plda": 0.5, "lda": 0.5, "class_knowledge": 0, "zero_shot": 0}
+  assert {"real+class_knowledge", "real+zero_shot"} < {
+    row["method"] for row in report["classification"]
+  }
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"class_embeddings": ""}, "names has memdiff_described, which is told embeddings of the cl"),
+    ({"diffusion.anonymous": 1.0}, "names has memdiff_described: .*description_and_memory"),
+    ({"generators.names": ("memdiff",), "head.fitted": ()}, "given, but nothing reads it"),
+  ],
+)
+def test_settings_without_sense_are_refused(folder, tmp_path, changes, words):
+  config = config_for(folder)
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(MemdiffError, match=words):
+    pipeline.run(config.to_dict(), str(tmp_path / "run"), tensorboard=False, command="")
+  assert not (tmp_path / "run").exists()
+
+
 def test_a_blend_is_made_of_what_has_a_weight():
   chosen = Fitted({"plda": 0.1, "class_knowledge": 0.1}, {"plda": 1.0, "class_knowledge": 0.0})
   blend = next(m for m in chosen.methods if m.loss == "blend")
@@ -91,3 +120,4 @@ def test_embeddings_that_do_not_fit_the_classes_are_refused(folder, tmp_path, kn
   config = config_for(folder, known).to_dict()
   with pytest.raises(MemdiffError, match=words):
     pipeline.run(config, str(tmp_path / "run"), tensorboard=False, command="")
+  assert not (tmp_path / "run").exists()

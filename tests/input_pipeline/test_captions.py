@@ -113,7 +113,7 @@ def broken(path, kind):
     ("list", "line 1 is no object"),
     ("number", "line 1: it needs file_name and text or caption"),
     ("latin", "Cannot read the captions in"),
-    ("quote", 'after line 1 a " is open or stands alone'),
+    ("quote", "after line 1: unexpected end of data; look at its quotes"),
   ],
 )
 def test_a_broken_file_is_named_in_one_sentence(tmp_path, kind, words):
