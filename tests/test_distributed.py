@@ -103,7 +103,7 @@ def wait_for(processes, path):
     time.sleep(0.01)
 
 
-def end(processes, timeout=300):
+def end(processes, timeout=900):
   """(exit codes, what they said) of processes that must end in time."""
   outputs = [process.communicate(timeout=timeout) for process in processes]
   return [p.returncode for p in processes], [err for _, err in outputs]
@@ -139,7 +139,7 @@ def test_without_a_cluster_distributed_is_an_error(tmp_path):
 def one_process(tmp_path_factory):
   """The same run in one process with as many devices."""
   workdir = tmp_path_factory.mktemp("one") / "run"
-  codes, texts = end([start(workdir)], timeout=500)
+  codes, texts = end([start(workdir)], timeout=1200)
   assert codes == [0], ends_of(texts)
   return workdir
 
@@ -147,7 +147,7 @@ def one_process(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("two") / "run"
-  codes, texts = end(start_both(workdir), timeout=500)
+  codes, texts = end(start_both(workdir), timeout=1200)
   assert codes == [0, 0], ends_of(texts)
   for number, text in enumerate(texts):
     assert f"memdiff: process {number} of 2, with 2 of 4 devices (cpu)" in text
@@ -199,7 +199,7 @@ def test_a_run_killed_and_stopped_again_and_again_ends_with_the_same_numbers(und
     processes = start_both(workdir)
     wait_for(processes, workdir / moment)
     end_early(processes, whom)
-  codes, texts = end(start_both(workdir), timeout=500)
+  codes, texts = end(start_both(workdir), timeout=1200)
   assert codes == [0, 0], ends_of(texts)
   check_same(workdir, undisturbed)
 
@@ -231,9 +231,9 @@ def stop(processes, receivers):
 @pytest.mark.slow
 def test_two_processes_generate_images_as_one_does(tmp_path):
   """Training differs by the order of sums over devices; the samples of both are of one noise."""
-  codes, texts = end(start_both(tmp_path / "two", IMAGES), timeout=500)
+  codes, texts = end(start_both(tmp_path / "two", IMAGES), timeout=1200)
   assert codes == [0, 0], ends_of(texts)
-  codes, texts = end([start(tmp_path / "one", settings=IMAGES)], timeout=500)
+  codes, texts = end([start(tmp_path / "one", settings=IMAGES)], timeout=1200)
   assert codes == [0], ends_of(texts)
   files = [sorted((tmp_path / name / "sampling").rglob("*.npz")) for name in ("one", "two")]
   assert len(files[0]) == len(files[1]) == 3
@@ -251,7 +251,7 @@ def test_two_processes_train_on_generated_images_after_a_kill_too(tmp_path):
   processes = start_both(workdir, AUGMENTED)
   wait_for(processes, workdir / "pool/final/memdiff+balanced/run_0.npz")
   kill(processes, 1)
-  codes, texts = end(start_both(workdir, AUGMENTED), timeout=500)
+  codes, texts = end(start_both(workdir, AUGMENTED), timeout=1200)
   assert codes == [0, 0], ends_of(texts)
   report = json.loads((workdir / "report.json").read_text())
   assert report["hardware"]["processes"] == 2
