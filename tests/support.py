@@ -47,7 +47,7 @@ def environment_of_children(devices: int = 1) -> dict[str, str]:
   return os.environ | changed
 
 
-def on_fake_devices(script: str, *arguments: str, devices: int = 8, timeout: int = 300) -> str:
+def on_fake_devices(script: str, *arguments: str, devices: int = 8, timeout: int = 900) -> str:
   """What a script prints in a process of its own with so many CPU devices; it must succeed."""
   done = subprocess.run(
     [sys.executable, script, *arguments], env=environment_of_children(devices), cwd=ROOT,
@@ -91,7 +91,7 @@ class SmallRuns:
     """The finished process, whether it succeeded or not."""
     return subprocess.run(
       self.command(workdir, **changes), cwd=ROOT, env=environment_of_children(devices),
-      capture_output=True, text=True, timeout=580,
+      capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
 
   def __call__(self, workdir: pathlib.Path, devices: int = 1, **changes) -> tuple[dict, str]:

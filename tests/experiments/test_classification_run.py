@@ -68,7 +68,7 @@ def environment(tmp_path_factory):
 
 def run(workdir, environment):
   result = subprocess.run(
-    command(workdir), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    command(workdir), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
     check=False,
   )  # fmt: skip
   assert result.returncode == 0, result.stderr
