@@ -10,7 +10,7 @@ from memdiff.fitting.heads import FAMILIES, Family, Head, Training, balanced_reg
 from memdiff.synthesis.generators import GENERATORS
 
 AUTO = ("gaussian_shared", "kernel_jitter", "memdiff")  # of methods="auto"
-_LEFT_OUT = ("ldmlr_published", "memdiff_described")  # numbers of its own; class embeddings
+_LEFT_OUT = ("ldmlr_published", "memdiff_described")  # its own numbers; not told
 NAMES = tuple(name for name in GENERATORS if name not in _LEFT_OUT)
 
 

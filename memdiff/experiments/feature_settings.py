@@ -191,7 +191,9 @@ def _check_class_embeddings(config: FeatureConfig, data: LongTailLabels) -> None
   )
   jointly = config.joint.generators if isinstance(config, MemdiffConfig) else ()
   readers = []
-  for name in {*config.generators.names, *jointly} & set(generators.GENERATORS):
+  for name in dict.fromkeys((*config.generators.names, *jointly)):
+    if name not in generators.GENERATORS:  # the control of joint training
+      continue
     generator = settings.generator(name)
     if not generator.needs_class_embeddings:
       continue
@@ -199,12 +201,12 @@ def _check_class_embeddings(config: FeatureConfig, data: LongTailLabels) -> None
     try:
       check_conditions(generator.diffusion, generator.hallucination)
     except ValueError as error:
-      raise ConfigError(f"config.generators.names has {name}: {error}") from error
+      raise ConfigError(f"The generator {name} cannot be used: {error}") from error
   if not config.class_embeddings:
     if readers:
       raise ConfigError(
-        f"config.generators.names has {readers[0]}, which is told embeddings of the classes, but"
-        " config.class_embeddings is empty; give it a file or names."
+        f"The generator {readers[0]} is told embeddings of the classes, but config.class_embeddings"
+        " is empty; give it a file or names."
       )
     return
   if not readers and not config.head.fitted:

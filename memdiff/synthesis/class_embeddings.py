@@ -1,5 +1,6 @@
 """Embeddings of classes, however they are given."""
 
+import collections
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -68,7 +69,8 @@ def components(embeddings: np.ndarray) -> np.ndarray:
 def check(given: Any, classes: np.ndarray) -> None:
   """Raises what `of_classes` would, at once: of names, it only looks for the sentence encoder."""
   if isinstance(given, str) and given == NAMES:
-    _sentences(classes)
+    _words(classes)
+    _sentence_encoder()
   else:
     of_classes(given, classes)
 
@@ -87,24 +89,28 @@ def _of_file(path: pathlib.Path, *, as_texts: bool) -> dict[Any, np.ndarray]:
       f" class, but has names {list(names.shape)} and embeddings {list(embeddings.shape)}."
     )
   keys = [str(name) if as_texts else name for name in names.tolist()]
-  if twice := [key for key in keys if keys.count(key) > 1]:
-    raise ValueError(f"class_embeddings is {path}, which names {twice[0]!r} twice.")
+  name, number = collections.Counter(keys).most_common(1)[0] if keys else ("", 0)
+  if number > 1:
+    raise ValueError(f"class_embeddings is {path}, which names {name!r} {number} times.")
   return dict(zip(keys, embeddings, strict=True))
 
 
 def _of_names(classes: np.ndarray) -> np.ndarray:
   from memdiff.synthesis.text_to_image import sentences  # only if they are asked for
 
-  encoder, said = _sentences(classes)
-  return sentences.embed(encoder, said).astype(np.float64)
+  words = _words(classes)
+  return sentences.embed(_sentence_encoder(), words).astype(np.float64)
 
 
-def _sentences(classes: np.ndarray) -> tuple[Any, list[str]]:
-  """(the sentence encoder, what it is to read)."""
-  from memdiff.synthesis.text_to_image import sentences  # only if they are asked for
+def _sentence_encoder() -> Any:
+  from memdiff.synthesis.text_to_image import sentences
 
+  return sentences.load("minilm", "")
+
+
+def _words(classes: np.ndarray) -> list[str]:
+  """Names of classes as texts to read."""
   labels = classes.tolist()
   if not all(isinstance(label, str) and not label.isdigit() for label in labels):
     raise ValueError("class_embeddings is 'names', but not all classes have words as names.")
-  said = [label.replace("_", " ").replace("-", " ") for label in labels]
-  return sentences.load("minilm", ""), said
+  return [label.replace("_", " ").replace("-", " ") for label in labels]

@@ -138,7 +138,7 @@ def test_embeddings_may_be_given_in_several_ways(tmp_path):
     (["ant", "bee", "cow"], np.ones((4, 2)), r"names \[3\] and embeddings \[4, 2\]"),
     (["ant", "bee"], np.ones(2), "one name and one row"),
     ([["ant", "bee"]], np.ones((1, 2)), "one name and one row"),
-    (["ant", "bee", "ant"], np.ones((3, 2)), "names 'ant' twice"),
+    (["ant", "bee", "ant"], np.ones((3, 2)), "names 'ant' 2 times"),
   ],
 )
 def test_files_that_are_not_a_row_for_each_name_are_refused(tmp_path, names, embeddings, words):

@@ -82,8 +82,8 @@ def test_without_folds_the_blend_does_without_what_is_known(folder, tmp_path):
 @pytest.mark.parametrize(
   ("changes", "words"),
   [
-    ({"class_embeddings": ""}, "names has memdiff_described, which is told embeddings of the cl"),
-    ({"diffusion.anonymous": 1.0}, "names has memdiff_described: .*description_and_memory"),
+    ({"class_embeddings": ""}, "generator memdiff_described is told embeddings of the classes"),
+    ({"diffusion.anonymous": 1.0}, "memdiff_described cannot be used: .*description_and_memory"),
     ({"generators.names": ("memdiff",), "head.fitted": ()}, "given, but nothing reads it"),
   ],
 )

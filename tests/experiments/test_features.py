@@ -491,7 +491,7 @@ def check(config, data):
     (
       {"generators.names": ("memdiff", "memdiff_described")},
       None,
-      "names has memdiff_described, .* but config.class_embeddings is empty; give it a file",
+      "generator memdiff_described is told .* but config.class_embeddings is empty; give it",
     ),
     ({"generators.fill_to": (2,)}, None, r"no class .* tail_below=10 .* fill_to=2"),
     ({"generators.tail_below": 2}, None, r"no class .*smallest class has 2, the largest 12\); set"),

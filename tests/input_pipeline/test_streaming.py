@@ -184,7 +184,7 @@ def test_whole_batches_are_read_while_one_is_in_use():
   config = StreamConfig(num_threads=2, num_workers=0, prefetch=2)
   stream = train_batches(LazyImages(reader, SIZE), np.zeros(200, np.int32), 20, Order(0), config)
   next(stream)
-  deadline = time.monotonic() + 5
+  deadline = time.monotonic() + 60
   while reader.reads < 60 and time.monotonic() < deadline:
     time.sleep(0.01)
   time.sleep(0.05)
@@ -202,7 +202,7 @@ def test_a_closed_stream_reads_no_more_and_leaves_no_thread():
   stream.close()
   stream.close()
   for thread in threads:
-    thread.join(timeout=5)
+    thread.join(timeout=60)
     assert not thread.is_alive()
   reads = reader.reads
   with pytest.raises(ValueError, match="closed"):
