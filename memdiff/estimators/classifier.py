@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import check_random_state
+from sklearn.utils import check_array, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -89,8 +89,16 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     self.random_state = random_state
     self.verbose = verbose
 
-  def fit(self, X: Any, y: Any) -> Self:
+  def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
     """Fits to features [N, D] and labels [N] of any type.
+
+    Args:
+      X: features.
+      y: labels.
+      sample_weight: [N] how much each example tells about its class, not below 0; only ratios
+        matter, and 0 leaves an example out. Heads are fitted with them. Cross-validation judges by
+        all others alike, as scikit-learn's searches do. A weight of 2 is not two examples: how
+        uncertain a mean is depends on Kish's effective number.
 
     Raises:
       ValueError: if there is one class only, or a parameter is none of those that are allowed.
@@ -98,6 +106,9 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     families = self._families()
     X, y = validate_data(self, _in_single(X), y, dtype=(np.float64, np.float32))
     check_classification_targets(y)
+    weights = None
+    if sample_weight is not None:
+      X, y, weights = self._weighted(X, y, sample_weight, families)
     self.classes_, labels = np.unique(y, return_inverse=True)
     if len(self.classes_) < 2:
       raise ValueError(
@@ -110,8 +121,34 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
         f" features of {len(self.classes_):,} classes; name them in methods to fit them"
       )
     with few_threads(X, len(self.classes_)):
-      self._fit(X, labels, families)
+      self._fit(X, labels, weights, families)
     return self
+
+  def _weighted(
+    self, X: np.ndarray, y: np.ndarray, sample_weight: Any, families: Sequence[str]
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features, labels and weights of the examples that weigh anything.
+
+    Raises:
+      ValueError: if these are no weights, or a generator cannot use them.
+    """
+    if made := [name for name in families if name not in FAMILIES]:
+      raise ValueError(
+        f"sample_weight is given, but generators make features of examples that count alike; leave"
+        f" {', '.join(made)} out of methods."
+      )
+    weights = check_array(
+      sample_weight, ensure_2d=False, dtype=np.float64, input_name="sample_weight"
+    )
+    if weights.shape != (len(X),):
+      raise ValueError(
+        f"sample_weight has shape {list(weights.shape)}, but must have one number for each of the"
+        f" {len(X)} rows of X."
+      )
+    if (weights < 0).any() or not weights.any():
+      raise ValueError("sample_weight must not have numbers below zero, nor be zero everywhere.")
+    kept = weights > 0
+    return (X, y, weights) if kept.all() else (X[kept], y[kept], weights[kept])
 
   def _families(self) -> list[str]:
     """Names of the families.
@@ -147,13 +184,18 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       print(words)
 
   def _training(
-    self, features: np.ndarray, labels: np.ndarray, rows: np.ndarray | None = None
+    self,
+    features: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray | None,
+    rows: np.ndarray | None = None,
   ) -> tuple[Scale, Training]:
     """All or some rows in the scale in which heads are fitted, and that scale."""
     scale = Scale.of(features, rows)
-    labels = labels if rows is None else labels[rows]
+    if rows is not None:
+      labels, weights = labels[rows], None if weights is None else weights[rows]
     scaled = scale.forward(features, rows)
-    return scale, training(scaled, labels, len(self.classes_), self.criterion)
+    return scale, training(scaled, labels, len(self.classes_), self.criterion, weights)
 
   def _held_out(self, labels: np.ndarray, seed: int) -> list[np.ndarray]:
     """The rows that each fold holds out."""
@@ -161,7 +203,13 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     rows = [np.flatnonzero(fold == k) for k in range(self.cv)]
     return [of_fold for of_fold in rows if len(of_fold)]
 
-  def _fit(self, features: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> None:
+  def _fit(
+    self,
+    features: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray | None,
+    names: Sequence[str],
+  ) -> None:
     seed = check_random_state(self.random_state).randint(2**31)
     made = {n: generated.Generated(n, seed) for n in names if n not in FAMILIES}
     extra = {name: one.family() for name, one in made.items()}
@@ -172,13 +220,13 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     rows = self._held_out(labels, seed)
     whole = None  # it takes as much memory as the features, so that folds do without if they can
     if made:
-      whole = self._training(features, labels)
+      whole = self._training(features, labels, weights)
       generated.prepare(list(made.values()), whole[1], len(rows), _say_on_stderr)
 
     def fold(held_out: np.ndarray) -> Fold:
       trains = np.ones(len(labels), bool)
       trains[held_out] = False
-      scale, training = self._training(features, labels, np.flatnonzero(trains))
+      scale, training = self._training(features, labels, weights, np.flatnonzero(trains))
       return Fold(training, ScaledRows(scale, features, held_out))
 
     if rows:
@@ -197,7 +245,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
       self.settings_ = {name: families[name].settings[0] for name in used}
       self.weights_ = {name: 1 / len(used) for name in used}
       self.recommendation_, self.skipped_ = None, {}
-    self._scale, training = whole or self._training(features, labels)
+    self._scale, training = whole or self._training(features, labels, weights)
     self._heads = {
       name: families[name].fit(training, (setting,))[0]
       for name, setting in self.settings_.items()

@@ -33,15 +33,35 @@ class Training:
     labels: [N] int.
     shares: [C] of the classes where the head is used, of sum 1; for balanced accuracy all alike.
       Classes without features are never predicted.
+    weights: [N] float32 of the examples, above 0 and 1 in the mean; None: all count alike.
   """
 
   features: np.ndarray
   labels: np.ndarray
   shares: np.ndarray
+  weights: np.ndarray | None = None
+
+  @functools.cached_property
+  def totals(self) -> np.ndarray:
+    """Sums of the weights of each class. [C]."""
+    return np.bincount(self.labels, self.weights, minlength=len(self.shares))
 
   @functools.cached_property
   def counts(self) -> np.ndarray:
-    return np.bincount(self.labels, minlength=len(self.shares))
+    """How many examples each class has; if they are weighted, Kish's effective number. [C].
+
+    That is (sum w)^2 / sum w^2 (Kish 1965, section 11.7): a mean of as many examples that count
+    alike is known as well.
+    """
+    if self.weights is None:
+      return self.totals
+    squares = np.bincount(self.labels, np.square(self.weights), minlength=len(self.shares))
+    return np.square(self.totals) / np.where(squares > 0, squares, 1)
+
+  @functools.cached_property
+  def importance(self) -> np.ndarray:
+    """The weights, 1 if there are none. [N] float32."""
+    return np.ones(len(self.labels), np.float32) if self.weights is None else self.weights
 
   @functools.cached_property
   def log_shares(self) -> np.ndarray:
@@ -57,7 +77,7 @@ class Training:
     """Class means [C, D] of what `transform` makes of rows [n, D], some at a time."""
     from scipy import sparse  # takes a fifth of a second
 
-    weight = (1 / np.maximum(self.counts, 1)).astype(np.float32)[self.labels]
+    weight = self.importance * _inverse(self.totals).astype(np.float32)[self.labels]
     means = np.zeros((len(self.counts), self.features.shape[1]), np.float32)
     for start in range(0, len(self.labels), _ROWS):
       rows = slice(start, start + _ROWS)
@@ -70,17 +90,32 @@ class Training:
   @functools.cached_property
   def within(self) -> tuple[np.ndarray, np.ndarray]:
     """The covariance around class means: eigenvectors [D, D] in columns, values [D]."""
-    freedom = max(len(self.labels) - int((self.counts > 0).sum()), 1)
-    scatter = self.features.T @ self.features
-    scatter -= (self.means * self.counts[:, None].astype(np.float32)).T @ self.means
+    freedom = max(float((self.totals * (1 - _inverse(self.counts))).sum()), 1)
+    scatter = self._products()
+    scatter -= (self.means * self.totals[:, None].astype(np.float32)).T @ self.means
     values, vectors = np.linalg.eigh(scatter / freedom)
     return vectors, np.maximum(values, 0)
+
+  def _products(self) -> np.ndarray:
+    """Sum of w x x^T over the examples. [D, D]."""
+    if self.weights is None:
+      return self.features.T @ self.features
+    starts = range(0, len(self.labels), _ROWS)
+    parts = [slice(start, start + _ROWS) for start in starts]
+    return sum(
+      (self.features[rows] * self.weights[rows, None]).T @ self.features[rows] for rows in parts
+    )
 
   def shrunk(self, share: float) -> np.ndarray:
     """The eigenvalues, drawn towards their mean by `share`. [D]."""
     _, values = self.within
     mean = values.mean() or 1.0
     return np.maximum((1 - share) * values + share * mean, _LEAST * mean)
+
+
+def _inverse(numbers: np.ndarray) -> np.ndarray:
+  """1 / x, 0 for 0."""
+  return np.where(numbers > 0, 1 / np.where(numbers > 0, numbers, 1), 0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -221,8 +256,9 @@ def weighted_regressions(training: Training, settings: Sequence[float]) -> list[
     training: see there.
     settings: l2, of the penalty l2 / 2 |W|^2 beside the mean loss.
   """
-  weights = (training.shares / np.maximum(training.counts, 1))[training.labels]
-  return _regressions(training, settings, weights, np.zeros(len(training.shares)))
+  weights = (training.shares * _inverse(training.totals))[training.labels]
+  nothing = np.zeros(len(training.shares))
+  return _regressions(training, settings, training.importance * weights, nothing)
 
 
 def balanced_regressions(training: Training, settings: Sequence[float]) -> list[Head]:
@@ -232,15 +268,14 @@ def balanced_regressions(training: Training, settings: Sequence[float]) -> list[
     training: see there.
     settings: as of `weighted_regressions`.
   """
-  offset = log_shares(training.counts / len(training.labels)) - log_shares(training.shares)
-  return _regressions(training, settings, np.ones(len(training.labels)), offset)
+  shares = training.totals / training.totals.sum()
+  offset = log_shares(shares) - log_shares(training.shares)
+  return _regressions(training, settings, training.importance, offset)
 
 
 def plain_regressions(training: Training, settings: Sequence[float]) -> list[Head]:
   """Logistic regressions on the data as they are, whatever the shares; `settings` as above."""
-  return _regressions(
-    training, settings, np.ones(len(training.labels)), np.zeros(len(training.shares))
-  )
+  return _regressions(training, settings, training.importance, np.zeros(len(training.shares)))
 
 
 def _regressions(

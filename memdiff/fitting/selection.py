@@ -150,7 +150,11 @@ def distinct(families: Sequence[str], criterion: str) -> list[str]:
 
 
 def training(
-  features: np.ndarray, labels: np.ndarray, num_classes: int, criterion: str
+  features: np.ndarray,
+  labels: np.ndarray,
+  num_classes: int,
+  criterion: str,
+  weights: np.ndarray | None = None,
 ) -> Training:
   """What heads are fitted to, for classes as a criterion counts them.
 
@@ -159,11 +163,15 @@ def training(
     labels: [N] int.
     num_classes: C.
     criterion: of `memdiff.evaluation.criteria`.
+    weights: [N] of the examples, above 0; None: all count alike.
   """
   shares = np.full(num_classes, 1 / num_classes)
   if criterion == "accuracy":
-    shares = np.bincount(labels, minlength=num_classes) / len(labels)
-  return Training(features, labels, shares)
+    totals = np.bincount(labels, weights, minlength=num_classes)
+    shares = totals / totals.sum()
+  if weights is not None:
+    weights = (weights / weights.mean()).astype(np.float32)
+  return Training(features, labels, shares, weights)
 
 
 def few_threads(features: np.ndarray, num_classes: int) -> threadpool_limits:

@@ -24,6 +24,46 @@ def training():
 
 
 @pytest.fixture(scope="module")
+def weighted(training):
+  """The same, and the features with each example as often as it weighs."""
+  times = np.random.default_rng(2).integers(1, 5, len(LABELS))
+  weights = (times / times.mean()).astype(np.float32)
+  once = Training(training.features, LABELS, ALIKE, weights)
+  repeated = Training(np.repeat(training.features, times, axis=0), np.repeat(LABELS, times), ALIKE)
+  return once, repeated
+
+
+@pytest.mark.parametrize("name", [*heads.REGRESSIONS, "centroid"])
+def test_weights_are_repeats_to_heads_without_uncertainty(weighted, new, name):
+  family = FAMILIES[name]
+  found, expected = (family.fit(each, family.settings[:1])[0].logits(new) for each in weighted)
+  np.testing.assert_allclose(logs(found), logs(expected), atol=2e-2)  # where L-BFGS ends
+
+
+def test_weighted_moments(weighted):
+  """Means as repeated; the covariance is unbiased for weights that tell how sure an example is."""
+  once, repeated = weighted
+  np.testing.assert_allclose(once.means, repeated.means, atol=1e-5)
+  apart = (once.features - once.means[LABELS]).astype(float)
+  scatter, freedom = 0, 0
+  for c in range(CLASSES):
+    members = c == LABELS
+    w = once.weights[members].astype(float)
+    scatter += (apart[members] * w[:, None]).T @ apart[members]
+    freedom += w.sum() - np.square(w).sum() / w.sum()
+    assert once.counts[c] == pytest.approx(w.sum() ** 2 / np.square(w).sum())
+  vectors, values = once.within
+  np.testing.assert_allclose(vectors @ np.diag(values) @ vectors.T, scatter / freedom, atol=1e-4)
+
+
+def test_equal_weights_change_nothing(training, new):
+  alike = Training(training.features, LABELS, ALIKE, np.ones(len(LABELS), np.float32))
+  for family in FAMILIES.values():
+    (found,), (expected,) = (family.fit(t, family.settings[:1]) for t in (alike, training))
+    np.testing.assert_allclose(logs(found.logits(new)), logs(expected.logits(new)), atol=2e-3)
+
+
+@pytest.fixture(scope="module")
 def new():
   return np.random.default_rng(1).normal(size=(50, DIM)).astype(np.float32) * 2
 
