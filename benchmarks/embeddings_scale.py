@@ -1,12 +1,14 @@
 """Time and memory of classifiers of embeddings, and of samplers, up to a million rows.
 
   python -m benchmarks.embeddings_scale --rows 10000 100000 --json FILE
+  python -m benchmarks.embeddings_scale --rows 1000000 --dimensions 768 --methods reading
 
 Each method runs in a process of its own, so that its peak memory is its own; that of the data is
 told beside it. Data are drawn: classes with means a little apart, of sizes that fall by a factor of
 100 from the most common class to the rarest. Accuracy is on a balanced test set; it tells that a
 method works, not how good it is on real embeddings, which benchmarks.embeddings tells. SMOTE needs
-imbalanced-learn, and is left out without it. FILE keeps what it has; results are added to it.
+imbalanced-learn, and is left out without it. `reading` is what a run does with a folder of Parquet
+files in half precision, four of five row groups each. FILE keeps what it has; results are added.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import pathlib
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,10 +30,13 @@ from sklearn.linear_model import LogisticRegression
 
 from benchmarks.speed_tables import machine
 from benchmarks.timing import environment
+from input_pipeline import embeddings
+from input_pipeline.embeddings import EmbeddingsConfig
 from memdiff import FeatureHallucinator, LongTailClassifier
 
 _TEST, _RATIO = 20, 100
 _LIMIT = 3600  # seconds for one method
+READING = "reading"
 
 
 def _data(rows: int, dim: int, classes: int) -> tuple[np.ndarray, ...]:
@@ -72,6 +78,45 @@ if importlib.util.find_spec("imblearn"):
   SAMPLERS["SMOTE"] = _smote
 
 
+_PARTS, _GROUPS = 4, 5
+
+
+def _write_parquet(folder: pathlib.Path, rows: int, dim: int, classes: int) -> None:
+  """A folder of parts with lists of float16 and a label; never more than one group in memory."""
+  import pyarrow
+  from pyarrow import parquet
+
+  rng, size = np.random.default_rng(0), rows // (_PARTS * _GROUPS)
+  shares = _RATIO ** -np.linspace(0, 1, classes)
+  schema = pyarrow.schema(
+    [("features", pyarrow.list_(pyarrow.float16(), dim)), ("label", pyarrow.int64())]
+  )
+  folder.mkdir()
+  for part in range(_PARTS):
+    with parquet.ParquetWriter(folder / f"part-{part}.parquet", schema) as writer:
+      for _ in range(_GROUPS):
+        numbers = rng.standard_normal(size * dim, np.float32).astype(np.float16)
+        lists = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(numbers), dim)
+        labels = rng.choice(classes, size, p=shares / shares.sum())
+        writer.write_batch(pyarrow.record_batch([lists, labels], schema=schema))
+
+
+def _measure_reading(rows: int, dim: int, classes: int) -> dict[str, Any]:
+  """In this process: files as `configs/features.py` reads them."""
+  with tempfile.TemporaryDirectory() as folder:
+    paths = [pathlib.Path(folder) / name for name in ("train", "test")]
+    for path, number in zip(paths, (rows, max(rows // 100, 100 * classes)), strict=True):
+      _write_parquet(path, number, dim, classes)
+    config = EmbeddingsConfig(train_path=str(paths[0]), test_path=str(paths[1]))
+    begun, worked = time.perf_counter(), time.process_time()
+    data = embeddings.load(config)
+    return {
+      "method": READING, "rows": len(data.train_features), "dimensions": dim, "classes": classes,
+      "seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - worked,
+      "data_gb": data.train_features.nbytes / 2**30, "peak_gb": _peak(), "balanced_accuracy": None,
+    }  # fmt: skip
+
+
 def _peak() -> float:
   """GB that this process has held at most."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -79,6 +124,8 @@ def _peak() -> float:
 
 def _measure(method: str, rows: int, dim: int, classes: int) -> dict[str, Any]:
   """In this process."""
+  if method == READING:
+    return _measure_reading(rows, dim, classes)
   X, y, test, labels = _data(rows, dim, classes)
   before, begun, worked = _peak(), time.perf_counter(), time.process_time()
   with warnings.catch_warnings():
@@ -145,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
   parser.add_argument("--dimensions", type=int, default=512)
   parser.add_argument("--classes", type=int, default=100)
-  parser.add_argument("--methods", nargs="+", help="some of them, by name")
+  parser.add_argument("--methods", nargs="+", help=f"some of them, by name, or {READING}")
   parser.add_argument("--one", help="measure one method in this process, and print it as JSON")
   parser.add_argument("--json", type=pathlib.Path, help="file of results, to which is added")
   arguments = parser.parse_args(argv)
