@@ -142,7 +142,7 @@ def load(config: EmbeddingsConfig) -> LongTailEmbeddings:
     class_names=names,
     profile=config.profile,
     imbalance=imbalance,
-    train_features=_take(train.features, trained),
+    train_features=train.features[trained],
     train_labels=labels[trained],
     holdout_features=train.features[held_out],
     holdout_labels=labels[held_out],
@@ -155,11 +155,6 @@ def load(config: EmbeddingsConfig) -> LongTailEmbeddings:
     label_values=values,
     num_skipped=num_skipped,
   )
-
-
-def _take(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
-  """Rows of features; the array itself if these are all of it, since it may take gigabytes."""
-  return features if np.array_equal(rows, np.arange(len(features))) else features[rows]
 
 
 def _read(path: str, labels_path: str, config: EmbeddingsConfig, part: str) -> LabelledRows:
