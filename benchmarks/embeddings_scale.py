@@ -8,7 +8,8 @@ told beside it. Data are drawn: classes with means a little apart, of sizes that
 100 from the most common class to the rarest. Accuracy is on a balanced test set; it tells that a
 method works, not how good it is on real embeddings, which benchmarks.embeddings tells. SMOTE needs
 imbalanced-learn, and is left out without it. `reading` is what a run does with a folder of Parquet
-files in half precision, four of five row groups each. FILE keeps what it has; results are added.
+files in half precision, four files with five row groups each. FILE keeps what it has; results are
+added, which should come from the same machine and versions.
 """
 
 import argparse
@@ -162,7 +163,9 @@ _TOP = """# Classifiers of embeddings at scale
 Time and peak memory of each method in a process of its own. The data are drawn, and the accuracy tells only that a
 method works; [embeddings.md](embeddings.md) compares on real embeddings. `LongTailClassifier` fits six families of
 heads with five folds, and tunes them; the others fit once, untuned. From 2^34 numbers times classes on it leaves
-regressions out, unless they are named.
+regressions out, unless they are named. `reading` is what a run does with a
+folder of Parquet files in half precision, which the system has just written; its data are the features that it keeps,
+those of others the memory before the call.
 
 | rows x numbers, classes | method | seconds | CPU-seconds | peak GB | of that, data | balanced accuracy, % |
 |---|---|---|---|---|---|---|
@@ -201,8 +204,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps(_measure(arguments.one, arguments.rows[0], *size)))
     return
   result = {"command": "python -m benchmarks.embeddings_scale", "records": []} | environment()
-  if arguments.json and arguments.json.exists():
-    result["records"] = json.loads(arguments.json.read_text(encoding="utf-8"))["records"]
+  if arguments.json and arguments.json.exists():  # what is added must be of the same machine
+    result = json.loads(arguments.json.read_text(encoding="utf-8"))
   for rows in arguments.rows:
     for method in arguments.methods or [*FITS, *SAMPLERS]:
       found = _in_a_process(method, rows, *size)

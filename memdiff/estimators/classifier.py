@@ -29,6 +29,7 @@ from memdiff.synthesis import class_embeddings
 
 FAST, AUTO = "fast", "auto"
 _REGRESSED = 2**34  # numbers times classes up to which regressions are fitted unasked
+_LEAST_WEIGHT = 1e-9  # of an example, relative to the largest
 _SCALE = dataclasses.fields(Scale)
 # Of a saved classifier.
 _KEPT = ("settings_", "weights_", "recommendation_", "skipped_", "n_features_in_")
@@ -95,13 +96,15 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     Args:
       X: features.
       y: labels.
-      sample_weight: [N] how much each example tells about its class, not below 0; only ratios
-        matter, and 0 leaves an example out. Heads are fitted with them. Cross-validation judges by
-        all others alike, as scikit-learn's searches do. A weight of 2 is not two examples: how
+      sample_weight: [N] how much each example counts, not below 0; only ratios matter, and 0 leaves
+        an example out. Heads are fitted with them, and with `criterion="accuracy"` classes are as
+        frequent as their examples weigh. Cross-validation scores examples without weights, as
+        scikit-learn's searches do. To Gaussian heads a weight of 2 is not two examples: how
         uncertain a mean is depends on Kish's effective number.
 
     Raises:
-      ValueError: if there is one class only, or a parameter is none of those that are allowed.
+      ValueError: if there is one class only, a parameter is none of those that are allowed, or the
+        weights are not valid.
     """
     families = self._families()
     X, y = validate_data(self, _in_single(X), y, dtype=(np.float64, np.float32))
@@ -130,12 +133,12 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     """Features, labels and weights of the examples that weigh anything.
 
     Raises:
-      ValueError: if these are no weights, or a generator cannot use them.
+      ValueError: if the weights are not valid, or there are generators, which cannot use them.
     """
-    if made := [name for name in families if name not in FAMILIES]:
+    if any(name not in FAMILIES for name in families):
       raise ValueError(
-        f"sample_weight is given, but generators make features of examples that count alike; leave"
-        f" {', '.join(made)} out of methods."
+        f"sample_weight is given, but generators cannot use it; set methods to {FAST!r} or to names"
+        f" out of {', '.join(FAMILIES)}."
       )
     weights = check_array(
       sample_weight, ensure_2d=False, dtype=np.float64, input_name="sample_weight"
@@ -146,8 +149,17 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
         f" {len(X)} rows of X."
       )
     if (weights < 0).any() or not weights.any():
-      raise ValueError("sample_weight must not have numbers below zero, nor be zero everywhere.")
+      raise ValueError(
+        "sample_weight must not contain negative numbers, and at least one weight must be above"
+        " zero."
+      )
     kept = weights > 0
+    if len(lost := np.setdiff1d(y, y[kept])):
+      raise ValueError(
+        f"All examples of the class {lost[0]!r} have a sample_weight of zero; leave them out, or"
+        " give one of them some weight."
+      )
+    weights = np.maximum(weights / weights.max(), _LEAST_WEIGHT)
     return (X, y, weights) if kept.all() else (X[kept], y[kept], weights[kept])
 
   def _families(self) -> list[str]:
@@ -191,7 +203,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
     rows: np.ndarray | None = None,
   ) -> tuple[Scale, Training]:
     """All or some rows in the scale in which heads are fitted, and that scale."""
-    scale = Scale.of(features, rows)
+    scale = Scale.of(features, rows, weights)
     if rows is not None:
       labels, weights = labels[rows], None if weights is None else weights[rows]
     scaled = scale.forward(features, rows)

@@ -5,6 +5,7 @@ times in nanoseconds, so that they are centred in float64 first.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -29,18 +30,37 @@ class Scale:
   lowest: np.ndarray
 
   @classmethod
-  def of(cls, features: np.ndarray, rows: np.ndarray | None = None) -> "Scale":
-    """Of [N, D] finite numbers, all or some rows; what is constant depends on their type."""
+  def of(
+    cls,
+    features: np.ndarray,
+    rows: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+  ) -> "Scale":
+    """Of [N, D] finite numbers, all or some rows; what is constant depends on their type.
+
+    Mean and deviation are those of examples of `weights` [N], above 0; None: all count alike.
+    """
     parts = _parts(features, rows)
     number = sum(len(features[part]) for part in parts)
+    if weights is not None:
+      weights = weights / (weights.mean() if rows is None else weights[rows].mean())
+
+    def mean_of(values: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+      found = 0.0
+      for part in parts:
+        of_part = values(features[part] / peak[None])
+        if weights is not None:
+          of_part = of_part * weights[part][:, None]
+        found = found + of_part.sum(axis=0)
+      return found / number
+
     smallest = np.min([features[part].min(axis=0) for part in parts], axis=0)
     largest = np.max([features[part].max(axis=0) for part in parts], axis=0)
     peak = np.maximum(largest, -smallest).astype(np.float64)
     peak[peak == 0] = 1
-    mean = sum((features[part] / peak[None]).sum(axis=0) for part in parts) / number
-    squares = sum(np.square(features[part] / peak[None] - mean[None]).sum(axis=0) for part in parts)
-    deviation = np.sqrt(squares / number)
-    deviation[deviation <= np.finfo(features.dtype).eps] = 0
+    mean = mean_of(lambda values: values)
+    deviation = np.sqrt(mean_of(lambda values: np.square(values - mean[None])))
+    deviation[(deviation <= np.finfo(features.dtype).eps) | (smallest == largest)] = 0
     lowest = np.where(smallest < 0, -np.inf, 0.0)
     return cls(peak, mean, deviation, lowest)
 

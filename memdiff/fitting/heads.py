@@ -50,13 +50,15 @@ class Training:
   def counts(self) -> np.ndarray:
     """How many examples each class has; if they are weighted, Kish's effective number. [C].
 
-    That is (sum w)^2 / sum w^2 (Kish 1965, section 11.7): a mean of as many examples that count
-    alike is known as well.
+    That is (sum w)^2 / sum w^2 (Kish 1965, section 11.7). The mean of that many equally weighted
+    examples would be known just as precisely.
     """
     if self.weights is None:
       return self.totals
-    squares = np.bincount(self.labels, np.square(self.weights), minlength=len(self.shares))
-    return np.square(self.totals) / np.where(squares > 0, squares, 1)
+    squares = np.bincount(
+      self.labels, np.square(self.weights, dtype=np.float64), minlength=len(self.shares)
+    )
+    return np.square(self.totals) * _inverse(squares)
 
   @functools.cached_property
   def importance(self) -> np.ndarray:
@@ -77,7 +79,7 @@ class Training:
     """Class means [C, D] of what `transform` makes of rows [n, D], some at a time."""
     from scipy import sparse  # takes a fifth of a second
 
-    weight = self.importance * _inverse(self.totals).astype(np.float32)[self.labels]
+    weight = (self.importance * _inverse(self.totals)[self.labels]).astype(np.float32)
     means = np.zeros((len(self.counts), self.features.shape[1]), np.float32)
     for start in range(0, len(self.labels), _ROWS):
       rows = slice(start, start + _ROWS)
@@ -90,7 +92,8 @@ class Training:
   @functools.cached_property
   def within(self) -> tuple[np.ndarray, np.ndarray]:
     """The covariance around class means: eigenvectors [D, D] in columns, values [D]."""
-    freedom = max(float((self.totals * (1 - _inverse(self.counts))).sum()), 1)
+    total, freedom = self.totals.sum(), (self.totals * (1 - _inverse(self.counts))).sum()
+    freedom = float(freedom) if freedom > 1e-9 * total else 1.0
     scatter = self._products()
     scatter -= (self.means * self.totals[:, None].astype(np.float32)).T @ self.means
     values, vectors = np.linalg.eigh(scatter / freedom)

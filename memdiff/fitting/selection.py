@@ -163,7 +163,8 @@ def training(
     labels: [N] int.
     num_classes: C.
     criterion: of `memdiff.evaluation.criteria`.
-    weights: [N] of the examples, above 0; None: all count alike.
+    weights: [N] of the examples, above 0; None: all count alike. With accuracy, classes are as
+      frequent as their examples weigh.
   """
   shares = np.full(num_classes, 1 / num_classes)
   if criterion == "accuracy":
