@@ -163,9 +163,8 @@ _TOP = """# Classifiers of embeddings at scale
 Time and peak memory of each method in a process of its own. The data are drawn, and the accuracy tells only that a
 method works; [embeddings.md](embeddings.md) compares on real embeddings. `LongTailClassifier` fits six families of
 heads with five folds, and tunes them; the others fit once, untuned. From 2^34 numbers times classes on it leaves
-regressions out, unless they are named. `reading` is what a run does with a
-folder of Parquet files in half precision, which the system has just written; its data are the features that it keeps,
-those of others the memory before the call.
+regressions out, unless they are named. `reading` is what a run does with a folder of Parquet files in half precision,
+which have just been written. Its data are the features that it keeps, those of others the memory before the call.
 
 | rows x numbers, classes | method | seconds | CPU-seconds | peak GB | of that, data | balanced accuracy, % |
 |---|---|---|---|---|---|---|
