@@ -23,6 +23,7 @@ CRITERIA = {
 }
 
 _PLAIN = "plain training"
+_KNOWLEDGE = "real+class_knowledge"  # the row that knows more of classes than their examples
 _TOO_GOOD = 0.1  # so much more in cross-validation than on the test set is no accident
 
 
@@ -150,8 +151,21 @@ def _explanation(
   warning = f"On the test set it is worse than {_PLAIN}." if verdict(overall) == "worse" else ""
   if method == headline.get("plain"):
     warning = "This is plain training; nothing is clearly better."
-  sentences = (_as_sentence(described), warning, _doubt(report, method))
+  sentences = (_as_sentence(described), warning, _knowledge(report), _doubt(report, method))
   return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _knowledge(report: Mapping[str, Any]) -> str:
+  """Whether embeddings of the classes are used, if the run was given some."""
+  scores = (report.get("recommendation") or {}).get("scores") or {}
+  found = (scores.get(_KNOWLEDGE) or {}).get("in_blend")
+  if not found:
+    return ""
+  use = "are used" if found["used"] else "are not used, since they bring no clear gain"
+  return (
+    f"Embeddings of the classes {use}: in cross-validation they change the blend's score by"
+    f" {_change(found | {'mean': found['gain']})}."
+  )
 
 
 def _doubt(report: Mapping[str, Any], method: str) -> str:

@@ -93,8 +93,8 @@ def select(
   """Chooses settings and weights.
 
   Returns:
-    (what was chosen; method -> cross-fitted predictions [E]; method -> its number of settings and
-    its temperature).
+    (what was chosen; method -> cross-fitted predictions [E]; method -> its number of settings, its
+    temperature and, of class knowledge, what the blend scores with it).
   """
   fits, judged = families(experiment), folds.judged
   if not fits:
@@ -124,6 +124,8 @@ def select(
       "settings": len(several),
       "temperature": calibration.fit_temperature(logits, labels, judged.criterion),
     }
+    if method.loss == knowledge.NAME:
+      known[method]["in_blend"] = found.recommendation["extra"]
   return fitted, predictions, known
 
 
