@@ -161,6 +161,8 @@ def _knowledge(report: Mapping[str, Any]) -> str:
   found = (scores.get(_KNOWLEDGE) or {}).get("in_blend")
   if not found:
     return ""
+  if found["interval"] == [0, 0]:
+    return "Embeddings of the classes are not used: the blend gives them no weight."
   use = "are used" if found["used"] else "are not used, since they bring no clear gain"
   return (
     f"Embeddings of the classes {use}: in cross-validation they change the blend's score by"
