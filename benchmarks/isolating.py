@@ -200,11 +200,17 @@ def settings_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
 
 def judged_table(report: Mapping[str, Any]) -> str:
   """A line per generator under the loss that cross-validation prefers for it, tested or not."""
-  (_, key), best = _criterion(report), {}
-  for method, entry in report["recommendation"]["scores"].items():
+  scores, best = report["recommendation"]["scores"], {}
+  for method, entry in scores.items():
     name = Method(method).generator
-    if name not in best or entry["score"] > best[name][1]["score"]:
-      best[name] = method, entry
+    if name not in best or entry["score"] > scores[best[name]]["score"]:
+      best[name] = method
+  return scores_table(report, list(best.values()))
+
+
+def scores_table(report: Mapping[str, Any], methods: Sequence[str]) -> str:
+  """A line for each of some methods: by cross-validation, and on the test set."""
+  (_, key), scores = _criterion(report), report["recommendation"]["scores"]
   lines = [
     [
       f"`{method}`",
@@ -212,7 +218,7 @@ def judged_table(report: Mapping[str, Any]) -> str:
       _difference({"mean": entry["gain"], "interval": entry["interval"]}),
       percent(row_of(report, method).get(key), 2),
     ]
-    for method, entry in best.values()
+    for method, entry in ((method, scores[method]) for method in methods)
   ]
   control = report["recommendation"]["control"]
   return table_of(

@@ -41,6 +41,10 @@ _SETTINGS = {
   "trained": "isolating_trained",
   "digits": "isolating_digits",
 }
+_DESCRIBED = (  # rows that tell what embeddings of the classes are worth
+  *("real+blend", "real+plda", "real+class_knowledge", "real+zero_shot"),
+  *("memdiff+balanced_softmax", "memdiff_described+balanced_softmax"),
+)
 
 
 def load(name: str) -> Any:
@@ -72,6 +76,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "settings": lambda: isolating.settings_table(_settings()),
     "recommendations": lambda: isolating.recommendations_table(_settings()),
     "ldmlr": lambda: isolating.judged_table(load("isolating_ldmlr")),
+    "described": lambda: isolating.scores_table(load("isolating_described"), _DESCRIBED),
     "joint": lambda: isolating.joint_table(load("isolating_digits_joint")),
   },
   "docs/results/classification.md": {
