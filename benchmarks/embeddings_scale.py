@@ -38,6 +38,7 @@ from memdiff import FeatureHallucinator, LongTailClassifier
 _TEST, _RATIO = 20, 100
 _LIMIT = 3600  # seconds for one method
 READING = "reading"
+_PARTS, _GROUPS = 4, 5  # files of a folder, row groups of a file
 
 
 def _data(rows: int, dim: int, classes: int) -> tuple[np.ndarray, ...]:
@@ -77,9 +78,6 @@ SAMPLERS: dict[str, Callable[[np.ndarray, np.ndarray], Any]] = {
 }
 if importlib.util.find_spec("imblearn"):
   SAMPLERS["SMOTE"] = _smote
-
-
-_PARTS, _GROUPS = 4, 5
 
 
 def _write_parquet(folder: pathlib.Path, rows: int, dim: int, classes: int) -> None:
@@ -164,7 +162,7 @@ Time and peak memory of each method in a process of its own. The data are drawn,
 method works; [embeddings.md](embeddings.md) compares on real embeddings. `LongTailClassifier` fits six families of
 heads with five folds, and tunes them; the others fit once, untuned. From 2^34 numbers times classes on it leaves
 regressions out, unless they are named. `reading` is what a run does with a folder of Parquet files in half precision,
-which have just been written. Its data are the features that it keeps, those of others the memory before the call.
+which have just been written. Its "data" are the features that it keeps; those of others are the memory before the call.
 
 | rows x numbers, classes | method | seconds | CPU-seconds | peak GB | of that, data | balanced accuracy, % |
 |---|---|---|---|---|---|---|

@@ -162,7 +162,7 @@ def _knowledge(report: Mapping[str, Any]) -> str:
   if not found:
     return ""
   if found["interval"] == [0, 0]:
-    return "Embeddings of the classes are not used: the blend gives them no weight."
+    return "Embeddings of the classes are not used: in cross-validation they change nothing."
   use = "are used" if found["used"] else "are not used, since they bring no clear gain"
   return (
     f"Embeddings of the classes {use}: in cross-validation they change the blend's score by"

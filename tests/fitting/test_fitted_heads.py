@@ -40,20 +40,23 @@ def test_weights_are_repeats_to_heads_without_uncertainty(weighted, new, name):
   np.testing.assert_allclose(logs(found), logs(expected), atol=2e-2)  # where L-BFGS ends
 
 
-def test_weighted_moments(weighted):
-  """Means as repeated; the covariance is unbiased for weights that tell how sure an example is."""
+def test_weighted_means_are_those_of_repeats(weighted):
   once, repeated = weighted
   np.testing.assert_allclose(once.means, repeated.means, atol=1e-5)
-  apart = (once.features - once.means[LABELS]).astype(float)
-  scatter, freedom = 0, 0
-  for c in range(CLASSES):
-    members = c == LABELS
-    w = once.weights[members].astype(float)
-    scatter += (apart[members] * w[:, None]).T @ apart[members]
-    freedom += w.sum() - np.square(w).sum() / w.sum()
-    assert once.counts[c] == pytest.approx(w.sum() ** 2 / np.square(w).sum())
-  vectors, values = once.within
-  np.testing.assert_allclose(vectors @ np.diag(values) @ vectors.T, scatter / freedom, atol=1e-4)
+
+
+def test_weighted_moments_are_as_sure_as_they_say():
+  """Over many draws: the covariance is unbiased, means vary as those of `counts` examples."""
+  rng, labels = np.random.default_rng(4), np.repeat([0, 1], [12, 4])
+  weights = rng.exponential(size=16).astype(np.float32) ** 2
+  weights /= weights.mean()
+  draws = [
+    Training(rng.normal(size=(16, 3)).astype(np.float32), labels, ALIKE[:2] * 2, weights)
+    for _ in range(2000)
+  ]
+  assert np.mean([d.within[1].mean() for d in draws]) == pytest.approx(1, abs=0.05)
+  variance = np.mean([np.square(d.means).mean(axis=1) for d in draws], axis=0)
+  np.testing.assert_allclose(variance, 1 / draws[0].counts, rtol=0.1)
 
 
 def test_equal_weights_change_nothing(training, new):
