@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from memdiff.runtime.writers import TensorBoard
 
 SLOW = [pytest.param("", marks=pytest.mark.slow)]  # `params` of a fixture whose tests are slow
 ROOT = pathlib.Path(__file__).parent.parent
+HANG = 1500  # seconds: only what hangs takes longer, on the busiest machine
 FLAGS = os.environ.get("XLA_FLAGS", "")  # of conftest.py
 
 
@@ -47,11 +47,11 @@ def environment_of_children(devices: int = 1) -> dict[str, str]:
   return os.environ | changed
 
 
-def on_fake_devices(script: str, *arguments: str, devices: int = 8, timeout: int = 900) -> str:
+def on_fake_devices(script: str, *arguments: str, devices: int = 8) -> str:
   """What a script prints in a process of its own with so many CPU devices; it must succeed."""
   done = subprocess.run(
     [sys.executable, script, *arguments], env=environment_of_children(devices), cwd=ROOT,
-    capture_output=True, text=True, timeout=timeout,
+    capture_output=True, text=True, timeout=HANG,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stdout
@@ -91,7 +91,7 @@ class SmallRuns:
     """The finished process, whether it succeeded or not."""
     return subprocess.run(
       self.command(workdir, **changes), cwd=ROOT, env=environment_of_children(devices),
-      capture_output=True, text=True, timeout=1500,
+      capture_output=True, text=True, timeout=HANG,
     )  # fmt: skip
 
   def __call__(self, workdir: pathlib.Path, devices: int = 1, **changes) -> tuple[dict, str]:
@@ -99,6 +99,27 @@ class SmallRuns:
     done = self.start(workdir, devices, **changes)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((workdir / "report.json").read_text()), done.stdout + done.stderr
+
+
+def wait_for(path: pathlib.Path, processes: list[subprocess.Popen]) -> None:
+  """Returns as soon as a path is there; fails, and ends its writers, if one ends before."""
+  deadline = time.monotonic() + HANG
+  try:
+    while not path.exists():
+      for process in processes:
+        assert process.poll() is None, f"ended before {path} was there: {process.communicate()[1]}"
+      assert time.monotonic() < deadline, f"{path} did not come"
+      time.sleep(0.002)
+  except BaseException:
+    kill(processes)
+    raise
+
+
+def kill(processes: list[subprocess.Popen]) -> None:
+  """Ends what still runs, so that no later test meets it."""
+  for process in processes:
+    process.kill()
+    process.communicate()
 
 
 def kill_in_phase(
@@ -117,13 +138,8 @@ def kill_in_phase(
     command, cwd=ROOT, env=environment or environment_of_children(), stdout=subprocess.DEVNULL,
     stderr=subprocess.DEVNULL,
   )  # fmt: skip
-  deadline = time.monotonic() + 200
-  while not (workdir / moment).exists():
-    assert process.poll() is None, f"the run ended before {moment} was there"
-    assert time.monotonic() < deadline
-    time.sleep(0.002)
-  process.send_signal(signal.SIGKILL)
-  process.wait()
+  wait_for(workdir / moment, [process])
+  kill([process])
   manifest = json.loads((workdir / phase / "manifest.json").read_text())
   assert not manifest["finished"], f"{phase} was over before the kill"
 

@@ -9,6 +9,7 @@ from memdiff import pipeline
 from memdiff.experiments.base import Phase
 from memdiff.runtime import ahead
 from memdiff.runtime.progress import CompileClock
+from tests import support
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_a_phase_that_has_begun_compiles_its_programs_itself(experiment):
 
   def train(_):
     ahead.python_is_free()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + support.HANG
     while not compiled and time.monotonic() < deadline:
       time.sleep(0.01)
 

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from memdiff.runtime.distributed import Cluster, from_environment
 from tests import support
 
 ROOT = pathlib.Path(__file__).parent.parent
-PATIENCE = 12  # seconds until a silent process is given up
+PATIENCE = 45  # seconds until a silent process is given up
 # Every phase once, and little to compile: only process 0 may write to the cache of programs.
 SMALL = (
   "--config.classifier.num_epochs=3.8",  # 20 steps
@@ -94,18 +93,13 @@ def start_both(workdir, settings=DIGITS):
   return [start(workdir, number, 2, port, settings=settings) for number in (0, 1)]
 
 
-def wait_for(processes, path):
-  deadline = time.monotonic() + 300
-  while not path.exists():
-    for process in processes:
-      assert process.poll() is None, process.communicate()[1][-3000:]
-    assert time.monotonic() < deadline, f"{path} did not come"
-    time.sleep(0.01)
-
-
-def end(processes, timeout=900):
-  """(exit codes, what they said) of processes that must end in time."""
-  outputs = [process.communicate(timeout=timeout) for process in processes]
+def end(processes):
+  """(exit codes, what they said) of processes that must end by themselves."""
+  try:
+    outputs = [process.communicate(timeout=support.HANG) for process in processes]
+  except subprocess.TimeoutExpired:
+    support.kill(processes)
+    raise
   return [p.returncode for p in processes], [err for _, err in outputs]
 
 
@@ -118,10 +112,9 @@ def said(text):
 
 
 def test_a_process_that_stays_alone_says_so_and_does_not_run_alone(tmp_path):
-  started = time.monotonic()
-  (code,), (text,) = end([start(tmp_path / "run", 0, 2, 29_517)], timeout=120)
-  assert code == 2 and time.monotonic() - started < 90
-  assert "Not all processes joined within 12 s" in said(text)[-1]
+  (code,), (text,) = end([start(tmp_path / "run", 0, 2, 29_517)])
+  assert code == 2
+  assert f"Not all processes joined within {PATIENCE} s" in said(text)[-1]
   assert "Traceback" not in text and not (tmp_path / "run").exists()
 
 
@@ -139,7 +132,7 @@ def test_without_a_cluster_distributed_is_an_error(tmp_path):
 def one_process(tmp_path_factory):
   """The same run in one process with as many devices."""
   workdir = tmp_path_factory.mktemp("one") / "run"
-  codes, texts = end([start(workdir)], timeout=1200)
+  codes, texts = end([start(workdir)])
   assert codes == [0], ends_of(texts)
   return workdir
 
@@ -147,7 +140,7 @@ def one_process(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("two") / "run"
-  codes, texts = end(start_both(workdir), timeout=1200)
+  codes, texts = end(start_both(workdir))
   assert codes == [0, 0], ends_of(texts)
   for number, text in enumerate(texts):
     assert f"memdiff: process {number} of 2, with 2 of 4 devices (cpu)" in text
@@ -197,9 +190,9 @@ def test_a_run_killed_and_stopped_again_and_again_ends_with_the_same_numbers(und
   )
   for end_early, whom, moment in stopped_after:
     processes = start_both(workdir)
-    wait_for(processes, workdir / moment)
+    support.wait_for(workdir / moment, processes)
     end_early(processes, whom)
-  codes, texts = end(start_both(workdir), timeout=1200)
+  codes, texts = end(start_both(workdir))
   assert codes == [0, 0], ends_of(texts)
   check_same(workdir, undisturbed)
 
@@ -207,9 +200,7 @@ def test_a_run_killed_and_stopped_again_and_again_ends_with_the_same_numbers(und
 def kill(processes, victim):
   """Kills one process; the other ends with a sentence."""
   processes[victim].send_signal(signal.SIGKILL)
-  killed = time.monotonic()
-  codes, texts = end(processes, timeout=120)
-  assert time.monotonic() - killed < 60
+  codes, texts = end(processes)
   assert codes[victim] == -signal.SIGKILL and codes[1 - victim] != 0
   other = texts[1 - victim]
   # If the coordinator is gone, JAX itself may be faster to say so.
@@ -222,7 +213,7 @@ def stop(processes, receivers):
   """Sends SIGTERM to some; all end with a sentence."""
   for number in receivers:
     processes[number].send_signal(signal.SIGTERM)
-  codes, texts = end(processes, timeout=200)
+  codes, texts = end(processes)
   assert codes == [143, 143], ends_of(texts)
   for text in texts:
     assert "Stopped by SIGTERM" in said(text)[-1] and "Traceback" not in text
@@ -231,9 +222,9 @@ def stop(processes, receivers):
 @pytest.mark.slow
 def test_two_processes_generate_images_as_one_does(tmp_path):
   """Training differs by the order of sums over devices; the samples of both are of one noise."""
-  codes, texts = end(start_both(tmp_path / "two", IMAGES), timeout=1200)
+  codes, texts = end(start_both(tmp_path / "two", IMAGES))
   assert codes == [0, 0], ends_of(texts)
-  codes, texts = end([start(tmp_path / "one", settings=IMAGES)], timeout=1200)
+  codes, texts = end([start(tmp_path / "one", settings=IMAGES)])
   assert codes == [0], ends_of(texts)
   files = [sorted((tmp_path / name / "sampling").rglob("*.npz")) for name in ("one", "two")]
   assert len(files[0]) == len(files[1]) == 3
@@ -249,9 +240,9 @@ def test_two_processes_train_on_generated_images_after_a_kill_too(tmp_path):
   """Process 0 writes what both read: the pool, and what classifiers say."""
   workdir = tmp_path / "run"
   processes = start_both(workdir, AUGMENTED)
-  wait_for(processes, workdir / "pool/final/memdiff+balanced/run_0.npz")
+  support.wait_for(workdir / "pool/final/memdiff+balanced/run_0.npz", processes)
   kill(processes, 1)
-  codes, texts = end(start_both(workdir, AUGMENTED), timeout=1200)
+  codes, texts = end(start_both(workdir, AUGMENTED))
   assert codes == [0, 0], ends_of(texts)
   report = json.loads((workdir / "report.json").read_text())
   assert report["hardware"]["processes"] == 2

@@ -27,7 +27,7 @@ def call(*arguments, environment=None, **kwargs):
     env=environment,
     capture_output=True,
     text=True,
-    timeout=900,
+    timeout=support.HANG,
     check=False,
     **kwargs,
   )
@@ -140,7 +140,7 @@ def call_patched(patch, workdir, *arguments):
   code += "runpy.run_path('main.py', run_name='__main__')"
   return subprocess.run(
     [sys.executable, "-c", code], env=support.environment_of_children(), cwd=ROOT,
-    capture_output=True, text=True, timeout=900, check=False,
+    capture_output=True, text=True, timeout=support.HANG, check=False,
   )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def run(workdir, devices=1):
     env=support.environment_of_children(devices),
     capture_output=True,
     text=True,
-    timeout=1200,
+    timeout=support.HANG,
     check=False,
   )
   assert result.returncode == 0, result.stderr

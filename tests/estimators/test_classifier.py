@@ -20,7 +20,7 @@ from memdiff import LongTailClassifier
 from memdiff.errors import DataError
 from memdiff.estimators.scale import Scale, ScaledRows
 from memdiff.fitting.heads import FAMILIES
-from tests.support import ROOT
+from tests import support
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +321,12 @@ def test_importing_memdiff_imports_no_library():
   """Names are there, and their libraries are loaded when they are used."""
   script = "import sys, memdiff; print(sorted({'jax', 'sklearn', 'numpy'} & set(sys.modules)))"
   done = subprocess.run(
-    [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    [sys.executable, "-c", script],
+    cwd=support.ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=support.HANG,
   )
   assert done.stdout.strip() == "[]"
   assert set(memdiff.__all__) == {"FeatureHallucinator", "LongTailClassifier"}

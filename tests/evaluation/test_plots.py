@@ -11,6 +11,7 @@ from matplotlib.image import imread
 from PIL import Image
 
 from memdiff.evaluation import plots
+from tests import support
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -370,4 +371,4 @@ def test_style_leaves_no_trace_and_pyplot_is_never_imported():
     "assert dict(matplotlib.rcParams) == dict(matplotlib.rcParamsDefault) | "
     "{'backend': matplotlib.rcParams['backend']}\n"
   )
-  subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+  subprocess.run([sys.executable, "-c", code], check=True, timeout=support.HANG)

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 
 from memdiff.evaluation import plots, report
+from tests import support
 from tests.evaluation.sample_report import difference, make_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -47,7 +48,7 @@ def browse(folder, address: str) -> str:
     BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
     f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--dump-dom", address,
   ]  # fmt: skip
-  done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+  done = subprocess.run(command, capture_output=True, text=True, timeout=support.HANG, check=True)
   assert "CONSOLE" not in done.stderr, done.stderr
   return done.stdout
 

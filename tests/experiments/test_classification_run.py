@@ -68,8 +68,8 @@ def environment(tmp_path_factory):
 
 def run(workdir, environment):
   result = subprocess.run(
-    command(workdir), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
-    check=False,
+    command(workdir), cwd=ROOT, env=environment, capture_output=True, text=True,
+    timeout=support.HANG, check=False,
   )  # fmt: skip
   assert result.returncode == 0, result.stderr
   return json.loads((workdir / "report.json").read_text()), result

@@ -167,7 +167,7 @@ def child(out: str) -> None:
 def found(tmp_path_factory):
   """number of devices -> phase -> name -> array."""
   out = tmp_path_factory.mktemp("phases") / "arrays.npz"
-  support.on_fake_devices(__file__, str(out), timeout=1200)
+  support.on_fake_devices(__file__, str(out))
   nested = {number: {phase: {} for phase in PHASES} for number in DEVICES}
   with np.load(out, allow_pickle=False) as arrays:
     for key, array in arrays.items():

@@ -18,6 +18,7 @@ from input_pipeline.folder import FolderImages
 from input_pipeline.lazy_images import LazyImages
 from input_pipeline.streaming import Order, StreamConfig, train_batches
 from memdiff.errors import ConfigError, DataError
+from tests import support
 
 N, SIZE = 23, 6
 CONFIG = StreamConfig(num_threads=2, num_workers=0, prefetch=1)
@@ -184,7 +185,7 @@ def test_whole_batches_are_read_while_one_is_in_use():
   config = StreamConfig(num_threads=2, num_workers=0, prefetch=2)
   stream = train_batches(LazyImages(reader, SIZE), np.zeros(200, np.int32), 20, Order(0), config)
   next(stream)
-  deadline = time.monotonic() + 60
+  deadline = time.monotonic() + support.HANG
   while reader.reads < 60 and time.monotonic() < deadline:
     time.sleep(0.01)
   time.sleep(0.05)
@@ -202,7 +203,7 @@ def test_a_closed_stream_reads_no_more_and_leaves_no_thread():
   stream.close()
   stream.close()
   for thread in threads:
-    thread.join(timeout=60)
+    thread.join(timeout=support.HANG)
     assert not thread.is_alive()
   reads = reader.reads
   with pytest.raises(ValueError, match="closed"):

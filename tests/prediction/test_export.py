@@ -11,6 +11,7 @@ from input_pipeline.new_inputs import ArrayInputs
 from memdiff import export
 from memdiff.prediction import finished, methods, predict
 from memdiff.runtime import mesh as mesh_lib
+from tests import support
 
 # What the model card tells its readers to do, in a process that has no memdiff.
 ELSEWHERE = """
@@ -37,7 +38,7 @@ def test_the_program_agrees_with_predict_where_memdiff_is_not(kind, request, tmp
     subprocess.run(
       [sys.executable, "-c", ELSEWHERE, tmp_path / "model", tmp_path / "inputs.npy",
        tmp_path / "said.npy"],
-      check=True, cwd=tmp_path, timeout=120, env={"JAX_PLATFORMS": "cpu", "PATH": ""},
+      check=True, cwd=tmp_path, timeout=support.HANG, env={"JAX_PLATFORMS": "cpu", "PATH": ""},
     )  # fmt: skip
     said = np.load(tmp_path / "said.npy")
     run, mesh = finished.open_run(str(workdir)), mesh_lib.make_mesh()
