@@ -9,7 +9,8 @@ from memdiff.evaluation.criteria import Estimate
 from memdiff.evaluation.lookup import mean_of
 
 _TEMPLATE = "images.html.j2"
-_PLAIN = "ddpm"
+# What others are compared with: the first that the run has, and its name in a sentence.
+_BASELINES = {"ddpm": "plain diffusion", "balanced": "diffusion on balanced batches"}
 _FIGURES = (
   "kid_by_class", "guidance_sweep", "class_cosines", "long_tail_profile", "training_curves"
 )  # fmt: skip
@@ -79,7 +80,7 @@ _BY_CLASS = (
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-  """A metric of the best method beside plain diffusion."""
+  """A metric of the best method beside the baseline."""
 
   title: str
   verdict: str
@@ -110,22 +111,24 @@ def _best(rows: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any]:
   return min(known or rows, key=lambda row: mean_of(row, key) or 0.0)
 
 
-def _plain(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-  return next((row for row in rows if row["method"] == _PLAIN), None)
+def baseline(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+  """The row that others are compared with: plain diffusion, or else balanced batches."""
+  by_name = {row["method"]: row for row in rows}
+  return next((by_name[name] for name in _BASELINES if name in by_name), None)
 
 
 def answer(found: Mapping[str, Any]) -> Answer:
   """Of the part `images` of a report. The criterion is the FD of the rarest classes."""
   rows, fd = found["rows"], networks.distance_title(found["network"])
   key = "fd_few" if any(mean_of(row, "fd_few") is not None for row in rows) else "fd"
-  best, plain = _best(rows, key), _plain(rows)
-  compared = plain is not None and best is not plain
+  best, plain = _best(rows, key), baseline(rows)
+  compared = plain if best is not plain else None
   effects = (
-    _effect("Rarest classes", fd, "fd_few", best, plain if compared else None),
-    _effect("All classes", fd, "fd", best, plain if compared else None),
+    _effect("Rarest classes", fd, "fd_few", best, compared),
+    _effect("All classes", fd, "fd", best, compared),
   )
   effects = tuple(effect for effect in effects if effect)
-  verdict = effects[0].verdict if compared and effects else "unclear"
+  verdict = effects[0].verdict if effects else "unclear"
   description = best.get("description") or ""
   return Answer(
     title=_title(rows, best, verdict, "the rarest classes" if key == "fd_few" else "all classes"),
@@ -140,24 +143,27 @@ def answer(found: Mapping[str, Any]) -> Answer:
 def _title(
   rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any], verdict: str, where: str
 ) -> str:
-  """Claims a gain over plain diffusion only if its interval does."""
+  """Claims a gain over the baseline only if its interval does."""
   if len(rows) == 1:
     return f"Images by {best['method']}"
-  if best is _plain(rows):
-    return "No method improves on plain diffusion"
-  if verdict == "better":
-    return f"{best['method']}: better images of {where} than plain diffusion"
+  plain = baseline(rows)
+  if best is plain:
+    return f"No method improves on {_BASELINES[plain['method']]}"
+  if plain and verdict == "better":
+    return f"{best['method']}: better images of {where} than {_BASELINES[plain['method']]}"
   return f"No clear winner; {best['method']} is first on {where}"
 
 
 def _effect(title, measure, key, best, plain) -> Effect | None:
-  """Of the best method over plain diffusion, or of the only one."""
+  """Of the best method, and of what it gains over the baseline, if there is another."""
   if mean_of(best, key) is None:
     return None
   ours = f"{measure} {numerals.number_std(best[key], len(best['seeds']))}"
   if plain is None or mean_of(plain, key) is None:
     return Effect(title, "unclear", ours, "", "Lower is better.")
-  theirs = f"instead of {numerals.number_std(plain[key], len(plain['seeds']))} with {_PLAIN}"
+  theirs = (
+    f"instead of {numerals.number_std(plain[key], len(plain['seeds']))} with {plain['method']}"
+  )
   estimate = paired_difference(best[key]["values"], plain[key]["values"])
   if estimate is None:
     return Effect(title, "unclear", ours, theirs, "One seed: this may be chance.")

@@ -101,6 +101,17 @@ def test_without_rare_classes_the_whole_set_decides():
   assert said.method == "cbdm" and said.title == "No clear winner; cbdm is first on all classes"
 
 
-def test_without_plain_diffusion_nothing_is_claimed():
+def test_without_plain_diffusion_balanced_batches_are_the_baseline():
+  rows = row("memdiff+balanced", [15.0, 16.0]), row("balanced", [20.0, 21.1])
+  said = answer(found(*rows))
+  assert said.title.endswith(
+    "better images of the rarest classes than diffusion on balanced batches"
+  )
+  assert "instead of 20.6 ± 0.8 with balanced" in said.effects[0].sentence()
+  said = answer(found(*rows, row("ddpm", [30.0, 31.1])))
+  assert "30.6 ± 0.8 with ddpm" in said.effects[0].sentence()
+
+
+def test_without_a_baseline_nothing_is_claimed():
   said = answer(found(row("cbdm", [15.0, 16.0]), row("t2h", [10.0, 11.0])))
   assert said.title == "No clear winner; t2h is first on the rarest classes"
