@@ -8,6 +8,7 @@ reports of one set, of methods that were run apart, are joined.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -23,15 +24,29 @@ from memdiff.evaluation.lookup import mean_of
 from memdiff.runtime.workdir import write_json
 
 RESULT = pathlib.Path(__file__).parent.parent / "docs" / "results" / "image_generation.json"
-SETS = {
-  "digits": "Digits, 8 x 8 pixels",
-  "fashion_mnist": "Fashion-MNIST, 28 x 28 pixels",
-  "omniglot": "Omniglot, 28 x 28 pixels",
-}
 BALANCED = "digits_balanced"  # plain diffusion on the whole set
 ORDER = ("coral", "cbdm", "t2h", "ddpm")  # from the best to the worst, as CORAL's paper has it
 _SWEPT = ("fd_few", "fd", "right_few", "copied_few")
 _SHOWN = ("fd_few", "fd", "kid", "recall", "right_few", "right", "copied_few", "copied")
+_OF_PROMPTS = ("fd_few", "fd", "kid", "right_few", "right", "caption_few", "caption", "diversity",
+               "copied_few", "copied")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Set:
+  """How the page shows one set: its title, the columns, those whose differences are shown."""
+
+  title: str
+  shown: tuple[str, ...] = _SHOWN
+  compared: tuple[str, ...] = ("fd_few", "fd")
+
+
+SETS = {
+  "digits": Set("Digits, 8 x 8 pixels"),
+  "fashion_mnist": Set("Fashion-MNIST, 28 x 28 pixels"),
+  "omniglot": Set("Omniglot, 28 x 28 pixels"),
+  "emoji": Set("Emoji from words, 16 x 16 pixels", _OF_PROMPTS, ("fd_few", "fd", "right_few")),
+}
 
 
 def command_of(report: Mapping[str, Any]) -> str:
@@ -98,11 +113,11 @@ def _rows(kept: Mapping[str, Any], scale: float) -> list[Mapping[str, Any]]:
   return [row for row in kept["images"]["rows"] if row["scale"] == scale]
 
 
-def _table(kept: Mapping[str, Any]) -> str:
+def _table(kept: Mapping[str, Any], shown: tuple[str, ...]) -> str:
   columns = image_report.columns(kept["images"]["network"])
-  titles = ["method", *(columns[key].title for key in _SHOWN)]
+  titles = ["method", *(columns[key].title for key in shown)]
   rows = _rows(kept, _scales(kept)[0])
-  lines = [[f"`{row['method']}`", *_cells(row, _SHOWN, columns)] for row in rows]
+  lines = [[f"`{row['method']}`", *_cells(row, shown, columns)] for row in rows]
   return table_of(titles, lines)
 
 
@@ -122,19 +137,30 @@ def _sweep(kept: Mapping[str, Any]) -> list[str]:
   return parts
 
 
-def differences(kept: Mapping[str, Any]) -> list[list[str]]:
-  """Every method over plain diffusion, without guidance: FD of rare and all classes, paired."""
-  rows = {row["method"]: row for row in _rows(kept, _scales(kept)[0])}
-  plain = rows.pop("ddpm")
+def _differences(kept: Mapping[str, Any], compared: tuple[str, ...]) -> list[str]:
+  """Every method over the baseline, seed by seed, at the first guidance scale."""
+  rows, columns = _rows(kept, _scales(kept)[0]), image_report.columns(kept["images"]["network"])
+  plain = image_report.baseline(rows)
+  lines = [
+    [f"`{row['method']}`", *(_difference(row, plain, key, columns[key])[0] for key in compared)]
+    for row in rows
+    if row is not plain
+  ]
+  better = "below zero is better"
+  if any(columns[key].percent for key in compared):
+    better += " for distances, above zero for shares (in points)"
   return [
-    [f"`{name}`", *(_difference(row, plain, key)[0] for key in ("fd_few", "fd"))]
-    for name, row in rows.items()
+    f"Difference from `{plain['method']}` seed by seed, with the 95 % interval over seeds;"
+    f" {better}.",
+    table_of(["method", *(columns[key].title for key in compared)], lines),
   ]
 
 
-def _difference(row, other, key: str) -> tuple[str, str]:
+def _difference(row, other, key: str, column: image_report.Column) -> tuple[str, str]:
   """(seed by seed with its interval, the verdict: lower, higher or unclear)."""
-  estimate = image_report.paired_difference(row[key]["values"], other[key]["values"])
+  unit = 100 if column.percent else 1
+  ours, theirs = ([unit * value for value in x[key]["values"]] for x in (row, other))
+  estimate = image_report.paired_difference(ours, theirs)
   low, high = estimate.interval()
   verdict = "lower" if high < 0 else "higher" if low > 0 else "unclear"
   ends = f"{numerals.number(low)} to {numerals.number(high)}"
@@ -147,9 +173,9 @@ def _order(kept: Mapping[str, Any]) -> list[str]:
   by_scale = [{row["method"]: row for row in _rows(kept, scale)} for scale in scales]
   if not all(name in by_scale[0] for name in ORDER):
     return []
-  lines = []
+  column, lines = image_report.columns(kept["images"]["network"])["fd"], []
   for better, worse in itertools.pairwise(ORDER):
-    found = [_difference(rows[better], rows[worse], "fd") for rows in by_scale]
+    found = [_difference(rows[better], rows[worse], "fd", column) for rows in by_scale]
     cells = [f"{words[verdict]}, {value}" for value, verdict in found]
     lines.append([f"`{better}` below `{worse}`", *cells])
   return [
@@ -177,26 +203,21 @@ def _bottlenecks(kept: Mapping[str, Any], balanced: Mapping[str, Any]) -> list[s
   ]
 
 
-def _set(title: str, kept: Mapping[str, Any]) -> str:
+def _set(shown: Set, kept: Mapping[str, Any]) -> str:
   counts, found = kept["dataset"]["train_counts"], kept["images"]
   columns = image_report.columns(found["network"])
   best = min(_rows(kept, _scales(kept)[0]), key=lambda row: mean_of(row, "fd_few"))
   parts = [
-    f"## {title}, {max(counts)} to {min(counts)} training images per class",
+    f"## {shown.title}, {max(counts)} to {min(counts)} training images per class",
     *(f"`{command}`" for command in kept["commands"]),
     f"{image_report.protocol(kept)} {kept['hardware']['device_kind']}, Python"
     f" {kept['versions']['python']}, JAX {kept['versions']['jax']}.",
     f"The lowest {columns['fd_few'].title} is that of `{best['method']}`.",
-    _table(kept),
+    _table(kept, shown.shown),
     *_sweep(kept),
   ]
   if len(kept["config"]["seeds"]) > 1:
-    parts += [
-      "Difference from `ddpm` seed by seed, with the 95 % interval over seeds; below zero is"
-      " better.",
-      table_of(["method", columns["fd_few"].title, columns["fd"].title], differences(kept)),
-      *_order(kept),
-    ]
+    parts += [*_differences(kept, shown.compared), *_order(kept)]
   return "\n\n".join(parts)
 
 
@@ -205,7 +226,7 @@ def page(kept: Mapping[str, Any]) -> str:
   meanings = [
     f"- **{column.title}**: {column.meaning}."
     for key, column in image_report.columns("classifier").items()
-    if key in _SHOWN
+    if any(key in SETS[name].shown for name in SETS if name in kept)
   ]
   intro = (
     "What methods of long-tailed image generation are worth under one short budget, the same for"
