@@ -14,6 +14,7 @@ import json
 import pathlib
 import re
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from memdiff.runtime.workdir import write_json
 RESULT = pathlib.Path(__file__).parent.parent / "docs" / "results" / "image_generation.json"
 BALANCED = "digits_balanced"  # plain diffusion on the whole set
 ORDER = ("coral", "cbdm", "t2h", "ddpm")  # from the best to the worst, as CORAL's paper has it
+_PICTURE = "image_generation_{}.png"
 _SWEPT = ("fd_few", "fd", "right_few", "copied_few")
 _SHOWN = ("fd_few", "fd", "kid", "recall", "right_few", "right", "copied_few", "copied")
 _OF_PROMPTS = ("fd_few", "fd", "kid", "right_few", "right", "caption_few", "caption", "diversity",
@@ -34,18 +36,31 @@ _OF_PROMPTS = ("fd_few", "fd", "kid", "right_few", "right", "caption_few", "capt
 
 @dataclasses.dataclass(frozen=True)
 class Set:
-  """How the page shows one set: its title, the columns, those whose differences are shown."""
+  """How the page shows one set.
+
+  Attributes:
+    title: of its section.
+    shown: the columns of its table.
+    compared: those whose differences from the baseline are shown.
+    sheet: the method whose images are shown over their prompts, if any.
+  """
 
   title: str
   shown: tuple[str, ...] = _SHOWN
   compared: tuple[str, ...] = ("fd_few", "fd")
+  sheet: str = ""
 
 
 SETS = {
   "digits": Set("Digits, 8 x 8 pixels"),
   "fashion_mnist": Set("Fashion-MNIST, 28 x 28 pixels"),
   "omniglot": Set("Omniglot, 28 x 28 pixels"),
-  "emoji": Set("Emoji from words, 16 x 16 pixels", _OF_PROMPTS, ("fd_few", "fd", "right_few")),
+  "emoji": Set(
+    "Emoji from words, 16 x 16 pixels",
+    _OF_PROMPTS,
+    ("fd_few", "fd", "right_few"),
+    "balanced+prompted",
+  ),
 }
 
 
@@ -203,8 +218,8 @@ def _bottlenecks(kept: Mapping[str, Any], balanced: Mapping[str, Any]) -> list[s
   ]
 
 
-def _set(shown: Set, kept: Mapping[str, Any]) -> str:
-  counts, found = kept["dataset"]["train_counts"], kept["images"]
+def _set(name: str, kept: Mapping[str, Any]) -> str:
+  shown, counts, found = SETS[name], kept["dataset"]["train_counts"], kept["images"]
   columns = image_report.columns(found["network"])
   best = min(_rows(kept, _scales(kept)[0]), key=lambda row: mean_of(row, "fd_few"))
   parts = [
@@ -212,12 +227,18 @@ def _set(shown: Set, kept: Mapping[str, Any]) -> str:
     *(f"`{command}`" for command in kept["commands"]),
     f"{image_report.protocol(kept)} {kept['hardware']['device_kind']}, Python"
     f" {kept['versions']['python']}, JAX {kept['versions']['jax']}.",
-    f"The lowest {columns['fd_few'].title} is that of `{best['method']}`.",
+    f"The lowest {columns['fd_few'].title} is that of `{best['method']}`. The classifier sees the"
+    f" class asked for in {numerals.percent(mean_of(best, 'right_few'))} % of its images of the"
+    f" rarest classes; by chance it would in {numerals.percent(1 / len(counts))} %.",
     _table(kept, shown.shown),
     *_sweep(kept),
   ]
   if len(kept["config"]["seeds"]) > 1:
     parts += [*_differences(kept, shown.compared), *_order(kept)]
+  if shown.sheet:
+    parts.append(
+      f"Images by `{shown.sheet}` over their prompts:\n\n![images and prompts]({_PICTURE.format(name)})"
+    )
   return "\n\n".join(parts)
 
 
@@ -234,7 +255,7 @@ def page(kept: Mapping[str, Any]) -> str:
     " figures of papers, which train for days. All methods start from the same weights and see the"
     " same batches and noise. No setting was chosen by these figures."
   )
-  sets = [_set(SETS[name], kept[name]) for name in SETS if name in kept]
+  sets = [_set(name, kept[name]) for name in SETS if name in kept]
   if BALANCED in kept:
     sets.append(
       "\n\n".join(
@@ -243,6 +264,14 @@ def page(kept: Mapping[str, Any]) -> str:
     )
   head = ["# Generated images of rare classes", intro, *sets, "## Columns", "\n".join(meanings)]
   return "\n\n".join(head) + "\n"
+
+
+def _keep_sheet(name: str, workdirs: Sequence[pathlib.Path]) -> None:
+  """Copies the sheet of a set that has one, from the run that drew it."""
+  if name in SETS and SETS[name].sheet:
+    pictures = [w / "evaluation" / f"prompts_{SETS[name].sheet}.png" for w in workdirs]
+    drawn = next(picture for picture in pictures if picture.exists())
+    shutil.copyfile(drawn, RESULT.parent / _PICTURE.format(name))
 
 
 def main() -> None:
@@ -256,6 +285,7 @@ def main() -> None:
   for name, paths in arguments.items():
     if paths:
       kept[name] = joined([reduced(json.loads(p.read_text(encoding="utf-8"))) for p in paths])
+      _keep_sheet(name, [path.parent for path in paths])
   write_json(RESULT, kept)
 
 
