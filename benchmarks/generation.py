@@ -236,9 +236,8 @@ def _set(name: str, kept: Mapping[str, Any]) -> str:
   if len(kept["config"]["seeds"]) > 1:
     parts += [*_differences(kept, shown.compared), *_order(kept)]
   if shown.sheet:
-    parts.append(
-      f"Images by `{shown.sheet}` over their prompts:\n\n![images and prompts]({_PICTURE.format(name)})"
-    )
+    picture = f"![images and prompts]({_PICTURE.format(name)})"
+    parts += [f"Images by `{shown.sheet}` over their prompts:", picture]
   return "\n\n".join(parts)
 
 
