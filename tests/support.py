@@ -102,7 +102,7 @@ class SmallRuns:
 
 
 def wait_for(path: pathlib.Path, processes: list[subprocess.Popen]) -> None:
-  """Returns as soon as a path is there; fails, and ends its writers, if one ends before."""
+  """Returns as soon as a path is there. Fails, and ends all processes, if one ends before."""
   deadline = time.monotonic() + HANG
   try:
     while not path.exists():
