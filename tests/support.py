@@ -8,12 +8,14 @@ import pathlib
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from input_pipeline.new_inputs import ArrayInputs
+from memdiff.diffusion.unet import UNetConfig
 from memdiff.evaluation.lookup import row_of
 from memdiff.prediction import finished, predict
 from memdiff.prediction import methods as prediction_methods
@@ -25,8 +27,22 @@ from memdiff.runtime.writers import TensorBoard
 
 SLOW = [pytest.param("", marks=pytest.mark.slow)]  # `params` of a fixture whose tests are slow
 ROOT = pathlib.Path(__file__).parent.parent
+TINY_UNET = UNetConfig(channels=8, multipliers=(1,), num_blocks=1, attention=())  # compiles soonest
 HANG = 1500  # seconds: only what hangs takes longer, on the busiest machine
 FLAGS = os.environ.get("XLA_FLAGS", "")  # of conftest.py
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+  """Drawn by NumPy: `jax.random` compiles a program for each shape."""
+  return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def moved(params: Any, scale: float) -> Any:
+  """Parameters that are random everywhere, so that every input matters."""
+  leaves, structure = jax.tree.flatten(params)
+  return jax.tree.unflatten(
+    structure, [x + scale * normal(i, *x.shape) for i, x in enumerate(leaves)]
+  )
 
 
 def environment_of_children(devices: int = 1) -> dict[str, str]:

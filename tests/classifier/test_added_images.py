@@ -55,7 +55,7 @@ def fold_of(stage):
 
 def drawn(stage, number):
   """The rows of the first steps."""
-  state, fold = stage.init(training.KEY, ()), fold_of(stage)
+  state, fold = jax.jit(stage.init)(training.KEY, ()), fold_of(stage)
   draw = jax.jit(lambda step: stage.batch(state.replace(step=step), stage.shared, fold)[1])
   return [jax.tree.map(np.asarray, draw(jnp.int32(step))) for step in range(number)]
 

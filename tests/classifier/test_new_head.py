@@ -23,14 +23,14 @@ def make(mesh, config, counts="real", loss="balanced_softmax"):
   """(the whole classifier's stage, the head's, the encoder)."""
   stage = images.stage_of(mesh, config, loss=loss, counts=counts)
   recipe = Recipe(images.CONFIG, training.ENCODER, loss, images=config, counts=counts)
-  frozen = jax.tree.map(lambda x: x[None], stage.init(jax.random.key(3), ()))
+  frozen = jax.tree.map(lambda x: x[None], jax.jit(stage.init)(jax.random.key(3), ()))
   made = new_head.make_stage(stage, recipe, frozen, 3, images.REAL)
   return stage, made, frozen
 
 
 def first_step(stage):
   fold = jax.tree.map(lambda x: x[0], stage.per_seed)
-  state = stage.init(training.KEY, fold)
+  state = jax.jit(stage.init)(training.KEY, fold)
   return state, fold, *jax.jit(stage.step)(state, stage.shared, fold)
 
 
@@ -42,9 +42,8 @@ def test_the_loss_is_that_of_the_batch_through_the_encoder_in_evaluation_mode(me
   views, rows, _, _ = stage.batch(state, stage.shared, fold)
   model = encoder.make_model(training.ENCODER, "balanced_softmax", 3)
   variables = jax.tree.map(lambda x: x[0], {"params": frozen.params, "s": frozen.model_state})
-  _, features = model.apply(
-    {"params": variables["params"], "batch_stats": variables["s"]}, views, train=False
-  )
+  variables = {"params": variables["params"], "batch_stats": variables["s"]}
+  features = jax.jit(lambda views: model.apply(variables, views, train=False)[1])(views)
   number = np.bincount(images.data_of().train_labels).astype(float)
   if counts == "effective":
     number += 0.5 * np.array([1, 2, 3])
@@ -80,7 +79,7 @@ def test_real_images_alone_will_do(mesh):
   shared = encoder.device_data(training.ENCODER.input, data, mesh)
   recipe = Recipe(images.CONFIG, training.ENCODER, "cross_entropy")
   stage = encoder_training.make_stage(recipe, data, shared, mesh, images.ROWS)
-  frozen = jax.tree.map(lambda x: x[None], stage.init(jax.random.key(3), ()))
+  frozen = jax.tree.map(lambda x: x[None], jax.jit(stage.init)(jax.random.key(3), ()))
   made = new_head.make_stage(stage, recipe, frozen, 3, images.REAL)
   _, _, _, metrics = first_step(dataclasses.replace(made))
   assert np.isfinite(metrics["loss"])

@@ -1,6 +1,7 @@
 """The U-Net of images: its size, what it depends on, parts against NumPy, a short training."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,10 @@ from memdiff.diffusion.sampler import Solver
 from memdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from memdiff.diffusion.unet import UNet, UNetConfig
 from memdiff.runtime.train_state import OptimizerConfig
+from tests.support import TINY_UNET, moved, normal
 
 TINY = UNetConfig(channels=8, multipliers=(1, 2), num_blocks=1, attention=(4,), dropout=0.5)
 CLASSES = 3
-
-
-def normal(seed, *shape):
-  return np.asarray(jax.random.normal(jax.random.key(seed), shape))
 
 
 def inputs(batch=2, side=8, channels=1):
@@ -28,18 +26,22 @@ def inputs(batch=2, side=8, channels=1):
   return jnp.asarray(normal(1, batch, side, side, channels)), jnp.full((batch,), 300.0), label, ()
 
 
-def make(config=TINY, **size):
-  """(model, parameters that are random everywhere, so that every input matters)."""
-  given = inputs(**size)
+@functools.cache
+def make(config=TINY):
+  """(model, parameters that are random everywhere)."""
+  given = inputs()
   model = UNet(CLASSES, given[0].shape[-1], config)
   params = jax.jit(model.init)(jax.random.key(0), *given)["params"]
-  leaves, structure = jax.tree.flatten(params)
-  moved = [x + 0.2 * normal(i, *x.shape) for i, x in enumerate(leaves)]
-  return model, jax.tree.unflatten(structure, moved)
+  return model, moved(params, 0.2)
 
 
-def apply(model, params, *given, **more):
-  return jax.jit(lambda p, *x: model.apply({"params": p}, *x, **more))(params, *given)
+@functools.cache
+def jitted(model):
+  return jax.jit(lambda params, *given, rngs: model.apply({"params": params}, *given, rngs=rngs))
+
+
+def apply(model, params, *given, rngs=None):
+  return jitted(model)(params, *given, rngs=rngs)
 
 
 # --- size ------------------------------------------------------------------------------------
@@ -81,9 +83,12 @@ def test_the_published_size_takes_its_number_of_operations(published, monkeypatc
   ],
 )
 def test_small_variants_keep_the_shape_of_images(config, side, channels):
-  model, params = make(config, side=side, channels=channels)
   given = inputs(side=side, channels=channels)
-  output, bottleneck = apply(model, params, *given)
+  model = UNet(CLASSES, channels, config)
+  (output, bottleneck), variables = jax.eval_shape(
+    model.init_with_output, jax.random.key(0), *given
+  )
+  params = variables["params"]
   assert output.shape == given[0].shape and output.dtype == jnp.float32
   assert bottleneck.shape == (2, config.channels * config.multipliers[-1])
   attention = sum("query" in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
@@ -139,18 +144,22 @@ RESERVED = dataclasses.replace(TINY, reserve=unet.ReserveConfig(rank_ratio=0.5, 
 
 
 def test_a_reserve_adds_kernels_of_low_rank_to_the_way_up_alone():
-  _, params = make(RESERVED)
+  params = shapes(RESERVED)
   kernels = {
     jax.tree_util.keystr(path): x
     for path, x in jax.tree_util.tree_leaves_with_path(params)
     if "reserve" in jax.tree_util.keystr(path)
   }
   assert {name.split("'")[1].split("_")[0] for name in kernels} == {"up", "grow"}
-  _, plain = make()
-  assert jax.tree.structure(plain) == jax.tree.structure(without_reserve(params))
+  assert jax.tree.structure(shapes(TINY)) == jax.tree.structure(without_reserve(params))
   conv = params["up_0_0"]["_Conv_0"]
   rank = 3 * int(0.5 * 16)
   assert conv["reserve_in"].shape == (rank, 3, 32) and conv["reserve_out"].shape == (3, 16, rank)
+
+
+def shapes(config):
+  init = UNet(CLASSES, 1, config).init
+  return jax.eval_shape(init, jax.random.key(0), *inputs())["params"]
 
 
 def without_reserve(params):
@@ -280,13 +289,14 @@ def test_attention_is_its_formula():
 # --- in the engine ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_engine_trains_it_and_samples_images_of_the_asked_class(mesh):
   """Dark images of class 0 and bright ones of class 1."""
   config = TrainingConfig(
-    schedule=ScheduleConfig("cosine", 50), prediction="v", ema_decay=0.9, num_steps=150,
+    schedule=ScheduleConfig("cosine", 50), prediction="v", ema_decay=0.9, num_steps=100,
     optimizer=OptimizerConfig("adamw", 3e-3, "cosine", (), (), 0.9, False, 0.0, 0.05, 1.0, 1),
   )  # fmt: skip
-  model = UNet(2, 1, dataclasses.replace(TINY, dropout=0.0))
+  model = UNet(2, 1, dataclasses.replace(TINY_UNET, dropout=0.0))
 
   def draw(key, shared, per_seed):
     label = jax.random.randint(key, (16,), 0, 2)

@@ -71,7 +71,10 @@ def test_a_ratio_is_that_of_two_classes(data):
   assert len(made(sampler, (X, y))[1]) == 11 and sampler.sampling_strategy_["rare"] == 11
 
 
-@pytest.mark.parametrize(("generator", "steps"), [("gaussian_shared", None), ("memdiff", 100)])
+@pytest.mark.parametrize(
+  ("generator", "steps"),
+  [("gaussian_shared", None), pytest.param("memdiff", 60, marks=pytest.mark.slow)],
+)
 def test_the_strength_changes_what_is_made(data, generator, steps):
   first, second = (
     made(FeatureHallucinator(generator, num_steps=steps, strength=s, random_state=0), data)[0]
@@ -146,6 +149,7 @@ def test_what_means_nothing_is_refused(data, changes, words):
     FeatureHallucinator(**changes).fit_resample(*data)
 
 
+@pytest.mark.slow
 def test_embeddings_of_classes_are_for_the_generator_that_reads_them(data):
   known = {"common": [1.0, 0.0], "rare": [0.0, 1.0], "single": [0.5, 0.5]}
   sampler = FeatureHallucinator(

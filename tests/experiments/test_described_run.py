@@ -38,7 +38,7 @@ def config_for(folder, known="known.npz"):
   config.seeds = (0, 1)
   config.dataset.train_path = str(folder / "data.npz")
   config.class_embeddings = str(folder / known)
-  config.generators.update(names=("memdiff", "memdiff_described"), fill_to=(10,))
+  config.generators.update(names=("duplicate", "memdiff_described"), fill_to=(10,))
   config.diffusion.update(num_steps=20, batch_size=16)
   config.diffusion.denoiser.update(width=16, num_blocks=1, embedding_dim=8, num_heads=1)
   config.hallucination.num_steps = 4
@@ -56,7 +56,7 @@ def first_words(report, worth):
   return answer.answer(report | {"recommendation": advice | {"scores": scores}}).lines()[0]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=support.SLOW)
 def finished(folder):
   config = config_for(folder).to_dict()
   return pipeline.run(config, str(folder / "run"), tensorboard=False, command="")
@@ -90,6 +90,7 @@ def test_what_is_known_makes_rows(finished):
   assert set(ROWS) < set(scores)
 
 
+@pytest.mark.slow
 def test_without_folds_the_blend_does_without_what_is_known(folder, tmp_path):
   config = config_for(folder)
   config.selection.folds = 0

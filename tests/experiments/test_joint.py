@@ -22,11 +22,7 @@ from memdiff.experiments.feature_settings import MemdiffConfig
 from memdiff.experiments.methods import synthesis_settings
 from memdiff.synthesis import image_pool
 from tests import support
-
-
-def normal(seed, *shape):
-  return np.asarray(jax.random.normal(jax.random.key(seed), shape))
-
+from tests.support import normal
 
 # --- rounds ----------------------------------------------------------------------------------
 
@@ -78,7 +74,7 @@ def one_step(experiment, loss, pool, change=lambda state: state):
   e = SimpleNamespace(**vars(experiment) | {"config": config})
   stage = joint.make_stage(e, "j", 7, 14, None, None)
   own = {"start": None, "pool": pool}
-  state = stage.init(jax.random.key(0), own)
+  state = jax.jit(stage.init)(jax.random.key(0), own)
   state = change(state.replace(step=jnp.asarray(10, jnp.int32)))
   after, metrics = jax.jit(stage.step)(state, stage.shared, own)
   return after.params, float(metrics["loss"]), state.params
@@ -151,7 +147,7 @@ def test_generated_images_and_synthetic_features_stand_beside_real_images(experi
   e = SimpleNamespace(**vars(experiment) | {"config": config})
   stage = joint.make_stage(e, "j", 7, 14, None, None)
   own = {"start": None, "images": jax.tree.map(lambda x: x[0], stage.per_seed["images"])}
-  state = stage.init(jax.random.key(0), own).replace(step=jnp.asarray(10, jnp.int32))
+  state = jax.jit(stage.init)(jax.random.key(0), own).replace(step=jnp.asarray(10, jnp.int32))
   _, rows, _, _ = jax.jit(stage.batch)(state, stage.shared, own | {"pool": None})
   assert np.asarray(rows.real).tolist() == [True] * 32 + [False] * 16
   assert {*np.asarray(rows.labels)[32:]} <= {*unseen[1].tolist()}

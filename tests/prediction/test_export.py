@@ -28,7 +28,7 @@ np.save(sys.argv[3], program.call(weights, inputs))
 """
 
 
-@pytest.mark.parametrize("kind", ["of_features", "of_images"])
+@pytest.mark.parametrize("kind", ["of_features", pytest.param("of_images", marks=pytest.mark.slow)])
 def test_the_program_agrees_with_predict_where_memdiff_is_not(kind, request, tmp_path):
   workdir, inputs, _ = request.getfixturevalue(kind)
   arguments = [f"--workdir={workdir}", f"--output={tmp_path / 'model'}", "--average"]

@@ -28,6 +28,7 @@ def lines_of(path):
     return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_every_method_and_seed_scores_what_the_report_says(of_features, of_images):
   for workdir, inputs, labels in (of_features, of_images):
     run = finished.open_run(str(workdir))

@@ -20,23 +20,27 @@ from memdiff.synthesis import denoisers, hallucination
 from memdiff.synthesis.denoisers import DenoiserConfig
 from memdiff.synthesis.feature_diffusion import DENOISERS
 from memdiff.synthesis.hallucination import SamplerConfig, Steering, TrainedDenoiser
+from tests.support import normal
 
 CLASSES, SLOTS, DIM, BATCH = 3, 4, 5, 6
 CONFIG = DenoiserConfig("mlp", width=16, num_blocks=2, embedding_dim=8, num_heads=2)
 
 
-def normal(seed, *shape):
-  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
-
-
 def make_memory(seed=0, stored=3):
   mask = jnp.tile(jnp.arange(SLOTS)[None] < stored, (BATCH, 1))
   return Memory(
-    normal(seed, BATCH, DIM), normal(seed + 1, BATCH, SLOTS, DIM), mask, jnp.full((BATCH,), 3.0)
+    jnp.asarray(normal(seed, BATCH, DIM)),
+    jnp.asarray(normal(seed + 1, BATCH, SLOTS, DIM)),
+    mask,
+    jnp.full((BATCH,), 3.0),
   )
 
 
-X, T, LABEL = normal(7, BATCH, DIM), jnp.linspace(0, 999, BATCH), jnp.arange(BATCH) % CLASSES
+X, T, LABEL = (
+  jnp.asarray(normal(7, BATCH, DIM)),
+  jnp.linspace(0, 999, BATCH),
+  jnp.arange(BATCH) % CLASSES,
+)
 TIME = jnp.array([321.0])  # of all rows, as a sampler gives it
 SAMPLING = SamplerConfig(
   sampler="ddim", num_steps=4, condition="class_and_memory", guidance=(1.0,), start=(1.0,),
@@ -272,7 +276,9 @@ def test_the_pair_runs_where_the_scale_is_traced_or_is_not_one(made):
 
 def make_bank():
   return MemoryBank(
-    prototype=normal(1, 4, DIM), slots=normal(2, 4, SLOTS, DIM), seen=jnp.full((4,), 4)
+    prototype=jnp.asarray(normal(1, 4, DIM)),
+    slots=jnp.asarray(normal(2, 4, SLOTS, DIM)),
+    seen=jnp.full((4,), 4),
   )
 
 

@@ -22,6 +22,7 @@ from memdiff.synthesis import hallucination
 from memdiff.synthesis.denoisers import DenoiserConfig
 from memdiff.synthesis.feature_diffusion import CONDITIONS, DENOISERS, DiffusionConfig
 from memdiff.synthesis.hallucination import SamplerConfig, Steering, TrainedDenoiser
+from tests.support import moved, normal
 
 CLASSES, ROWS, SLOTS, DIM = 3, 4, 4, 5
 SAMPLING = SamplerConfig(
@@ -40,21 +41,17 @@ SCHEDULE = NoiseSchedule(TRAINING.schedule)
 LABELS = np.array([0, 1, 2, 1, 0, 2, 2])  # pairs, and one that is half empty
 
 
-def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
-
-
 def make_bank():
   """Classes with all slots full, with two filled, with one; and the row of no class."""
   return MemoryBank(
-    prototype=normal(1, ROWS, DIM), slots=normal(2, ROWS, SLOTS, DIM),
+    prototype=jnp.asarray(normal(1, ROWS, DIM)), slots=jnp.asarray(normal(2, ROWS, SLOTS, DIM)),
     seen=jnp.array([30, 2, 1, 0]),
   )  # fmt: skip
 
 
 @functools.cache
 def make_denoiser(name):
-  """Untrained, with random weights everywhere, so that every input matters."""
+  """Untrained, with random weights everywhere."""
   config = dataclasses.replace(TRAINING.denoiser, name=name)
   model = DENOISERS[name](CLASSES, DIM, config)
   memory = Memory(jnp.zeros((1, DIM)), jnp.zeros((1, SLOTS, DIM)), jnp.ones((1, SLOTS), bool),
@@ -62,9 +59,7 @@ def make_denoiser(name):
   params = jax.jit(model.init)(
     jax.random.key(0), jnp.zeros((1, DIM)), jnp.zeros(1), jnp.zeros(1, int), memory
   )["params"]
-  leaves, treedef = jax.tree.flatten(params)
-  moved = [x + 0.3 * normal(i, *x.shape) for i, x in enumerate(leaves)]
-  return model, jax.tree.unflatten(treedef, moved)
+  return model, moved(params, 0.3)
 
 
 @pytest.fixture(params=sorted(DENOISERS))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from memdiff.contrastive import class_cosines
-from memdiff.diffusion.unet import UNetConfig
 from memdiff.runtime import loop
 from memdiff.runtime.writers import read_history
 from memdiff.synthesis import (
@@ -19,9 +18,8 @@ from memdiff.synthesis import (
   pixel_sampling,
 )
 from memdiff.synthesis.pixel_settings import PixelDiffusionConfig
-from tests.support import make_run
+from tests.support import TINY_UNET, make_run
 
-TINY = UNetConfig(channels=8, multipliers=(1, 2), num_blocks=1, attention=())
 COUNTS = np.array([9, 3, 5])
 LABELS = np.repeat(np.arange(3), COUNTS)
 IMAGES = np.random.default_rng(0).integers(0, 256, (17, 8, 8, 1), np.uint8)
@@ -38,9 +36,10 @@ def test_a_probe_has_a_few_images_of_classes_from_common_to_rare(mesh):
   np.testing.assert_array_equal(few.images[8:13], IMAGES[LABELS == 2])  # the second by count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpm", "memdiff"])
 def test_curves_hold_the_cosines_of_the_averaged_weights(mesh, tmp_path, name):
-  base = PixelDiffusionConfig(unet=TINY, batch_size=8, num_steps=2, ema_decay=0.5)
+  base = PixelDiffusionConfig(unet=TINY_UNET, batch_size=8, num_steps=2, ema_decay=0.5)
   config = image_methods.apply(name, base)
   probe = pixel_bottlenecks.make_probe(IMAGES, LABELS, COUNTS, mesh)
   data = pixel_data.make_data(IMAGES, LABELS, 3, mesh).replace(probe=probe)

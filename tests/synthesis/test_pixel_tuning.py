@@ -1,6 +1,7 @@
 """Tuning of a trained U-Net: what moves, what stays, and what comes of it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +9,19 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from memdiff.diffusion.unet import UNetConfig
 from memdiff.runtime import loop, results
 from memdiff.synthesis import image_methods, pixel_data, pixel_diffusion, pixel_tuning
 from memdiff.synthesis.pixel_memory import PixelMemoryConfig
 from memdiff.synthesis.pixel_settings import PixelDiffusionConfig
 from memdiff.synthesis.pixel_text import PixelTextConfig
 from memdiff.synthesis.pixel_tuning import CONDITIONS, LORA, SENTENCES, PixelTuningConfig
-from tests.support import make_run
+from tests.support import SLOW, TINY_UNET, make_run
 
 COUNTS, SIDE, WIDTH = np.array([40, 15, 5]), 8, 6
 LABELS = np.repeat(np.arange(3), COUNTS)
 SEEDS = (0, 1)
 CONFIG = PixelDiffusionConfig(
-  unet=UNetConfig(channels=8, multipliers=(1, 2), num_blocks=1, attention=(4,), dropout=0.0),
+  unet=dataclasses.replace(TINY_UNET, dropout=0.0),
   batch_size=24,
   num_steps=40,
   label_dropout=0.2,
@@ -42,7 +42,7 @@ def data(mesh):
   return pixel_data.make_data(images, LABELS, 3, mesh, captions)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=SLOW)
 def base(mesh, data, tmp_path_factory):
   """Parameters of U-Nets after a short training, seeds first."""
   folder = tmp_path_factory.mktemp("base")
@@ -60,6 +60,7 @@ def beginning(base, kind):
 def tune(mesh, data, base, tmp_path_factory):
   """kind -> (what is added at the beginning, at the end, losses [steps]), seeds first."""
 
+  @functools.cache
   def tuned(kind):
     stage = pixel_diffusion.make_tuning_stage(
       CONFIG, kind, beginning(base, kind), data, COUNTS, mesh
@@ -70,8 +71,7 @@ def tune(mesh, data, base, tmp_path_factory):
     loop.train(stage, make_run(mesh, SEEDS, 20), folder)
     return first, results.load(folder, mesh).ema_params
 
-  found = {kind: tuned(kind) for kind in pixel_tuning.KINDS}
-  return found.__getitem__
+  return tuned
 
 
 def names(tree):

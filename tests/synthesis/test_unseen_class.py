@@ -62,9 +62,8 @@ def fill_bank(members, mesh):
   return update(empty, jnp.asarray(members.reshape(-1, DIM)), labels, valid, jax.random.key(0))
 
 
-@pytest.mark.parametrize(
-  "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "mlp")) for n in sorted(DENOISERS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(DENOISERS))
 def test_a_class_never_seen_is_sampled_from_its_exemplars(mesh, name):
   means, members = make_classes()
   denoiser_config = dataclasses.replace(CONFIG.denoiser, name=name)
