@@ -18,7 +18,7 @@ READY := $(VENV)/.ready-$(VERSION)
 BIN := $(VENV)/bin
 
 # Ends when a worker crashes, and names its test. If pytest-xdist 3.8 replaces it, it may hang.
-PARALLEL := --numprocesses=$(WORKERS) --dist=loadfile --max-worker-restart=0
+PARALLEL := --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --max-worker-restart=0
 
 AOT := .venv-aot
 
