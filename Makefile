@@ -18,7 +18,7 @@ READY := $(VENV)/.ready-$(VERSION)
 BIN := $(VENV)/bin
 
 # Ends when a worker crashes, and names its test. If pytest-xdist 3.8 replaces it, it may hang.
-PARALLEL := --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --max-worker-restart=0
+PARALLEL := --numprocesses=$(WORKERS) --dist=loadfile --max-worker-restart=0
 
 AOT := .venv-aot
 
@@ -30,8 +30,9 @@ run: $(READY)
 run-images: $(READY)
 	$(BIN)/python main.py --config=configs/images/digits_lt.py --workdir=runs/digits_images $(ARGS)
 
+# Files in their order: the last ones are light, so that no worker is left alone with a heavy one.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) --no-loadscope-reorder $(ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(PARALLEL) $(ARGS)
