@@ -30,7 +30,8 @@ run: $(READY)
 run-images: $(READY)
 	$(BIN)/python main.py --config=configs/images/digits_lt.py --workdir=runs/digits_images $(ARGS)
 
-# Files in their order: the last ones are light, so that no worker is left alone with a heavy one.
+# Files run in their order, not by their number of tests: the last ones are light, so that all
+# workers end at about the same time.
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) --no-loadscope-reorder $(ARGS)
 

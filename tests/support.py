@@ -1,4 +1,4 @@
-"""What tests of training stages and of several devices share."""
+"""What tests of several folders share: numbers, a small U-Net, runs, processes."""
 
 import dataclasses
 import io

@@ -237,7 +237,7 @@ def _dispatch(
   step = guard.guarded(step, on_non_finite)
   if parameters == "fsdp":
     step = _with_split_parameters(step, specs.tree, mesh)
-  step = jax.jit(step, inline=True)  # traced once, for the shapes of metrics and for the loop
+  step = jax.jit(step, inline=True)  # both uses below share one trace
 
   def train_one_seed(state, alive, per_seed, batches, shared, count, *, at_most):
     def take_step(number, state, alive):

@@ -426,7 +426,11 @@ def uneven():
   return dataclasses.replace(data, train_images=images)
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "ldam"])
+@pytest.mark.parametrize(
+  "loss",
+  ["cross_entropy", "ldam"]
+  + [pytest.param(loss, marks=pytest.mark.slow) for loss in ("balanced_softmax", "csl")],
+)
 def test_a_fold_trains_as_if_there_was_nothing_but_its_part(mesh, loss):
   """By its own class counts and pixel statistics, whatever the rest of the set is like."""
   data, config = uneven(), changed(CONFIG, batch_size=5, num_epochs=1.0)

@@ -41,8 +41,8 @@ def test_the_loss_is_that_of_the_batch_through_the_encoder_in_evaluation_mode(me
   state, fold, _, metrics = first_step(made)
   views, rows, _, _ = stage.batch(state, stage.shared, fold)
   model = encoder.make_model(training.ENCODER, "balanced_softmax", 3)
-  variables = jax.tree.map(lambda x: x[0], {"params": frozen.params, "s": frozen.model_state})
-  variables = {"params": variables["params"], "batch_stats": variables["s"]}
+  variables = {"params": frozen.params, "batch_stats": frozen.model_state}
+  variables = jax.tree.map(lambda x: x[0], variables)
   features = jax.jit(lambda views: model.apply(variables, views, train=False)[1])(views)
   number = np.bincount(images.data_of().train_labels).astype(float)
   if counts == "effective":

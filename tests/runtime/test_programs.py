@@ -116,7 +116,7 @@ def test_a_shared_program_still_names_the_stage_that_went_wrong(mesh, tmp_path):
 
 
 @pytest.mark.parametrize("feed", FEEDS)
-@pytest.mark.parametrize("per_dispatch", [4, 100])
+@pytest.mark.parametrize("per_dispatch", [4, pytest.param(12, marks=pytest.mark.slow), 100])
 def test_a_last_dispatch_of_fewer_steps_is_the_same_program(mesh, tmp_path, feed, per_dispatch):
   stage = FEEDS[feed]()
   assert stage.num_steps % per_dispatch

@@ -128,12 +128,11 @@ def test_the_u_net_is_told_how_images_were_changed(data, name):
     assert batch.memory.memory.mask.shape == (512, 4)
 
 
-FAST = "t2h+diffrop"
-SLOW = ("memdiff+coral+cbdm", "cm+finetuned+ada", *image_methods.METHODS)
+ALL = ("memdiff+coral+cbdm", "cm+finetuned+ada", *image_methods.METHODS)
 
 
 @pytest.mark.parametrize(
-  "name", [FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+  "name", ["t2h+diffrop", *(pytest.param(name, marks=pytest.mark.slow) for name in ALL)]
 )
 def test_every_method_trains(mesh, data, name, tmp_path):
   base = dataclasses.replace(CONFIG, batch_size=16)
@@ -151,7 +150,7 @@ def test_what_a_method_needs_of_a_batch_is_there_and_no_more(data):
   for name in image_methods.METHODS:
     config = image_methods.apply(name, CONFIG)
     function = pixel_diffusion._draw(config, tuple(COUNTS.tolist()), config.class_exponent)
-    batch = jax.eval_shape(lambda key: function(key, data, ()), jax.random.key(0))  # noqa: B023
+    batch = jax.eval_shape(function, jax.random.key(0), data, ())
     needed = terms.needed(config.objective)
     for field in ("true_label", "class_count", "other_label", "class_share", "class_rarity"):
       assert (getattr(batch, field) is not None) == (field in needed), (name, field)

@@ -20,11 +20,11 @@ from memdiff.synthesis.pixel_settings import PixelDiffusionConfig, SamplingConfi
 from memdiff.synthesis.pixel_text import PixelTextConfig
 from tests.support import TINY_UNET, make_run
 
-STILL = dataclasses.replace(TINY_UNET, dropout=0.0)
 TEXT = PixelTextConfig(is_read=True, hidden=0.2, alone=0.3)
 CONFIG = PixelDiffusionConfig(
-  unet=STILL, batch_size=1024, num_steps=2, label_dropout=0.25, mirror=False, text=TEXT
-)
+  unet=dataclasses.replace(TINY_UNET, dropout=0.0), batch_size=1024, num_steps=2,
+  label_dropout=0.25, mirror=False, text=TEXT,
+)  # fmt: skip
 COUNTS = np.array([40, 15, 5])
 LABELS, SIDE, WIDTH = np.repeat(np.arange(3), COUNTS), 8, 64
 IMAGES = np.broadcast_to(

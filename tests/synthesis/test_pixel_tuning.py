@@ -58,7 +58,7 @@ def beginning(base, kind):
 
 @pytest.fixture(scope="module")
 def tune(mesh, data, base, tmp_path_factory):
-  """kind -> (what is added at the beginning, at the end, losses [steps]), seeds first."""
+  """kind -> (what is added at the beginning, at the end), seeds first."""
 
   @functools.cache
   def tuned(kind):
