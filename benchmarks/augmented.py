@@ -218,9 +218,10 @@ def page(kept: Mapping[str, Any], cost: Mapping[str, Any]) -> str:
   )
   intro = (
     "Classifiers that are trained from scratch on real and generated images, against everything"
-    " that real images alone can do. U-Nets and classifiers are small and trained for minutes: not"
-    " to be set beside figures of papers. Generators and classifiers of cross-validation have not"
-    " seen the images that judge them; nothing was selected on test images."
+    " that real images alone can do. U-Nets and classifiers are small and trained for minutes:"
+    " they are not comparable with published figures. Generators and classifiers of"
+    " cross-validation have not seen the images that judge them; nothing was selected on test"
+    " images."
   )
   sets = [_set(name, kept[name]) for name in SETS if name in kept]
   size = cost["size"]

@@ -182,7 +182,8 @@ def page(result: dict[str, Any]) -> str:
     )
   table = "\n".join(lines)
   note = f" {result['note']}" if result.get("note") else ""
-  return f"{_TOP}{table}\n\n`{result['command']}`: {machine(result)}{note}\n"
+  sizes = "Other sizes are set by `--rows`, `--dimensions`, `--classes` and `--methods`."
+  return f"{_TOP}{table}\n\n`{result['command']}`: {machine(result)}{note} {sizes}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -250,9 +250,9 @@ def page(kept: Mapping[str, Any]) -> str:
   ]
   intro = (
     "What methods of long-tailed image generation are worth under one short budget, the same for"
-    " all. These are small U-Nets on two CPU cores, minutes per method: not to be set beside"
-    " figures of papers, which train for days. All methods start from the same weights and see the"
-    " same batches and noise. No setting was chosen by these figures."
+    " all. These are small U-Nets on two CPU cores, minutes per method, and not comparable with"
+    " published figures of U-Nets that train for days. All methods start from the same weights"
+    " and see the same batches and noise. No setting was chosen by these figures."
   )
   sets = [_set(name, kept[name]) for name in SETS if name in kept]
   if BALANCED in kept:

@@ -136,9 +136,9 @@ def page(kept: Mapping) -> str:
     table_of(["drawings", *names.values()], lines),
     "Spread: mean distance in pixels, each from 0 to 1, of two drawings of a character.",
     "## Reproduce",
-    f"`{kept['command']}`, then `python -m benchmarks.unseen_classes judge`."
-    f" {kept['hardware']['device_kind']}, Python {kept['versions']['python']}, JAX"
-    f" {kept['versions']['jax']}.",
+    f"`{kept['command']}`, then `python -m benchmarks.unseen_classes judge"
+    f" --workdir=runs/omniglot_lt_images --data=DIR`. {kept['hardware']['device_kind']}, Python"
+    f" {kept['versions']['python']}, JAX {kept['versions']['jax']}.",
   ]) + "\n"  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""CelebA-5, five hair colours as they are (Kim et al. 2020), with a ResNet-32 at 64 px.
+"""CelebA-5, five hair colours at natural frequencies (Kim et al. 2020); a ResNet-32 at 64 px.
 
 python -m input_pipeline.prepare --dataset=celeb_a --data_dir=DIR      (once)
 python main.py --config=configs/celeba5.py --workdir=runs/celeba5 --config.dataset.data_dir=DIR

@@ -1,4 +1,4 @@
-"""CIFAR-10-LT with a ResNet-32; configs/cifar100_lt.py tells the commands and the variants."""
+"""CIFAR-10-LT with a ResNet-32; configs/cifar100_lt.py has the commands and the variants."""
 
 from ml_collections import ConfigDict
 

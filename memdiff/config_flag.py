@@ -47,5 +47,7 @@ def define(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
   """Defines --config, the file of an experiment's settings."""
   config_flags.register_flag_parser_for_type(tuple, _TupleParser())
   return config_flags.DEFINE_config_file(
-    "config", help_string="A file in configs/.", flag_values=flag_values
+    "config",
+    help_string="Config file, with a variant if wanted: configs/NAME.py:VARIANT.",
+    flag_values=flag_values,
   )

@@ -26,9 +26,9 @@ from memdiff.runtime.progress import Progress
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
   """The options that say which classifier of which run."""
-  parser.add_argument("--workdir", required=True, help="of the finished run")
-  parser.add_argument("--method", default="", help="of the run; the one that it recommends")
-  parser.add_argument("--seed", type=int, help="whose model; the first seed of the run")
+  parser.add_argument("--workdir", required=True, help="folder of the finished run")
+  parser.add_argument("--method", default="", help="of the run; default: the recommended one")
+  parser.add_argument("--seed", type=int, help="seed of the model; default: the first of the run")
   parser.add_argument(
     "--average", action="store_true", help="average the probabilities of the models of all seeds"
   )
@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   add_choice(parser)
   parser.add_argument("--input", required=True, help="images or embeddings")
-  parser.add_argument("--output", required=True, help=".csv or .parquet")
-  parser.add_argument("--top", type=int, default=3, help="classes for each input")
+  parser.add_argument("--output", required=True, help="file to write, .csv or .parquet")
+  parser.add_argument("--top", type=int, default=3, help="number of classes for each input")
   arguments = parser.parse_args(argv)
   return exit_code(lambda: _predict(arguments))
 

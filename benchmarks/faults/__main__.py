@@ -71,7 +71,7 @@ def main() -> None:
   parser.add_argument("--kills", type=int, default=30, help="at least so many")
   parser.add_argument("--json", type=pathlib.Path, help="write versions, hardware and all figures")
   parser.add_argument("--seed", type=int, default=0, help="of the moments")
-  parser.add_argument("--workdir", type=pathlib.Path, help="for the runs; removed where not given")
+  parser.add_argument("--workdir", type=pathlib.Path, help="for the runs; removed if not given")
   arguments = parser.parse_args()
   os.environ["JAX_PLATFORMS"] = "cpu"
   from benchmarks import timing

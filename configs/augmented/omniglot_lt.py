@@ -1,4 +1,4 @@
-"""What generated images are worth where there are many rare classes: Omniglot, 14 to 1 drawings.
+"""What generated images are worth if there are many rare classes: Omniglot, 14 to 1 drawings.
 
   python -m benchmarks.unseen_classes prepare --images=DIR --out=DIR2      (once)
   python main.py --config=configs/augmented/omniglot_lt.py --workdir=runs/augmented_omniglot \\

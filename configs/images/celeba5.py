@@ -1,4 +1,4 @@
-"""CelebA-5, faces with five hair colours, is generated at 64 pixels; for accelerators.
+"""Generates CelebA-5, faces with five hair colours, at 64 pixels; for accelerators.
 
   python -m input_pipeline.prepare --dataset=celeb_a --data_dir=DIR      (once)
   python main.py --config=configs/images/celeba5.py:coral --workdir=runs/celeba5_images \\

@@ -1,4 +1,4 @@
-"""CIFAR-100-LT is generated, as the papers do it; for accelerators.
+"""Generates images of CIFAR-100-LT as in the papers; for accelerators.
 
   python -m input_pipeline.prepare --dataset=cifar100 --data_dir=DIR      (once)
   python main.py --config=configs/images/cifar100_lt.py:coral --workdir=runs/coral100 \\

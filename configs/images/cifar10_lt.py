@@ -1,4 +1,4 @@
-"""CIFAR-10-LT is generated, as the papers do it; for accelerators.
+"""Generates images of CIFAR-10-LT as in the papers; for accelerators.
 
   python -m input_pipeline.prepare --dataset=cifar10 --data_dir=DIR      (once)
   python main.py --config=configs/images/cifar10_lt.py:coral --workdir=runs/coral10 \\

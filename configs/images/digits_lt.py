@@ -1,4 +1,4 @@
-"""Long-tailed digits are generated: 8x8 images that come with scikit-learn, no download.
+"""Generates long-tailed digits: 8x8 images that come with scikit-learn, no download.
 
   python main.py --config=configs/images/digits_lt.py --workdir=runs/digits_images
 

@@ -1,4 +1,4 @@
-"""Fashion-MNIST-LT is generated: 28 pixels, a small U-Net and a short budget, for CPUs.
+"""Generates images of Fashion-MNIST-LT: 28 pixels, a small U-Net and a short budget, for CPUs.
 
   python -m input_pipeline.prepare --dataset=fashion_mnist --data_dir=DIR      (once)
   python main.py --config=configs/images/fashion_mnist_lt.py --workdir=runs/fashion_images \\

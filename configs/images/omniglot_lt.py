@@ -1,4 +1,4 @@
-"""Long-tailed handwritten characters are generated: Omniglot, 14 to 1 drawings, for CPUs.
+"""Generates long-tailed handwritten characters: Omniglot, 14 to 1 drawings, for CPUs.
 
   python -m benchmarks.unseen_classes prepare --images=DIR --out=DIR2      (once)
   python main.py --config=configs/images/omniglot_lt.py --workdir=runs/omniglot \\

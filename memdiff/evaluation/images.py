@@ -179,17 +179,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("--generated", required=True, help="folder or .npz")
+  parser.add_argument("--generated", required=True, help="folder or .npz of generated images")
   parser.add_argument("--reference", required=True, help="folder or .npz of real images")
   parser.add_argument("--network", default=next(iter(NETWORKS)), help=", ".join(NETWORKS))
   parser.add_argument("--weights", default="", help="the network's file; none: from its package")
-  parser.add_argument("--side", type=int, default=0, help="of resized images; 0: the network's own")
+  parser.add_argument(
+    "--side", type=int, default=0, help="of resized images; 0: that of the network"
+  )
   parser.add_argument("--kid_size", type=int, default=1000, help="rows of a subset of KID")
   parser.add_argument("--k", type=int, default=3, help="neighbours of precision and recall")
-  parser.add_argument("--seed", type=int, default=0, help="of subsets and clusterings")
+  parser.add_argument("--seed", type=int, default=0, help="seed of subsets and clusterings")
   parser.add_argument("--by_class", action="store_true", help="metrics of every class as well")
-  parser.add_argument("--train", default="", help="folder or .npz of training images: copies")
-  parser.add_argument("--cache", type=pathlib.Path, help="folder: keep the reference's features")
+  parser.add_argument("--train", default="", help="training images; adds the share of copies")
+  parser.add_argument(
+    "--cache", type=pathlib.Path, help="folder that keeps features of the reference"
+  )
   parser.add_argument("--json", type=pathlib.Path, help="write the result to this file too")
   arguments = parser.parse_args(argv)
   return exit_code(lambda: _compare(arguments))

@@ -185,13 +185,15 @@ def _parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of the finished run")
-  parser.add_argument("--exemplars", type=pathlib.Path, help="folder of one class")
-  parser.add_argument("--prompts", nargs="*", default=[], help="sentences")
+  parser.add_argument("--exemplars", type=pathlib.Path, help="folder of images of one class")
+  parser.add_argument("--prompts", nargs="*", default=[], help="sentences to draw")
   parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the images")
-  parser.add_argument("--number", type=int, default=64, help="images, for each prompt")
-  parser.add_argument("--method", default="", help="of the run; the first that is able")
-  parser.add_argument("--scale", type=float, default=1.0, help="of the guidance; 1: none")
-  parser.add_argument("--seed", type=int, default=0, help="of the noise")
+  parser.add_argument("--number", type=int, default=64, help="number of images, for each prompt")
+  parser.add_argument(
+    "--method", default="", help="of the run; default: the first that can use these"
+  )
+  parser.add_argument("--scale", type=float, default=1.0, help="guidance scale; 1: no guidance")
+  parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
   return parser
 
 

@@ -58,7 +58,7 @@ def provenance(
 
 
 def write(
-  path: pathlib.Path,
+  path: str | pathlib.Path,
   images: np.ndarray,
   labels: np.ndarray,
   class_names: Sequence[str],
@@ -79,7 +79,7 @@ def write(
     others: arrays to keep beside them.
   """
   about = provenance(class_names, np.array(learned_from, np.int32), train_sha256)
-  write_arrays(path, {"images": images, "labels": labels} | about | others)
+  write_arrays(pathlib.Path(path), {"images": images, "labels": labels} | about | others)
 
 
 def never_saw_the_data(path: str) -> bool:
