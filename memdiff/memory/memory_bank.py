@@ -235,15 +235,15 @@ def leave_one_out(memory: Memory, features: jax.Array) -> Memory:
 
   A denoiser that finds the feature it must recover in its context learns to copy. Slots that hold
   the feature (or a duplicate of it) are masked, and the prototype is the mean of the others. A
-  class whose only member is left out has an empty memory. The prototype is exact while the class is
-  within the bank's horizon.
+  class without others has an empty memory. The prototype is exact while the class is within the
+  bank's horizon and, if there are duplicates, all its members have slots.
   """
   distance = jnp.mean(jnp.square(memory.slots - features[:, None]), axis=-1)
   mask = memory.mask & (distance > _SAME_FEATURE**2)
-  others = jnp.maximum(memory.count - 1, 0)
-  prototype = (memory.count[:, None] * memory.prototype - features) / jnp.maximum(others, 1)[
-    :, None
-  ]
+  copies = jnp.maximum((memory.mask & ~mask).sum(axis=1), 1).astype(jnp.float32)
+  others = jnp.maximum(memory.count - copies, 0)
+  rest = memory.count[:, None] * memory.prototype - copies[:, None] * features
+  prototype = rest / jnp.maximum(others, 1)[:, None]
   prototype = jnp.where(others[:, None] > 0, prototype, 0.0)
   slots = jnp.where(mask[:, :, None], memory.slots, 0.0)
   return memory.replace(prototype=prototype, slots=slots, mask=mask, count=others)
