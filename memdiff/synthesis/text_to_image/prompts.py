@@ -79,12 +79,14 @@ def words_of(class_name: str) -> str:
 
 
 def from_name(config: PromptConfig, class_name: str) -> list[str]:
-  """Every template with every context, each once."""
+  """Every template with every context, each once; the first ones differ in both."""
   words = words_of(class_name)
-  found = [
-    " ".join(template.replace(CLASS, words).replace(CONTEXT, context).split())
-    for template, context in itertools.product(config.templates, config.contexts)
-  ]
+  templates, contexts = config.templates, config.contexts
+  found = []
+  for turn, number in itertools.product(range(len(contexts)), range(len(templates))):
+    context = contexts[(turn + number) % len(contexts)]
+    prompt = templates[number].replace(CLASS, words).replace(CONTEXT, context)
+    found.append(" ".join(prompt.split()))
   return list(dict.fromkeys(found))[: config.per_class]
 
 

@@ -17,10 +17,15 @@ def test_templates_hold_the_name_in_words_and_each_context():
   )
   assert prompts.from_name(config, "animal-bird_red") == [
     "a photo of a animal bird red",
-    "a photo of a animal bird red at night",
     "animal bird red",
+    "a photo of a animal bird red at night",
   ]
   assert len(prompts.from_name(PromptConfig(per_class=1), "cat")) == 1
+  many = PromptConfig(
+    templates=("a {class} {context}", "the {class} {context}"),
+    contexts=tuple("abcdefgh"), per_class=4,
+  )  # fmt: skip
+  assert prompts.from_name(many, "cat") == ["a cat a", "the cat b", "a cat b", "the cat c"]
 
 
 def test_a_class_without_a_name_in_words_is_named():
