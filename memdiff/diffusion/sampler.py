@@ -149,6 +149,7 @@ def sample(
   table = coefficients(schedule, solver.method, solver.num_steps, solver.prediction)
   rows = {name: jnp.asarray(column, jnp.float32) for name, column in table.items()}
   rows["index"] = jnp.arange(solver.num_steps)
+  rows["previous_t"] = jnp.concatenate([jnp.array([jnp.inf]), rows["t"][:-1]])
   stochastic = bool(table["sigma"].any())
 
   def step(carry, row):
@@ -157,9 +158,13 @@ def sample(
     x0 = row["from_x"] * x + row["from_output"] * predict(x, t)
     if solver.x0_limit:
       x0 = jnp.clip(x0, -solver.x0_limit, solver.x0_limit)
+    extrapolate = row["extrapolate"]
     if origin is not None:
-      x0 = jnp.where(row["t"] >= start * schedule.num_steps, origin, x0)
-    x = row["keep"] * x + row["pull"] * (x0 + row["extrapolate"] * (x0 - previous_x0))
+      begin = start * schedule.num_steps
+      x0 = jnp.where(row["t"] >= begin, origin, x0)
+      # The first predicted x0 has none before it, from which it could be extrapolated.
+      extrapolate = jnp.where(row["previous_t"] >= begin, 0.0, extrapolate)
+    x = row["keep"] * x + row["pull"] * (x0 + extrapolate * (x0 - previous_x0))
     if stochastic:
       z = normal(jax.random.fold_in(step_key, row["index"]), shape)
       x = x + row["sigma"] * z

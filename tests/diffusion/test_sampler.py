@@ -367,6 +367,33 @@ def test_no_noise_gives_the_origin_back_and_full_noise_forgets_it(method):
   np.testing.assert_allclose(far, plain, atol=0.05)
 
 
+@pytest.mark.parametrize("start", [0.3, 0.7])
+def test_dpm_solver_begins_at_the_origin_without_a_history(start):
+  """It goes on from x_t of the origin as DPM-Solver++(2M) begins: with a step of first order."""
+  schedule, num_steps = make_schedule("cosine"), 12
+  table = coefficients(schedule, "dpm++", num_steps, "x0")
+  key, origin = jax.random.key(5), np.random.default_rng(0).normal(size=(4, 3))
+
+  def predict(x, t, m):
+    return m.tanh(x) + 0.5 + t[:, None] / 1000
+
+  samples = sampler.sample(
+    lambda x, t: predict(x, t, jnp), schedule, origin.shape, key,
+    Solver("dpm++", num_steps, "x0"), origin=jnp.asarray(origin, jnp.float32), start=start,
+  )  # fmt: skip
+  x = np.asarray(sampler.normal(jax.random.split(key)[0], origin.shape), float)
+  previous = None
+  for row in range(num_steps):
+    c = {name: column[row] for name, column in table.items()}
+    if c["t"] >= start * schedule.num_steps:
+      x = c["keep"] * x + c["pull"] * origin
+      continue
+    x0 = predict(x, np.array([c["t"] * 1000 / schedule.num_steps]), np)
+    towards = x0 if previous is None else x0 + c["extrapolate"] * (x0 - previous)
+    x, previous = c["keep"] * x + c["pull"] * towards, x0
+  np.testing.assert_allclose(samples, x, atol=1e-5)
+
+
 def test_several_starts_share_a_program_and_equal_each_alone():
   schedule, starts = make_schedule("cosine"), jnp.array([0.2, 0.5, 1.0])
   origins = jax.random.normal(jax.random.key(1), (8, 3))
