@@ -137,7 +137,9 @@ class _Judging:
         f"{name}_{group.name}": float(hits[members].mean()) if members.any() else np.nan
         for name, hits in shares.items()
       }
-    found["diversity"] = float(np.nanmean(per_class["diversity"]))
+    spread = per_class["diversity"]
+    known = spread[~np.isnan(spread)]  # none if there is one image of each class
+    found["diversity"] = float(known.mean()) if len(known) else np.nan
     found |= {f"per_class_{name}": values for name, values in per_class.items()}
     for name, hits in shares.items():
       found[f"per_class_{name}"] = np.array(
