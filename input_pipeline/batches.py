@@ -30,6 +30,29 @@ def epoch_indices(key: jax.Array, step: jax.Array, num_examples: int, batch_size
   return orders[position // num_examples - epoch, position % num_examples]
 
 
+def padded_epoch_indices(
+  key: jax.Array, step: jax.Array, num_examples: jax.Array, size: int, batch_size: int
+) -> jax.Array:
+  """As `epoch_indices`, for runs of one program that differ in their number of examples.
+
+  Every epoch has `size` places. Each example comes once, and the other places get examples at
+  random, so that none comes more often than another on average.
+
+  Args:
+    key, step: see `epoch_indices`.
+    num_examples: int32 [], from 1 to `size`; may be traced.
+    size: at least `batch_size`.
+    batch_size: B.
+
+  Returns:
+    Indices below `num_examples`, [B] int32.
+  """
+  index = epoch_indices(key, step, size, batch_size)
+  others_key = jax.random.fold_in(key, ~step)  # no epoch has a number as large
+  others = jax.random.randint(others_key, (batch_size,), 0, num_examples)
+  return jnp.where(index < num_examples, index, others)
+
+
 @flax.struct.dataclass
 class ByClass:
   """Where the examples of each class are."""

@@ -1,8 +1,8 @@
 """Generated images that train an encoder and its head beside real ones.
 
-They come in by one of two ways. `merged`: real and generated images are one training set, and a
-batch takes what comes. `joint`: every batch of real images gets a batch of generated ones beside
-it, from the start, or as a curriculum: after a warm-up, with a weight that rises.
+They come in by one of two ways. `merged`: real and generated images are one training set, and
+batches mix both at random. `joint`: every batch of real images gets a batch of generated ones
+beside it, from the start, or as a curriculum: after a warm-up, with a weight that rises.
 """
 
 import dataclasses
@@ -76,15 +76,14 @@ class ImagePool:
     images: [M, H, W, ch] uint8.
     labels: [M] int32.
     trust: [M] float32 with mean one within each class, 0 if an image is not used.
-    members: [M] int32, the images in use again and again.
-    union: [N + M] int32, the run's N training images and, from N on, the images in use, again and
-      again.
+    number: [] int32, how many images are used; they are the first.
+    union: [N + M] int32, the run's training images and, from N on, the images in use; then zeros.
   """
 
   images: Any
   labels: Any
   trust: Any
-  members: Any
+  number: Any
   union: Any
 
 
@@ -124,14 +123,13 @@ def make_pool(
   if used > size:
     raise ValueError(f"a pool of {size} places cannot hold {used} images")
   room = size - used
-  members = np.resize(np.arange(max(used, 1)), size).astype(np.int32)
   union = np.concatenate([rows, num_train + np.arange(used)])
   return ImagePool(
     images=np.pad(images, ((0, room), (0, 0), (0, 0), (0, 0))),
     labels=np.pad(labels, (0, room)).astype(np.int32),
     trust=np.pad(trust_within_classes(confidence, labels), (0, room)),
-    members=members,
-    union=np.resize(union, num_train + size).astype(np.int32),
+    number=np.int32(used),
+    union=np.pad(union, (0, num_train + size - len(union))).astype(np.int32),
   )
 
 
@@ -148,25 +146,45 @@ def stack_pools(pools: Sequence[ImagePool]) -> ImagePool:
 
 
 def effective_counts(
-  config: AddedImagesConfig, real: jax.Array, pool: ImagePool, weight: jax.Array
+  config: AddedImagesConfig,
+  real: jax.Array,
+  pool: ImagePool,
+  weight: jax.Array,
+  batch_size: int,
 ) -> jax.Array:
-  """Images of the classes [C], when a generated one counts as much as it weighs in the loss."""
-  return real + weight * jax.ops.segment_sum(_trust(config, pool), pool.labels, len(real))
+  """Images of the classes [C] as the loss sees them, in units of a real image.
+
+  A generated image counts as much as it weighs, and as often as it is drawn: merged, as often as a
+  real one; joint, `number` of the pool's images stand beside `batch_size` of the real ones.
+  """
+  often = 1.0
+  if config.joint:
+    share = config.number(batch_size) / batch_size
+    often = share * real.sum() / jnp.maximum(pool.number, 1)
+  of_class = jax.ops.segment_sum(_trust(config, pool), pool.labels, len(real))
+  return real + often * weight * of_class
 
 
 def beside(
   config: AddedImagesConfig, key: jax.Array, real: Drawn, pool: ImagePool, weight: jax.Array
 ) -> Drawn:
-  """A batch of real rows [B] with generated ones behind them, `config.number(B)`, drawn evenly."""
-  number = config.number(len(real.labels))
-  place = jax.random.randint(key, (number,), 0, len(pool.members))
-  index = pool.members[place]
-  kinds = jnp.ones(len(real.labels)), _weights(config, pool, index, weight)
+  """A batch of real rows [B] with generated ones behind them, `config.number(B)`, drawn evenly.
+
+  If there are none, or they weigh nothing yet, the real rows come again, without weight: batch
+  normalisation then sees real images alone.
+  """
+  size = len(real.labels)
+  number = config.number(size)
+  index = jax.random.randint(key, (number,), 0, jnp.maximum(pool.number, 1))
+  again, some = jnp.arange(number) % size, (pool.number > 0) & (weight > 0)
+  images = jnp.where(some, pool.images[index], real.images[again])
+  labels = jnp.where(some, pool.labels[index], real.labels[again])
+  weights = jnp.where(some, _weights(config, pool, index, weight), 0.0)
   return Drawn(
-    images=jnp.concatenate([real.images, pool.images[index]]),
-    labels=jnp.concatenate([real.labels, pool.labels[index]]),
-    weight=jnp.concatenate(kinds),
-    real=jnp.arange(len(real.labels) + number) < len(real.labels),
+    images=jnp.concatenate([real.images, images]),
+    labels=jnp.concatenate([real.labels, labels]),
+    weight=jnp.concatenate([jnp.ones(size), weights]),
+    real=jnp.arange(size + number) < size,
   )
 
 

@@ -122,9 +122,9 @@ def make_stage(
     dataset: the long-tailed set.
     shared: of `encoder.device_data`.
     mesh: the device mesh.
-    rows: [R, A] the training images of each of R runs, of a set in memory, -1 if a run has
-      fewer; None: all of them. Class counts and pixel statistics are then a run's own, and the
-      stage scores nothing while it trains.
+    rows: [R, A] the training images of each of R runs, of a set in memory; if a run has fewer, -1
+      behind them; None: all of them. Class counts and pixel statistics are then a run's own, and
+      the stage scores nothing while it trains.
   """
   name = f"classifier/{recipe.loss}"
   num_examples = len(dataset.train_labels) if rows is None else rows.shape[1]
@@ -264,12 +264,17 @@ class _Program:
     config, size = self.setup.recipe.images, self.setup.config.batch_size
     key, pool = stream(state.key, "order"), per_seed["images"] if config else None
     if pool is not None and not config.joint:
-      places = batches.epoch_indices(key, state.step, len(pool.union), size)
+      number = per_seed["number"] + pool.number
+      places = batches.padded_epoch_indices(key, state.step, number, len(pool.union), size)
       weight = self._image_weight(state.step)
       rows = added_images.merged(config, places, shared["images"], shared["labels"], pool, weight)
       return mesh_lib.shard_batch(rows, self.setup.mesh)
-    index = batches.epoch_indices(key, state.step, self.num_examples, size)
-    index = per_seed["rows"][index] if self.of_runs else index
+    if self.of_runs:
+      number = per_seed["number"]
+      index = batches.padded_epoch_indices(key, state.step, number, self.num_examples, size)
+      index = per_seed["rows"][index]
+    else:
+      index = batches.epoch_indices(key, state.step, self.num_examples, size)
     rows = Drawn(shared["images"][index], shared["labels"][index])
     if pool is not None:
       key = stream(state.key, "generated", state.step)
@@ -312,6 +317,7 @@ class _Program:
         jnp.asarray(counts, jnp.float32),
         per_seed["images"],
         self._image_weight(state.step),
+        self.setup.config.batch_size,
       )
     pool = per_seed["pool"] if self.setup.recipe.added else None
     if pool is not None:
@@ -342,7 +348,7 @@ class _Program:
     )
     metrics = {"loss": value, "accuracy": jnp.mean(logits.argmax(axis=-1) == rows.labels)}
     if rows.real is not None:
-      metrics["generated"] = jnp.mean(~real)
+      metrics["generated"] = jnp.mean(~real & (rows.weight > 0))
     if pool is not None:
       metrics["drift"] = added.drift(changes["bank"], pool)
     optimizer = self.setup.optimizer(self.setup.config.num_steps(self.num_examples))

@@ -56,18 +56,19 @@ def fold_data(
 
   Args:
     encoder_config, dataset: see there.
-    rows: [R, A] training images, -1 if a run has fewer.
+    rows: [R, A] training images; if a run has fewer, -1 behind them.
 
   Returns:
-    {"rows" [R, A], padded with a second copy of the run's first image, "counts" [R, C],
-    "statistics": {"pixel_mean", "pixel_std"} [R, ch]}.
+    {"rows" [R, A], of which the first "number" [R] count, "counts" [R, C], "statistics":
+    {"pixel_mean", "pixel_std"} [R, ch]}.
   """
   seen = [row[row >= 0] for row in rows]
   statistics = [
     encoder.pixel_statistics(encoder_config.input, dataset.train_images[row]) for row in seen
   ]
   return {
-    "rows": np.where(rows >= 0, rows, rows[:, :1]),
+    "rows": rows,
+    "number": np.array(list(map(len, seen)), np.int32),
     "counts": np.stack(
       [np.bincount(dataset.train_labels[row], minlength=dataset.num_classes) for row in seen]
     ),

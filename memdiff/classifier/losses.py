@@ -126,10 +126,16 @@ def weighted_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Ar
   return jnp.mean(weights * cross_entropy(logits, labels))
 
 
-def average(losses: jax.Array, weights: jax.Array, normalized: bool) -> jax.Array:
-  """Weighted sum of [B] over B, or over the sum of the weights. Returns a scalar."""
-  total = jnp.sum(weights * losses)
-  return total / (weights.sum() if normalized else losses.shape[0])
+def average(
+  losses: jax.Array, class_weights: jax.Array, row_weights: jax.Array, normalized: bool
+) -> jax.Array:
+  """Sum of [B], weighted by class and row, over the sum of all weights or of the rows' alone.
+
+  Returns:
+    A scalar; without normalisation and with rows of weight 1, the mean over the batch.
+  """
+  weights = class_weights * row_weights
+  return jnp.sum(weights * losses) / (weights if normalized else row_weights).sum()
 
 
 # --- the table -------------------------------------------------------------------------------
@@ -144,7 +150,7 @@ class Loss:
     objective: a name in OBJECTIVES.
     weights: a name in CLASS_WEIGHTS, or `semantic_scale`; None weighs all classes alike.
     deferred: whether the weights set in at the share `defer` of the steps, or from the start.
-    normalized: whether the batch's mean divides by the sum of its weights.
+    normalized: whether the batch's mean divides by the sum of its class weights.
     cosine_head: whether the objective is made for a cosine head.
     term: what is added to the mean and remembers earlier steps: a name in stateful_losses.TERMS.
     contrastive: whether balanced contrastive learning of two further views is added.
@@ -297,8 +303,9 @@ class Objective:
     gamma = self._deferred(gamma, step)
 
     def of_labels(labels, weight):
-      weights = gamma[labels] if weight is None else gamma[labels] * weight
-      return average(self._rows(batch.logits, labels), weights, self.row.normalized)
+      rows = self._rows(batch.logits, labels)
+      of_rows = jnp.ones_like(rows) if weight is None else weight
+      return average(rows, gamma[labels], of_rows, self.row.normalized)
 
     value = of_labels(batch.labels, batch.weight)
     if batch.partner_labels is not None:

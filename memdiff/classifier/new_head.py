@@ -65,7 +65,9 @@ def _functions(
     counts = jnp.asarray(per_seed["counts"], jnp.float32)
     if recipe.images and recipe.counts == "effective":
       weight = recipe.images.weight_at(state.step, num_steps)
-      counts = added_images.effective_counts(recipe.images, counts, per_seed["images"], weight)
+      counts = added_images.effective_counts(
+        recipe.images, counts, per_seed["images"], weight, recipe.classifier.batch_size
+      )
     return losses.make(
       recipe.loss,
       recipe.classifier.loss_parameters,

@@ -173,7 +173,9 @@ def _train_row(
   if row.has_pool:
     pools = stage.per_seed["images"]
     added = added_of(experiment.config, row)
-    counts["effective"] = augmented_pool.effective_counts(added, counts["real"], pools)
+    counts["effective"] = augmented_pool.effective_counts(
+      added, counts["real"], pools, experiment.config.classifier.batch_size
+    )
   if row.head_only:
     state = new_head.whole(_encoders(experiment, part, training), state)
   unseen = data.test_images if part.held_out is None else data.train_images

@@ -121,7 +121,7 @@ def _drawer(experiment: Experiment, part: Part, method: str, run: int) -> Drawer
     data=of_run,
     mesh=experiment.mesh,
     params=params,
-    seed=part.run.seeds[run],
+    seed=part.noise_seed(run),
     key=part.run.keys("exemplars")[run],
     prompts=(
       prompting.learned_prompts(experiment, params, rows)
@@ -365,9 +365,12 @@ _REUSED = {
 
 
 def effective_counts(
-  config: AddedImagesConfig, real: np.ndarray, pool: added_images.ImagePool
+  config: AddedImagesConfig, real: np.ndarray, pool: added_images.ImagePool, batch_size: int
 ) -> np.ndarray:
   """Images of the classes with generated ones, at the end of a training. [R, C]."""
   weight = np.float32(config.weight)
-  counts = jax.vmap(lambda n, of_run: added_images.effective_counts(config, n, of_run, weight))
-  return mesh_lib.fetch(counts(real, pool))
+
+  def of_run(real, pool):
+    return added_images.effective_counts(config, real, pool, weight, batch_size)
+
+  return mesh_lib.fetch(jax.vmap(of_run)(real, pool))

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import jax
 import numpy as np
 
 from input_pipeline.dataset import LongTailDataset
@@ -36,6 +37,12 @@ class Part:
     """Training images of each class, [R, C]."""
     labels = [data.train_labels[self.rows_of(run)] for run in range(len(self.rows))]
     return np.stack([np.bincount(of_run, minlength=data.num_classes) for of_run in labels])
+
+  def noise_seed(self, run: int) -> int:
+    """Of the noise that images are drawn from; a fold's is not that of the seed with its number."""
+    if self.held_out is None:
+      return self.run.seeds[run]
+    return int(jax.random.bits(self.run.keys("sampling")[run]))
 
   def rows_of(self, run: int) -> np.ndarray:
     """The training images of one run."""

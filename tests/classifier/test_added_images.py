@@ -30,11 +30,11 @@ def data_of():
   return dataclasses.replace(data, train_images=data.train_images // 2)
 
 
-def pool(confidence=None, used=GENERATED, rows=ROWS[0]):
+def pool(confidence=None, used=GENERATED, rows=ROWS[0], places=PLACES):
   images = np.full((used, *data_of().train_images.shape[1:]), 255, np.uint8)
   confidence = np.ones(used) if confidence is None else confidence
   labels = np.array([1, 1, 2, 2, 2, 0])[:used]
-  return added_images.make_pool(images, labels, confidence, PLACES, rows, num_train=REAL)
+  return added_images.make_pool(images, labels, confidence, places, rows, num_train=REAL)
 
 
 def stage_of(mesh, config, made=None, *, bank=None, loss="cross_entropy", mixup=0.0, counts="real"):
@@ -77,9 +77,7 @@ def test_joint_batches_have_generated_rows_behind_the_real_ones(mesh, share, num
 
 def test_merged_batches_take_what_comes_and_every_image_once_in_an_epoch(mesh):
   config = AddedImagesConfig(way="merged")
-  made = pool()
-  made = made.replace(union=np.resize(made.union[: REAL + GENERATED], REAL + GENERATED))
-  rows = drawn(stage_of(mesh, config, made), 20)
+  rows = drawn(stage_of(mesh, config, pool(places=GENERATED)), 20)
   assert all(len(batch.labels) == 7 for batch in rows)
   real = np.concatenate([batch.real for batch in rows])
   assert (~real).sum() == 7 * GENERATED  # 140 rows are seven epochs of 20
@@ -88,15 +86,43 @@ def test_merged_batches_take_what_comes_and_every_image_once_in_an_epoch(mesh):
   assert np.bincount(labels).tolist() == (7 * expected).tolist()
 
 
-def test_a_smaller_pool_and_a_fold_fill_their_union_again_and_again():
+def test_a_pool_says_which_of_its_places_are_used():
   made = pool(used=4, rows=np.arange(0, REAL, 2))
-  own = np.concatenate([np.arange(0, REAL, 2), REAL + np.arange(4)])
-  assert len(made.union) == REAL + PLACES
-  assert np.unique(made.union).tolist() == own.tolist()
-  times = np.bincount(made.union, minlength=REAL + PLACES)[own]
-  assert times.max() - times.min() <= 1
-  assert made.members.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0]
+  own = [*range(0, REAL, 2), *range(REAL, REAL + 4)]
+  assert made.union.tolist() == own + [0] * (REAL + PLACES - len(own))
+  assert made.number == 4
   assert made.trust[4:].tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("way", added_images.WAYS)
+def test_images_of_a_pool_that_is_not_full_are_drawn_evenly(mesh, way):
+  """Five of nine places are used; no class of the first ones comes more often."""
+  stage = stage_of(mesh, AddedImagesConfig(way=way), pool(used=5))
+  state, fold = jax.jit(stage.init)(training.KEY, ()), fold_of(stage)
+  draw = jax.vmap(lambda step: stage.batch(state.replace(step=step), stage.shared, fold)[1])
+  rows = jax.tree.map(np.asarray, jax.jit(draw)(jnp.arange(1000)))
+  labels = rows.labels[~rows.real]
+  shares = np.bincount(labels, minlength=3) / len(labels)
+  np.testing.assert_allclose(shares, [0, 2 / 5, 3 / 5], atol=0.03)
+  expected = 7 if way == "joint" else 7 * 5 / (REAL + 5)
+  assert len(labels) / 1000 == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("reason", ["an empty pool", "a warm-up"])
+def test_without_generated_images_a_step_is_that_of_real_ones(mesh, reason):
+  """Batch normalisation sees real images alone, and the loss and the bank do, too."""
+  bank = BankConfig(num_slots=4)
+  warm_up = AddedImagesConfig(share=2.0, warm_up=0.5 if reason == "a warm-up" else 0.0)
+  made = pool(used=0 if reason == "an empty pool" else GENERATED)
+  ours, alone = stage_of(mesh, warm_up, made, bank=bank), stage_of(mesh, None, bank=bank)
+  (_, ours), (metrics,) = training.steps(ours, 1, fold_of(ours))
+  (_, alone), (plain,) = training.steps(alone, 1, fold_of(alone))
+  assert metrics["generated"] == 0 and metrics["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    (ours.params, ours.model_state, ours.bank),
+    (alone.params, alone.model_state, alone.bank),
+  )
 
 
 def test_pixels_and_labels_belong_together_in_both_ways(mesh):
@@ -153,7 +179,7 @@ def test_weights_reach_the_rows_and_confidence_is_left_out_if_asked(mesh):
 
 
 def test_gamma_times_confidence_reaches_the_loss():
-  """The value of a batch is the mean of gamma_y weight CE, over all rows, by hand."""
+  """The value of a batch is the sum of gamma_y weight CE over the sum of the weights, by hand."""
   random, counts = np.random.default_rng(0), np.array([50.0, 10.0, 2.0])
   logits, labels = random.normal(size=(6, 3)), np.array([0, 0, 1, 1, 2, 2])
   weight = np.array([1, 1, 1, 0.5, 1.5, 0.0])
@@ -167,13 +193,15 @@ def test_gamma_times_confidence_reaches_the_loss():
   gamma = (1 - 0.99) / (1 - 0.99**counts)
   gamma /= gamma.mean()
   rows = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(6), labels]
-  assert float(value) == pytest.approx((gamma[labels] * weight * rows).mean(), rel=1e-5)
+  expected = (gamma[labels] * weight * rows).sum() / weight.sum()
+  assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_row_without_weight_changes_nothing_and_a_weighted_mean_divides_by_weights():
+@pytest.mark.parametrize("loss", ["cs_inverse", "csl"])
+def test_a_row_without_weight_changes_nothing_and_a_weighted_mean_divides_by_weights(loss):
   logits, labels = jnp.asarray(np.random.default_rng(1).normal(size=(6, 3)), jnp.float32), [0, 1, 2]
   objective = losses.make(
-    "cs_inverse", losses.LossConfig(), np.array([9.0, 3.0, 1.0]), scale=1.0, num_steps=10,
+    loss, losses.LossConfig(), np.array([9.0, 3.0, 1.0]), scale=1.0, num_steps=10,
     steps_per_epoch=1,
   )  # fmt: skip
 
@@ -187,13 +215,34 @@ def test_a_row_without_weight_changes_nothing_and_a_weighted_mean_divides_by_wei
   assert value(6, jnp.array([1.0, 1, 1, 0, 0, 0])) == pytest.approx(value(3, None), rel=1e-6)
 
 
-def test_effective_counts_add_what_generated_images_weigh():
+@pytest.mark.parametrize(
+  ("way", "share", "often"),
+  # Merged, a generated image is drawn as often as a real one; joint, 6 share the places of 14.
+  [("merged", 1.0, 1.0), ("joint", 1.0, 14 / 6), ("joint", 0.5, 4 / 7 * 14 / 6)],
+)
+def test_effective_counts_add_what_generated_images_weigh_as_often_as_they_are_drawn(
+  way, share, often
+):
   confidence = np.array([0.2, 0.6, 0.5, 0.1, 0.9, 0.3])
   real = jnp.array([8.0, 4.0, 2.0])
   for trust in (True, False):
-    config = AddedImagesConfig(trust=trust)
-    found = added_images.effective_counts(config, real, pool(confidence), jnp.float32(0.5))
-    np.testing.assert_allclose(found, [8.5, 5.0, 3.5], rtol=1e-6)
+    config = AddedImagesConfig(way=way, share=share, trust=trust)
+    found = added_images.effective_counts(config, real, pool(confidence), jnp.float32(0.5), 7)
+    expected = np.array([8, 4, 2]) + often * 0.5 * np.array([1, 2, 3])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("way", added_images.WAYS)
+def test_effective_counts_are_in_proportion_to_the_weights_that_the_loss_sees(mesh, way):
+  config = AddedImagesConfig(way=way, weight=0.5)
+  made, real = pool(used=5), np.bincount(data_of().train_labels)
+  stage = stage_of(mesh, config, made)
+  state, fold = jax.jit(stage.init)(training.KEY, ()), fold_of(stage)
+  draw = jax.vmap(lambda step: stage.batch(state.replace(step=step), stage.shared, fold)[1])
+  rows = jax.tree.map(np.asarray, jax.jit(draw)(jnp.arange(1000)))
+  seen = np.bincount(rows.labels.ravel(), rows.weight.ravel())
+  counts = added_images.effective_counts(config, jnp.asarray(real), made, jnp.float32(0.5), 7)
+  np.testing.assert_allclose(counts / counts.sum(), seen / seen.sum(), atol=0.01)
 
 
 def test_the_loss_sees_the_counts_that_are_asked_for(mesh):
@@ -206,17 +255,6 @@ def test_the_loss_sees_the_counts_that_are_asked_for(mesh):
 
 
 # --- what they change ------------------------------------------------------------------------
-
-
-def test_a_pool_without_weight_trains_nothing_into_the_head(mesh):
-  """Weights of zero: the head's gradient is that of the real rows, though BatchNorm sees both."""
-  empty = pool(used=0)
-  stage = stage_of(mesh, AddedImagesConfig(), empty)
-  for batch in drawn(stage, 2):
-    assert (batch.weight[~batch.real] == 0).all()
-  _, metrics = training.steps(stage, 2, fold_of(stage))
-  assert all(np.isfinite(m["loss"]) for m in metrics)
-  assert [m["generated"] for m in metrics] == [0.5, 0.5]
 
 
 def test_generated_images_never_enter_the_bank(mesh):

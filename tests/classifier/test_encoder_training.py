@@ -453,9 +453,9 @@ def test_what_is_known_of_a_fold_is_of_its_own_images_alone():
   data = uneven()
   rows = np.array([[3, 0, 8, 12, -1, -1], [1, 2, 9, 13, 11, 4]])
   known = image_batches.fold_data(ENCODER, data, rows)
-  np.testing.assert_array_equal(known["rows"][1], rows[1])
-  np.testing.assert_array_equal(known["rows"][0], [3, 0, 8, 12, 3, 3])  # padding is drawn too
-  np.testing.assert_array_equal(known["counts"], [[2, 1, 1], [3, 2, 1]])  # but is not counted
+  np.testing.assert_array_equal(known["rows"], rows)
+  np.testing.assert_array_equal(known["number"], [4, 6])
+  np.testing.assert_array_equal(known["counts"], [[2, 1, 1], [3, 2, 1]])
   for run, per_seed in enumerate((rows[0, :4], rows[1])):
     images = data.train_images[per_seed]
     for name, function in (("pixel_mean", np.mean), ("pixel_std", np.std)):
@@ -465,6 +465,24 @@ def test_what_is_known_of_a_fold_is_of_its_own_images_alone():
   given = dataclasses.replace(ENCODER, input=InputConfig((0.5,) * 3, (0.25,) * 3, "rgb"))
   statistics = image_batches.fold_data(given, data, rows)["statistics"]
   np.testing.assert_allclose(statistics["pixel_mean"], np.full((2, 3), 127.5), rtol=1e-6)
+
+
+def test_a_fold_draws_its_own_images_evenly_however_few_they_are(mesh):
+  data, rows = uneven(), np.full((1, 14), -1)
+  rows[0, :6] = [0, 5, 7, 8, 10, 13]  # of 14 places
+  stage = make(mesh, config=changed(CONFIG, batch_size=7), data=data, rows=rows)
+  fold = jax.tree.map(lambda x: x[0], stage.per_seed)
+  state = jax.jit(stage.init)(KEY, fold)
+  draw = jax.jit(
+    jax.vmap(lambda step: stage.batch(state.replace(step=step), stage.shared, fold)[:2])
+  )
+  images, drawn = draw(jnp.arange(400))
+  times = np.bincount(np.asarray(drawn.labels).ravel(), minlength=3)
+  np.testing.assert_allclose(times / times.sum(), [3 / 6, 2 / 6, 1 / 6], atol=0.03)
+  means = np.asarray(images).reshape(2800, -1).mean(axis=1).round(4)
+  _, of_image = np.unique(means, return_counts=True)
+  assert len(of_image) == 6
+  np.testing.assert_allclose(of_image / 2800, np.full(6, 1 / 6), atol=0.03)
 
 
 @pytest.mark.parametrize("loss", losses.LOSSES)

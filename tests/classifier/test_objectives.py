@@ -133,6 +133,7 @@ def test_weighted_means_are_those_of_pytorch(normalized):
   ours = losses.average(
     losses.cross_entropy(jnp.asarray(LOGITS, jnp.float32), LABELS),
     jnp.asarray(weights, jnp.float32)[LABELS],
+    jnp.ones(len(LABELS)),
     normalized,
   )
   arguments = torch.tensor(LOGITS), torch.tensor(LABELS)

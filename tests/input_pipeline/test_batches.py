@@ -45,6 +45,22 @@ def test_a_batch_is_a_pure_function_of_key_and_step():
     np.testing.assert_array_equal(pick(step), together[step])
 
 
+def test_a_shorter_run_fills_its_epochs_with_examples_at_random():
+  key, number, size, batch_size = jax.random.key(0), 6, 10, 4
+  pick = jax.jit(
+    jax.vmap(lambda n, s: batches.padded_epoch_indices(key, s, n, size, batch_size), (None, 0))
+  )
+  steps = jnp.arange(2500, dtype=jnp.int32)  # 1,000 epochs
+  index = np.asarray(pick(jnp.int32(number), steps)).reshape(-1, size)
+  times = np.stack([np.bincount(epoch, minlength=number) for epoch in index])
+  assert times.shape[1] == number and times.min() == 1
+  extra = times.sum(axis=0) - len(index)
+  assert stats.chisquare(extra).pvalue > 1e-3
+  whole = np.asarray(pick(jnp.int32(size), steps[:5]))
+  plain = [batches.epoch_indices(key, step, size, batch_size) for step in steps[:5]]
+  np.testing.assert_array_equal(whole, plain)
+
+
 def test_every_position_of_an_epoch_is_uniform():
   first = jax.jit(jax.vmap(lambda k: batches.epoch_indices(k, 0, 6, 2)))
   index = np.asarray(first(jax.random.split(jax.random.key(0), 3000)))
