@@ -73,9 +73,6 @@ class EmbeddingsConfig:
   split_seed: int = setting(
     0, "which rows the tail keeps; the others judge and are the oracle", between(0, 2**32 - 1)
   )
-  holdout: float = setting(
-    0.0, "share of each class's training rows kept for selection; 0: none", between(0, 0.5)
-  )
   skip_non_finite: bool = setting(False, "leave out rows with a NaN or an infinity, and say so")
 
   def __post_init__(self):
@@ -91,7 +88,6 @@ class LongTailEmbeddings(long_tail.LongTailLabels):
   """A long-tailed training set of embeddings, its test set, and what the long tail left out."""
 
   train_features: np.ndarray  # [N, D] float32, in the units of the file
-  holdout_features: np.ndarray
   left_out_features: np.ndarray
   test_features: np.ndarray
   train_rows: np.ndarray  # [N] int64, rows of the training file, from 0
@@ -136,22 +132,20 @@ def load(config: EmbeddingsConfig) -> LongTailEmbeddings:
     labels[rows], names, config.profile, config.imbalance, config.split_seed
   )
   kept, left_out = rows[kept], rows[left_out]
-  trained, held_out = long_tail.hold_out(kept, labels[kept], config.holdout, config.split_seed)
   return LongTailEmbeddings(
     name=pathlib.Path(config.train_path).name,
     class_names=names,
     profile=config.profile,
     imbalance=imbalance,
-    train_features=train.features[trained],
-    train_labels=labels[trained],
-    holdout_features=train.features[held_out],
-    holdout_labels=labels[held_out],
+    train_features=train.features[kept],
+    train_labels=labels[kept],
+    holdout_labels=labels[:0],
     left_out_features=train.features[left_out],
     left_out_labels=labels[left_out],
     test_features=test_features,
     test_labels=test_labels,
     split_sha256=long_tail.fingerprint(kept),
-    train_rows=trained.astype(np.int64),
+    train_rows=kept.astype(np.int64),
     label_values=values,
     num_skipped=num_skipped,
   )

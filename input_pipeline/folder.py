@@ -201,7 +201,22 @@ def _read(
   paths: Sequence[pathlib.Path], image_size: int, lazy: bool, skip_unreadable: bool, grey: bool
 ):
   """(images, indices [N] of what can be read, LeftOut of the others); decodes each file once."""
-  least = image_files.DECODED * image_size
+  least, first = image_files.DECODED * image_size, {}
+
+  def check_as_they_are(pixels: np.ndarray) -> None:
+    """All must be as large as one of them, and fit into memory; said before all are read."""
+    if len(shapes := {first.setdefault("shape", pixels.shape), pixels.shape}) > 1:
+      some = " and ".join(f"{w} x {h}" for h, w, _ in sorted(shapes))
+      raise DataError(
+        f"The images have different sizes (such as {some} pixels); give one with"
+        " --config.dataset.image_size."
+      )
+    if len(paths) * pixels.nbytes > _IN_MEMORY:
+      raise ConfigError(
+        f"The {len(paths):,} images beside {paths[0]} would take"
+        f" {len(paths) * pixels.nbytes / 2**30:.1f} GiB as they are; give their side as"
+        " --config.dataset.image_size, and they are read from disk if they are still too many."
+      )
 
   def view(path: pathlib.Path) -> np.ndarray | UnreadableError | None:
     try:
@@ -210,6 +225,8 @@ def _read(
         return None
       image = image_files.decode(path, least)
       pixels = resize_and_crop(image, image_size) if image_size else np.asarray(image)
+      if not image_size:
+        check_as_they_are(pixels)
       return np.asarray(Image.fromarray(pixels).convert("L"))[..., None] if grey else pixels
     except UnreadableError as error:
       return error
@@ -232,19 +249,7 @@ def _read(
   if lazy:
     reader = FolderImages([paths[i] for i in kept], least)
     return LazyImages(reader, image_size), kept, unreadable
-  return _stack([views[i] for i in kept]), kept, unreadable
-
-
-def _stack(images: Sequence[np.ndarray]) -> np.ndarray:
-  """[N, H, W, ch]."""
-  shapes = {image.shape for image in images}
-  if len(shapes) > 1:
-    some = ", ".join(f"{w} x {h}" for h, w, _ in sorted(shapes)[:3])
-    raise DataError(
-      f"The images have different sizes ({some}{', ...' if len(shapes) > 3 else ''} pixels); give"
-      " one with --config.dataset.image_size."
-    )
-  return np.stack(images)
+  return np.stack([views[i] for i in kept]), kept, unreadable
 
 
 def _split_off(root: pathlib.Path, part: Part, share: float, seed: int) -> tuple[Part, Part]:

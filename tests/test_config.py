@@ -366,7 +366,7 @@ OUT_OF_RANGE = {
   "features": {
     "experiment": ["memdiff"], "seeds": [(2**32,)],
     "dataset.test_share": [-0.1, 0.6], "dataset.test_seed": [-1], "dataset.profile": ["list"],
-    "dataset.imbalance": [0.9], "dataset.split_seed": [2**32], "dataset.holdout": [0.51],
+    "dataset.imbalance": [0.9], "dataset.split_seed": [2**32],
   },
   "classification": {
     "experiment": ["features"], "seeds": [(-1,)],

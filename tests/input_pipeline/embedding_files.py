@@ -90,7 +90,7 @@ def class_label(names, column="label"):
 
 def rows_of(data):
   """Everything that a split has of the file, as sorted (label, features) per row."""
-  parts = ("train", "holdout", "left_out", "test")
+  parts = ("train", "left_out", "test")
   return sorted(
     (int(label), *row.tolist())
     for part in parts

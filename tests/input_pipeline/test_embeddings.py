@@ -33,7 +33,7 @@ def test_a_test_set_is_either_given_or_split_off(tmp_path):
 
 @pytest.mark.parametrize(("name", "value"), [
   ("test_share", 0.6), ("test_share", -0.1), ("profile", "list"), ("imbalance", 0.5),
-  ("split_seed", -1), ("test_seed", 2**32), ("holdout", 0.7),
+  ("split_seed", -1), ("test_seed", 2**32),
 ])  # fmt: skip
 def test_values_out_of_range_are_refused(name, value):
   message = refusal("x.npz", ConfigError, **{name: value})
@@ -56,7 +56,7 @@ def test_every_format_reads_rows_and_labels_alike(tmp_path, form, labels, values
   assert data.num_classes == len(names)
   codes = [values.index(value) for value in labels.tolist()]
   assert rows_of(data) == expected_rows(FEATURES, codes)
-  for part in ("train", "test", "holdout", "left_out"):
+  for part in ("train", "test", "left_out"):
     features, own = getattr(data, f"{part}_features"), getattr(data, f"{part}_labels")
     assert features.dtype == np.float32 and features.shape == (len(own), 3)
     assert own.dtype == np.int32
@@ -221,26 +221,15 @@ def test_a_balanced_file_is_cut_by_the_published_rule(tmp_path, profile, seed):
   assert data.train_counts.tolist() == counts.tolist()
 
 
-def test_rows_are_held_out_and_the_split_stays_the_same(tmp_path):
-  settings = {"test_share": 0.0, "profile": "step", "imbalance": 2.0}
-  whole = load(balanced(tmp_path), **settings)
-  data = load(balanced(tmp_path), holdout=0.4, **settings)
-  assert np.bincount(data.holdout_labels).tolist() == [4, 2, 2]
-  assert data.split_sha256 == whole.split_sha256
-  held = data.holdout_features[:, 0].astype(int)
-  np.testing.assert_array_equal(held % 3, data.holdout_labels)
-  assert sorted([*data.train_rows, *held]) == sorted(whole.train_rows)
-
-
 def test_rows_are_numbered_as_in_the_file_where_some_are_left_out(tmp_path, capsys):
   path = balanced(tmp_path, spoilt=(0, 7, 11))
-  data = load(path, test_share=0.0, profile="step", imbalance=3.0, holdout=0.3,
-              skip_non_finite=True)  # fmt: skip
-  assert data.num_skipped == 3 and data.train_counts.tolist() == [7, 3, 3]
+  data = load(path, test_share=0.0, profile="step", imbalance=3.0, skip_non_finite=True)
+  assert data.num_skipped == 3 and data.train_counts.tolist() == [9, 3, 3]
   np.testing.assert_array_equal(data.train_features[:, 0], data.train_rows)
   np.testing.assert_array_equal(data.train_labels, data.train_rows % 3)
-  others = [*data.holdout_features[:, 0], *data.left_out_features[:, 0]]
-  assert sorted([*data.train_rows, *others]) == sorted(set(range(30)) - {0, 7, 11})
+  assert sorted([*data.train_rows, *data.left_out_features[:, 0]]) == sorted(
+    set(range(30)) - {0, 7, 11}
+  )
   assert capsys.readouterr().err == (
     f"memdiff: left out 3 rows of {path} (features, labels) that have a NaN or an infinity: 0, 7,"
     " 11\n"

@@ -152,7 +152,7 @@ def write_rows(path, **changes):
 
 def rows(path):
   config = features.get_config().dataset.to_dict()
-  config |= {"train_path": str(path), "test_share": 0.2, "holdout": 0.2, "skip_non_finite": True}
+  config |= {"train_path": str(path), "test_share": 0.2, "skip_non_finite": True}
   return embeddings.load(build(embeddings.EmbeddingsConfig, config)).fingerprints
 
 
@@ -170,7 +170,7 @@ def with_value(index, value):
   [
     ({"class_names": with_value(1, "z")}, {"class_names"}),
     ({"labels": lambda y: 2 - y}, None),
-    ({"features": lambda x: x + 1e-3}, {"train_features", "holdout_features", "test_features"}),
+    ({"features": lambda x: x + 1e-3}, {"train_features", "test_features"}),
     ({"features": with_value((0, 0), np.nan)}, None),
     ({"features": lambda x: np.roll(x, 1, axis=1)}, None),
   ],
@@ -186,7 +186,8 @@ def test_changed_rows_are_told(tmp_path, change, expected):
 def test_rows_that_are_written_anew_are_the_same(tmp_path):
   write_rows(tmp_path / "x.npz")
   before = rows(tmp_path / "x.npz")
-  assert {f"{p}_{what}" for p in PARTS for what in ("features", "labels")} < set(before)
+  parts = ("train", "left_out", "test")
+  assert {f"{p}_{what}" for p in parts for what in ("features", "labels")} < set(before)
   write_rows(tmp_path / "x.npz")
   os.utime(tmp_path / "x.npz", (1, 1))
   assert rows(tmp_path / "x.npz") == before
