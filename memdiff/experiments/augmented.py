@@ -54,7 +54,14 @@ from memdiff.experiments.augmented_settings import (
   rows_of,
   trainings,
 )
-from memdiff.experiments.base import Experiment, Kind, Phase, forward_images, last_metrics
+from memdiff.experiments.base import (
+  Experiment,
+  Kind,
+  Phase,
+  check_nothing_held_out,
+  forward_images,
+  last_metrics,
+)
 from memdiff.experiments.image_store import device_data
 from memdiff.runtime import loop, programs, results
 from memdiff.runtime.train_state import TrainState
@@ -228,7 +235,7 @@ _PHASES = (
 KIND = Kind(
   AugmentedConfig,
   images.load,
-  (check, prompting.check, text_to_image.check),
+  (check, prompting.check, text_to_image.check, check_nothing_held_out),
   _PHASES,
   report.render_html,
   report.text_table,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,8 @@ from input_pipeline.long_tail import LongTailLabels
 from memdiff.classifier import encoder, encoder_training, losses
 from memdiff.classifier.encoder_training import Recipe
 from memdiff.config import each, setting
-from memdiff.evaluation import report
+from memdiff.errors import ConfigError
+from memdiff.evaluation import report, scores
 from memdiff.memory import feature_space
 from memdiff.runtime import loop, programs, results
 from memdiff.runtime import mesh as mesh_lib
@@ -120,6 +122,25 @@ def bank_of_losses(settings: Any) -> tuple[str, ...]:
   return ("memory_bank",) if any(losses.LOSSES[loss].needs_bank for loss in trained) else ()
 
 
+def check_nothing_held_out(settings: Any, data: LongTailLabels) -> None:
+  """Of an experiment that chooses by cross-validation.
+
+  Raises:
+    ConfigError: if training examples are held out, which it would not use.
+  """
+  if settings.dataset.holdout:
+    raise ConfigError(
+      f"config.dataset.holdout is {settings.dataset.holdout:g}, but this experiment chooses by"
+      " cross-validation on the training set and would not use what is held out; set it to 0."
+    )
+  if number := len(data.holdout_labels):
+    print(
+      f"memdiff: the {number} held-out images are not used, since this experiment chooses by"
+      " cross-validation on the training set; move them to train/ to train on them.",
+      file=sys.stderr,
+    )
+
+
 def check_classifier(settings: Any, data: LongTailLabels) -> None:
   """Raises ConfigError if encoder and classifier do not fit each other or the images."""
   encoder.check(settings.encoder, data)
@@ -190,12 +211,12 @@ def _forward_program(
   return jax.jit(forward)
 
 
-def last_metrics(folder: pathlib.Path) -> dict[str, float]:
-  """The mean over seeds of every metric's last value, of a finished stage."""
+def last_metrics(folder: pathlib.Path) -> dict[str, float | None]:
+  """The mean over seeds of every metric's last value, of a finished stage; None if it is NaN."""
   last = {}
   for record in read_history(folder / "metrics.jsonl"):
     for name, values in record["metrics"].items():
-      last[f"{record['kind']}_{name}"] = float(np.mean(values))
+      last[f"{record['kind']}_{name}"] = scores.plain(np.mean(values))
   return last
 
 

@@ -28,6 +28,7 @@ from memdiff.experiments.base import (
   Kind,
   Phase,
   check_classifier,
+  check_nothing_held_out,
   forward_images,
   last_metrics,
   load_classifier,
@@ -218,5 +219,10 @@ _FEATURES = (
   _EVALUATION,
 )
 
-IMAGES = Kind(MemdiffConfig, dataset_lib.load, (check_classifier, check_memdiff), _MEMDIFF)
+IMAGES = Kind(
+  MemdiffConfig,
+  dataset_lib.load,
+  (check_classifier, check_memdiff, check_nothing_held_out),
+  _MEMDIFF,
+)
 EMBEDDINGS = Kind(FeatureConfig, embeddings.load, (check_features,), _FEATURES)

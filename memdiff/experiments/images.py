@@ -157,13 +157,6 @@ def _write_png(folder: pathlib.Path, start: int, images: np.ndarray, labels: np.
 
 
 _PHASES = (
-  Phase(
-    "network",
-    "training the classifier that judges, on all real images",
-    train_network,
-    ("seeds", "dataset", "encoder", "classifier", "loop"),
-    lambda settings: settings.evaluation.network == CLASSIFIER,
-  ),
   prompting.EMBED_CAPTIONS,
   Phase(
     "diffusion",
@@ -173,6 +166,13 @@ _PHASES = (
     compile_ahead=compile_denoisers,
   ),
   Phase("sampling", "drawing images", sample_images, ("sampling",)),
+  Phase(
+    "network",
+    "training the classifier that judges, on all real images",
+    train_network,
+    ("seeds", "dataset", "encoder", "classifier", "loop"),
+    lambda settings: settings.evaluation.network == CLASSIFIER,
+  ),
   Phase("evaluation", "judging and drawing", image_evaluation.evaluate, ("name", "evaluation")),
 )
 
