@@ -368,7 +368,8 @@ def _plain(value: Any) -> Any:
     return int(value)
   if isinstance(value, (str, type(None))):
     return value
-  names = list(value) if isinstance(value, Iterable) else []
+  listed = isinstance(value, Iterable) and not isinstance(value, Mapping)
+  names = list(value) if listed else []
   return names if names and all(isinstance(name, str) for name in names) else None
 
 

@@ -20,7 +20,7 @@ from memdiff.experiments import prompting, text_to_image
 from memdiff.experiments.augmented_critic import Critic, make_critic, make_judge, real_features
 from memdiff.experiments.augmented_runs import (
   Part,
-  lacking,
+  lacking_to,
   part_of,
   parts,
   pool_path,
@@ -300,7 +300,7 @@ def _unseen(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, n
 
 def _oracle(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, np.ndarray]:
   largest = int(experiment.dataset.train_counts.max())
-  return _left_out(experiment.dataset, lacking(experiment, part, largest)[run])
+  return _left_out(experiment.dataset, lacking_to(experiment, part, largest)[run])
 
 
 def _left_out(data: LongTailDataset, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

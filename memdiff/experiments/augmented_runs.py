@@ -8,7 +8,7 @@ import numpy as np
 
 from input_pipeline.dataset import LongTailDataset
 from memdiff.evaluation import cross_validation
-from memdiff.experiments.augmented_settings import CRITIC_LOSS, REAL, Row, Training
+from memdiff.experiments.augmented_settings import CRITIC_LOSS, REAL, Row, Training, lacking
 from memdiff.experiments.base import Experiment
 from memdiff.runtime import distributed, loop
 from memdiff.runtime.workdir import write_arrays, writing
@@ -78,14 +78,13 @@ def wanted(experiment: Experiment, part: Part) -> np.ndarray:
   In a fold, classes are filled up to the same share of the training images.
   """
   largest = int(experiment.dataset.train_counts.max())
-  return lacking(experiment, part, experiment.config.pool.fill_to or largest)
+  return lacking_to(experiment, part, experiment.config.pool.fill_to or largest)
 
 
-def lacking(experiment: Experiment, part: Part, fill: int) -> np.ndarray:
+def lacking_to(experiment: Experiment, part: Part, fill: int) -> np.ndarray:
   """How many images each class of each run has less than `fill`, less in a fold. [R, C]."""
-  data, counts = experiment.dataset, part.counts(experiment.dataset)
-  shares = counts.sum(axis=1) / len(data.train_labels)
-  return np.maximum(np.round(fill * shares).astype(int)[:, None] - counts, 0)
+  data = experiment.dataset
+  return lacking(part.counts(data), fill, len(data.train_labels))
 
 
 def classifier_folder(

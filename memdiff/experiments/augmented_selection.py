@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from memdiff.classifier.priors import log_prior
-from memdiff.errors import WorkdirError
 from memdiff.evaluation import calibration, cross_validation
 from memdiff.evaluation.method import Method
 from memdiff.experiments.augmented_runs import PREDICTIONS, Part, classifier_folder, part_of
 from memdiff.experiments.augmented_settings import Choice, Row, candidates, in_folds, rows_of
 from memdiff.experiments.base import Experiment
-from memdiff.runtime.workdir import read_arrays, write_arrays, write_json
+from memdiff.runtime.workdir import cannot_read, read_arrays, write_arrays, write_json
 
 
 def logits_of(
@@ -95,7 +94,4 @@ def load_selection(experiment: Experiment) -> tuple[dict[str, Choice], dict[str,
     choices = {method: Choice(**choice) for method, choice in saved["choices"].items()}
     return choices, saved["recommendation"]
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise WorkdirError(
-      f"Cannot read {path} ({error}); remove the folder {path.parent} and run the same command"
-      " again."
-    ) from error
+    raise cannot_read(path, error) from error

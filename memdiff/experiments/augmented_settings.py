@@ -3,6 +3,8 @@
 import dataclasses
 import pathlib
 
+import numpy as np
+
 from input_pipeline.augment import AugmentConfig
 from input_pipeline.dataset import DatasetConfig, LongTailDataset
 from memdiff.classifier import encoder, heads, losses
@@ -11,6 +13,7 @@ from memdiff.classifier.encoder import EncoderConfig
 from memdiff.classifier.encoder_training import ClassifierConfig
 from memdiff.config import Allowed, at_least, between, each, one_of, path_setting, setting, some_of
 from memdiff.errors import ConfigError
+from memdiff.evaluation import cross_validation
 from memdiff.evaluation.cross_validation import SelectionConfig
 from memdiff.experiments.base import check_classifier, check_seeds, seeds_field
 from memdiff.experiments.image_settings import check_guidance, check_unet, methods_field
@@ -317,6 +320,18 @@ def augmentation_of(config: AugmentedConfig, control: str, shape: tuple[int, ...
   return usual
 
 
+def lacking(counts: np.ndarray, fill: int, num_train: int) -> np.ndarray:
+  """How many images each class of each run has less than `fill`. [R, C].
+
+  Args:
+    counts: [R, C] training images.
+    fill: of runs that see all training images; of folds it is as much less as they see less.
+    num_train: all training images.
+  """
+  of_run = np.round(fill * counts.sum(axis=1) / num_train).astype(int)
+  return np.maximum(of_run[:, None] - counts, 0)
+
+
 def check(settings: AugmentedConfig, data: LongTailDataset) -> None:
   """Raises ConfigError if settings do not fit each other or the data."""
   if not settings.sources:
@@ -362,3 +377,12 @@ def check(settings: AugmentedConfig, data: LongTailDataset) -> None:
       f"Every class has {fill} images or more, so that none would be generated; raise"
       " config.pool.fill_to."
     )
+  if settings.selection.folds:
+    train, _ = cross_validation.fold_rows(data.train_labels, settings.selection)
+    seen = [data.train_labels[rows[rows >= 0]] for rows in train]
+    counts = np.stack([np.bincount(labels, minlength=data.num_classes) for labels in seen])
+    if not lacking(counts, fill, len(data.train_labels)).any(axis=1).all():
+      raise ConfigError(
+        f"config.pool.fill_to is {fill}, but a fold of cross-validation would lack no image; raise"
+        " it."
+      )

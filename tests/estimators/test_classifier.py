@@ -302,6 +302,15 @@ def test_parameters_may_be_of_numpy_and_are_saved_as_plain_ones(digits, tmp_path
   assert LongTailClassifier.load(tmp_path / "model.npz").get_params()["cv"] == 2
 
 
+def test_embeddings_of_classes_are_not_among_the_saved_parameters(digits, tmp_path):
+  X, y, _, _ = digits
+  words = np.array([f"digit {label}" for label in y])
+  table = {word: np.eye(10)[i] for i, word in enumerate(np.unique(words))}
+  model = LongTailClassifier(["lda"], class_embeddings=table, random_state=0).fit(X, words)
+  model.save(tmp_path / "model.npz")
+  assert LongTailClassifier.load(tmp_path / "model.npz").class_embeddings is None
+
+
 def test_a_file_that_cannot_be_written_is_named(model, tmp_path):
   with pytest.raises(DataError, match=r"Cannot write .*nowhere"):
     model.save(tmp_path / "nowhere" / "model.npz")

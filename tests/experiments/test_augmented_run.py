@@ -131,14 +131,16 @@ def test_every_image_says_where_it_comes_from(undisturbed):
     np.testing.assert_allclose(np.linalg.norm(gap, axis=1), arrays["nearest_distance"], rtol=1e-3)
 
 
-def test_folds_have_seen_nothing_of_what_they_are_judged_on(undisturbed):
-  workdir, _, _ = undisturbed
+def test_folds_learn_from_all_images_but_those_that_they_are_judged_on(undisturbed):
+  workdir, report, _ = undisturbed
+  every = np.arange(sum(report["dataset"]["train_counts"]))
   held = np.load(workdir / "selection" / "predictions.npz")
   for path, arrays in pools(workdir).items():
     if path.parts[0] == "folds" and not {"affine", "elastic"} & {*path.parts}:
       of_fold = held["example"][held["run"] == int(path.stem.removeprefix("run_"))]
       assert len(of_fold) > 100
       assert not np.isin(arrays["nearest_index"], of_fold).any()
+      np.testing.assert_array_equal(arrays["learned_from"], np.setdiff1d(every, of_fold))
 
 
 def test_a_new_head_stands_on_the_encoder_of_real_images(undisturbed):
