@@ -34,6 +34,10 @@ class Preempted(MemdiffError):
   exit_code = 143  # 128 + SIGTERM, as schedulers expect of a job that they stopped
 
 
+class OutOfMemoryError(MemdiffError):
+  """A device cannot hold what a program needs; the same command would fail again."""
+
+
 class LostProcessError(MemdiffError):
   """Another process of the run is gone; the same command on all hosts resumes it."""
 

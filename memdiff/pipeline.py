@@ -115,15 +115,16 @@ def run(config: Mapping[str, Any], workdir: str, *, tensorboard: bool, command: 
   Raises:
     MemdiffError: with a sentence for the user.
   """
-  kind, experiment = open_experiment(config, workdir, tensorboard=tensorboard, command=command)
-  try:
-    with experiment.run.preemption.listening(), distributed.noticing():
-      return _run_phases(experiment, kind)
-  finally:
+  with distributed.noticing():
+    kind, experiment = open_experiment(config, workdir, tensorboard=tensorboard, command=command)
     try:
-      experiment.run.tensorboard.close()  # raises what its thread has met
+      with experiment.run.preemption.listening():
+        return _run_phases(experiment, kind)
     finally:
-      experiment.workdir.close()
+      try:
+        experiment.run.tensorboard.close()  # raises what its thread has met
+      finally:
+        experiment.workdir.close()
 
 
 def _run_phases(experiment: Experiment, kind: Kind) -> dict:

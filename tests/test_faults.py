@@ -107,12 +107,10 @@ def test_only_one_sentence_is_a_refusal():
   ("sentence", "paths"),
   [
     ("No checkpoint in /a/b can be read (x); remove that folder to train.", ["/a/b"]),
-    ("/a/m.json is damaged; remove the folder /a to run the phase again.", ["/a"]),
-    ("Cannot read /a/f.npz (x); remove the folder /a and run.", ["/a"]),
+    ("/a/m.json is damaged; remove it to run the phase again.", ["/a/m.json"]),
     (
-      "/a/b holds no checkpoint of step 3, the end; remove the folder /a/b and the manifest.json"
-      " beside or in it to train.",
-      ["/a/b", "/a/b/manifest.json", "/a/manifest.json"],
+      "Cannot read /a/b/f.npz (x); remove /a/b/f.npz and /a/m.json and run.",
+      ["/a/b/f.npz", "/a/m.json"],
     ),
   ],
 )

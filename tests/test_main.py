@@ -208,10 +208,10 @@ def test_damaged_files_of_finished_phases_are_named(smoke_run):
   damaged.write_bytes(damaged.read_bytes()[:1000])
   (run / "heads" / "manifest.json").unlink()
   result = call(SMOKE, f"--workdir={run}", "--notensorboard")
-  expect_sentence(result, 1, "memdiff.npz", "remove the folder")
+  expect_sentence(result, 1, "memdiff.npz and", "manifest.json and run the same command")
   np.savez(damaged, features=np.array([{}], dtype=object))
   result = call(SMOKE, f"--workdir={run}", "--notensorboard")
-  expect_sentence(result, 1, "memdiff.npz", "remove the folder")
+  expect_sentence(result, 1, "memdiff.npz and", "manifest.json and run the same command")
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ def test_a_manifest_is_read_as_data_and_names_no_paths(tmp_path):
   assert workdir.folder("heads").parent == tmp_path / "run"
   assert json.loads((tmp_path / "run" / "heads" / "manifest.json").read_text())["finished"]
   (tmp_path / "run" / "heads" / "manifest.json").write_text('{"config": [], "finished": 1')
-  with pytest.raises(WorkdirError, match="is damaged; remove the folder"):
+  with pytest.raises(WorkdirError, match="is damaged; remove it"):
     workdir.manifest("heads")
   workdir.close()
 

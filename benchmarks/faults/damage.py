@@ -46,13 +46,12 @@ def files_in(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def to_remove(sentence: str) -> list[pathlib.Path]:
   """What a sentence says to remove, so that the same command can go on."""
-  named = re.findall(r"remove (?:the folder )?(/\S+)", sentence)
+  named = re.findall(r"(?:remove|and) (?:the folder )?(/\S+)", sentence)
   if "remove that folder" in sentence or "remove that file" in sentence:
     named = re.findall(r"(?:in|of|read) (/\S+)", sentence)[:1]
-  paths = [pathlib.Path(name.rstrip(";,.")) for name in named]
-  if "manifest.json beside or in it" in sentence:
-    paths += [p / "manifest.json" for path in paths for p in (path, path.parent)]
-  return paths
+  if "damaged; remove it" in sentence:
+    named = re.findall(r"^(/\S+)", sentence)
+  return [pathlib.Path(name.rstrip(";,.")) for name in named]
 
 
 def try_damage(

@@ -16,7 +16,7 @@ from memdiff.memory.feature_space import FeatureRuns
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.checkpoint import Checkpointer, abstract
 from memdiff.runtime.progress import Progress
-from memdiff.runtime.workdir import read_arrays, write_arrays
+from memdiff.runtime.workdir import cannot_read, read_arrays, write_arrays
 from memdiff.synthesis import class_embeddings
 
 _KNOWN = "class_embeddings"
@@ -151,10 +151,7 @@ def load_selection(experiment: Experiment) -> tuple[dict[str, Choice], dict | No
   try:
     saved = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
-    raise WorkdirError(
-      f"Cannot read {path} ({error}); remove the folder {path.parent} and run the same command"
-      " again."
-    ) from error
+    raise cannot_read(path, error) from error
   return {m: Choice(**c) for m, c in saved["choices"].items()}, saved["recommendation"]
 
 

@@ -7,6 +7,7 @@ each other, each of them ends with a sentence.
 import atexit
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import os
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 from jax._src.distributed import global_state  # the key-value store has no public name
 from jax.experimental import multihost_utils
 
-from memdiff.errors import ConfigError, LostProcessError, MemdiffError
+from memdiff.errors import ConfigError, LostProcessError, MemdiffError, OutOfMemoryError
 from memdiff.runtime import devices
 
 _BEAT = 2.0  # seconds between signs of life
@@ -161,12 +162,16 @@ class _Watch(threading.Thread):
     self.join()
 
   def run(self) -> None:
+    answered = time.monotonic()
     for beat in itertools.count():
       try:
         self._client.key_value_set(f"memdiff/alive/{jax.process_index()}", str(beat), True)
         signs = self._client.key_value_dir_get("memdiff/alive/")
-      except Exception:  # the coordinator is gone, and JAX itself ends the process
-        return
+        answered = time.monotonic()
+      except Exception:
+        if time.monotonic() - answered > self._timeout:
+          return  # the coordinator is gone, and JAX itself ends the process
+        signs = []
       now = time.monotonic()
       for name, sign in signs:
         if self._last.get(name, ("", 0.0))[0] != sign:
@@ -191,10 +196,16 @@ def abandon(error: MemdiffError) -> None:
 
 @contextlib.contextmanager
 def noticing():
-  """Turns the failure of a collective, whose partner is gone, into a sentence."""
+  """Turns two failures of XLA into sentences: no memory, and a collective without its partner."""
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
+    if str(error).startswith("RESOURCE_EXHAUSTED"):
+      raise OutOfMemoryError(
+        f"A device has too little memory ({_first_line(error)}); lower the batch_size or chunk_size"
+        " of the phase that was running, or split parameters with"
+        " --config.execution.parameters=fsdp, and run the same command again."
+      ) from error
     if jax.process_count() == 1:
       raise
     raise LostProcessError(
@@ -212,6 +223,14 @@ def barrier(name: str) -> None:
   """Waits until all processes are here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def has_main(text: str) -> bool:
+  """Whether the main process has the same text."""
+  if jax.process_count() == 1:
+    return True
+  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
+  return bool((multihost_utils.broadcast_one_to_all(digest) == digest).all())
 
 
 def from_main(number: int) -> int:

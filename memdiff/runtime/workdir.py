@@ -78,10 +78,17 @@ def read_arrays(path: pathlib.Path, names: Collection[str] | None = None) -> dic
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
       return {name: arrays[name] for name in (arrays.files if names is None else names)}
   except Exception as error:  # zipfile and zlib raise many types for torn files
-    raise WorkdirError(
-      f"Cannot read {path} ({error}); remove the folder {path.parent} and run the same command"
-      " again."
-    ) from error
+    raise cannot_read(path, error) from error
+
+
+def cannot_read(path: pathlib.Path, error: Exception) -> WorkdirError:
+  """A phase whose manifest is gone runs again, and makes what is missing of its files."""
+  manifests = (folder / "manifest.json" for folder in path.parents)
+  files = [path, *[manifest for manifest in manifests if manifest.exists()][:1]]
+  return WorkdirError(
+    f"Cannot read {path} ({error}); remove {' and '.join(map(str, files))} and run the same command"
+    " again."
+  )
 
 
 class Workdir:
@@ -114,9 +121,7 @@ class Workdir:
       dict(manifest["config"]), manifest["finished"]  # both are there
       return manifest
     except (ValueError, KeyError, TypeError):
-      raise WorkdirError(
-        f"{path} is damaged; remove the folder {path.parent} to run the phase again."
-      ) from None
+      raise WorkdirError(f"{path} is damaged; remove it to run the phase again.") from None
 
   def begin(self, phase: str, config: Mapping[str, Any]) -> bool:
     """Announces that `phase` is to run with `config` (flat: field name -> value).
@@ -125,14 +130,21 @@ class Workdir:
       True if the phase has already finished with this very config.
 
     Raises:
-      WorkdirError: if it ran, or began, with another config.
+      WorkdirError: if it ran, or began, with another config, or another process has another one.
     """
     manifest = self.manifest(phase)
     distributed.barrier(f"manifest of {phase}")  # before the main process writes it
     config = json.loads(json.dumps(config))
     if manifest is None:
+      if not distributed.has_main(json.dumps(config, sort_keys=True)):
+        raise WorkdirError(
+          f"Process {jax.process_index()} was started with another config than process 0, or reads"
+          " other data; start the same command on every host, and give all the same data."
+        )
       with writing(self.folder(phase)):
         self.folder(phase).mkdir(parents=True, exist_ok=True)
+        if distributed.is_main():  # of what was here before
+          (self.path / "report.json").unlink(missing_ok=True)
       write_json(self.folder(phase) / "manifest.json", {"config": config, "finished": False})
       return False
     old = manifest["config"]

@@ -787,7 +787,7 @@ def test_heads_are_read_as_they_were_trained_each_loss_by_itself(experiment, nam
 def test_a_broken_choice_is_named_with_what_to_remove(experiment, monkeypatch, tmp_path):
   (tmp_path / "choices.json").write_text("{")
   monkeypatch.setattr(experiment.workdir, "folder", lambda _: tmp_path)
-  with pytest.raises(WorkdirError, match=r"Cannot read .*choices\.json .* remove the folder"):
+  with pytest.raises(WorkdirError, match=r"Cannot read .*; remove .*choices\.json and run"):
     feature_store.load_selection(experiment)
 
 

@@ -69,7 +69,9 @@ def test_the_blend_is_recommended_unless_another_is_clearly_better(finished):
   _, report = finished
   found = report["recommendation"]
   assert found["control"] == "real+blend" == report["comparison"]["control"]
-  assert found["method"] in ("real+blend", found["best"])
+  is_better = found["method"] != "real+blend"
+  assert is_better == (found["interval"][0] > 0)
+  assert not is_better or found["method"] == found["best"]
 
 
 def test_what_was_fitted_is_said_and_kept(finished):

@@ -109,14 +109,18 @@ def test_folds_know_only_the_captions_of_their_own_images(undisturbed):
   workdir, report, _ = undisturbed
   rare = report["dataset"]["class_names"].index("blue-thing")
   held = np.load(workdir / "selection" / "predictions.npz")
-  seen = set()
+  names = sorted(COUNTS)  # images in the order of the classes and of their files
+  files = [(name, i) for name in names for i in sorted(range(COUNTS[name]), key=str)]
   for number in range(2):
     arrays = pool(workdir, "balanced+prompted", "folds", number)
     prompts = set(arrays["prompt"][arrays["labels"] == rare])
-    known = COUNTS["blue-thing"] - (held["run"] == number)[held["label"] == rare].sum()
-    assert 0 < len(prompts) <= known
-    seen |= prompts
-  assert len(seen) > 1
+    others = {files[row] for row in held["example"][held["run"] == number]}
+    own = {
+      "blue thing" if f"{name}/{i}.png" == UNCAPTIONED else caption_of(name, i)
+      for name, i in files
+      if name == "blue-thing" and (name, i) not in others
+    }
+    assert 0 < len(own) < COUNTS["blue-thing"] and prompts == own
 
 
 def test_all_prompts_share_one_training(undisturbed):

@@ -344,7 +344,7 @@ def test_where_no_checkpoint_can_be_read_the_folder_is_named(mesh, tmp_path):
 
 def test_an_unfinished_stage_has_no_result(mesh, tmp_path):
   kill_at(mesh, tmp_path, 20)
-  with pytest.raises(WorkdirError, match=r"Cannot read .*result\.npz .*remove the folder"):
+  with pytest.raises(WorkdirError, match=r"Cannot read .*; remove .*result\.npz and run"):
     results.load(tmp_path, mesh)
 
 

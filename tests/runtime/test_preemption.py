@@ -58,7 +58,7 @@ def test_between_phases_the_next_one_is_not_begun(mesh):
       preemption.check("before the phase heads")
 
 
-def test_a_stopped_run_keeps_what_every_so_many_steps_asks_for(mesh, tmp_path):
+def test_checkpoints_of_every_so_many_steps_stay(mesh, tmp_path):
   run = support.make_run(mesh, SEEDS, 5, keep_every=10, keep_checkpoints=1)
   loop.train(make_stage(), run, tmp_path)
   kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())

@@ -221,7 +221,10 @@ def test_damaged_arrays_name_the_folder_to_remove(tmp_path, damage):
   else:
     path.write_bytes(changed[damage])
   message = message_of(read_arrays, path)
-  assert f"Cannot read {path}" in message and f"remove the folder {folder}" in message
+  assert f"Cannot read {path}" in message and f"remove {path} and run" in message
+  (tmp_path / "manifest.json").write_text("{}")  # of the phase
+  message = message_of(read_arrays, path)
+  assert f"remove {path} and {tmp_path / 'manifest.json'} and run the same command" in message
 
 
 # --- manifests -------------------------------------------------------------------------------
@@ -302,6 +305,26 @@ def test_tuples_and_lists_are_the_same_config(workdir):
   assert workdir.begin("encoder", {"sizes": [1, 2]})
 
 
+def test_a_report_of_what_was_here_before_goes_with_the_first_new_phase(workdir):
+  workdir.begin("encoder", {"a": 1})
+  (workdir.path / "report.json").write_text("{}")
+  workdir.begin("encoder", {"a": 1})
+  assert (workdir.path / "report.json").exists()
+  workdir.begin("heads", {"a": 1})
+  assert not (workdir.path / "report.json").exists()
+
+
+def test_a_process_with_another_config_or_other_data_is_told(workdir, monkeypatch):
+  said = []
+  monkeypatch.setattr(
+    "memdiff.runtime.workdir.distributed.has_main", lambda text: said.append(text)
+  )
+  message = message_of(workdir.begin, "encoder", {"data/train_images": "ab", "rate": 0.1})
+  assert "another config than process 0, or reads other data" in message
+  assert said == ['{"data/train_images": "ab", "rate": 0.1}']
+  assert workdir.manifest("encoder") is None
+
+
 @pytest.mark.parametrize(
   "content", ["", "{", "[]", "3", "null", '{"config": {}}', '{"finished": true}', '"text"']
 )
@@ -311,7 +334,7 @@ def test_a_damaged_manifest_is_named(workdir, content):
   path.write_text(content)
   for call in (workdir.manifest, lambda phase: workdir.begin(phase, {"a": 1})):
     message = message_of(call, "encoder")
-    assert f"{path} is damaged" in message and f"remove the folder {path.parent}" in message
+    assert f"{path} is damaged; remove it" in message
 
 
 def test_a_manifest_that_is_no_text_is_named(workdir):
