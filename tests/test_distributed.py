@@ -86,11 +86,15 @@ def start(workdir, number=None, count=2, port=0, *arguments, settings=DIGITS):
   )  # fmt: skip
 
 
-def start_both(workdir, settings=DIGITS):
+def start_both(workdir, settings=DIGITS, *of_second):
+  """Two processes; the second one with more arguments."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
-  return [start(workdir, number, 2, port, settings=settings) for number in (0, 1)]
+  return [
+    start(workdir, number, 2, port, *more, settings=settings)
+    for number, more in ((0, ()), (1, of_second))
+  ]
 
 
 def end(processes):
@@ -217,6 +221,15 @@ def stop(processes, receivers):
   assert codes == [143, 143], ends_of(texts)
   for text in texts:
     assert "Stopped by SIGTERM" in said(text)[-1] and "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_a_process_with_another_config_ends_the_run_before_it_trains(tmp_path):
+  workdir = tmp_path / "run"
+  codes, texts = end(start_both(workdir, DIGITS, "--config.encoder.backbone.scale=20.0"))
+  assert codes[1] == 1 and codes[0] == 75, ends_of(texts)
+  assert "Process 1 was started with another config than process 0" in said(texts[1])[-1]
+  assert not any(workdir.rglob("metrics.jsonl"))
 
 
 @pytest.mark.slow
