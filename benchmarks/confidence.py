@@ -109,7 +109,7 @@ def outcomes(e: Experiment, generator: str) -> dict[str, Outcome]:
 
   @jax.jit
   def logits_of(params, features):
-    logits = jax.vmap(feature_space.logits_of)(params, features)
+    logits = jax.vmap(feature_space.linear_logits)(params, features)
     return logits - logits.mean(axis=-1, keepdims=True)
 
   found = {}

@@ -17,6 +17,7 @@ from input_pipeline.dataset import LongTailDataset
 from memdiff.classifier import encoder, image_batches, losses, posthoc
 from memdiff.classifier.encoder_training import Recipe
 from memdiff.config import above, at_least, between, setting, some_of
+from memdiff.memory.feature_space import linear_logits
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
@@ -126,4 +127,4 @@ def trained_logits(method: str, params, own_head, features: jax.Array) -> jax.Ar
   """Logits [N, C] of a head that `make_stage` trained; `own_head` is the encoder's."""
   if method == "lws":
     return posthoc.scaled_logits(own_head, params["scale"], features)
-  return posthoc.linear_logits(params, features)
+  return linear_logits(params, features)

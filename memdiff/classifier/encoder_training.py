@@ -20,6 +20,7 @@ from memdiff.classifier import added, added_images, encoder, image_batches, loss
 from memdiff.classifier.added import AddedRows, Pool
 from memdiff.classifier.added_images import AddedImagesConfig, Drawn
 from memdiff.classifier.encoder import EncoderConfig
+from memdiff.classifier.image_batches import PreparedBatch
 from memdiff.classifier.losses import LossConfig
 from memdiff.config import at_least, one_of, setting, some_of
 from memdiff.errors import ConfigError
@@ -223,21 +224,6 @@ def _make_init(setup: _Setup, weights: str | None) -> Callable:
   return init
 
 
-def seen(logits: jax.Array, features: jax.Array, prepared: Any) -> losses.Batch:
-  """What a network says of the first view of a batch that the stage has prepared."""
-  _, rows, partner, share = prepared
-  size, mixed = len(rows.labels), partner is not None
-  return losses.Batch(
-    logits=logits[:size],
-    features=features[:size],
-    labels=rows.labels,
-    partner_labels=rows.labels[partner] if mixed else None,
-    share=share,
-    weight=rows.weight,
-    partner_weight=rows.weight[partner] if mixed and rows.weight is not None else None,
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class _Program:
   """The functions of a stage.
@@ -286,8 +272,7 @@ class _Program:
     num_steps = self.setup.config.num_steps(self.num_examples)
     return self.setup.recipe.images.weight_at(step, num_steps)
 
-  def prepare(self, state: TrainState, shared: Any, per_seed: Any):
-    """The loss's views of a batch, one after the other, its rows, and mixup's partners."""
+  def prepare(self, state: TrainState, shared: Any, per_seed: Any) -> PreparedBatch:
     config = self.setup.config
     rows = self.draw(state, shared, per_seed)
     images, rows = rows.images, rows.replace(images=None)
@@ -306,7 +291,7 @@ class _Program:
     partner = share = None
     if config.augment.mixup > 0:
       views[0], partner, share = augment.mixup(stream(key, "mixup"), views[0], config.augment.mixup)
-    return jnp.concatenate(views), rows, partner, share
+    return PreparedBatch(jnp.concatenate(views), rows, partner, share)
 
   def step(self, state: TrainState, shared: Any, per_seed: Any):
     batch = self.prepare(state, shared, per_seed)
@@ -335,7 +320,7 @@ class _Program:
     (value, (logits, features, changes)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
       state.params
     )
-    rows = batch[1]
+    rows = batch.rows
     real = jnp.ones(rows.labels.shape, bool) if rows.real is None else rows.real
     changes["bank"] = state.bank and memory_bank.update(
       state.bank,
@@ -354,14 +339,16 @@ class _Program:
     optimizer = self.setup.optimizer(self.setup.config.num_steps(self.num_examples))
     return train_state.apply_gradients(state, gradients, optimizer, **changes), metrics
 
-  def _loss(self, params: Any, state: TrainState, batch: Any, objective: losses.Objective):
+  def _loss(
+    self, params: Any, state: TrainState, batch: PreparedBatch, objective: losses.Objective
+  ):
     """(loss, (logits, features, changed fields of the state)), of the first view's rows."""
-    images, config = batch[0], self.setup.config.loss_parameters
+    config = self.setup.config.loss_parameters
     variables = {"params": params, "batch_stats": state.model_state}
     (logits, features), updates = self.setup.model.apply(
-      variables, images, train=True, mutable=["batch_stats"]
+      variables, batch.images, train=True, mutable=["batch_stats"]
     )
-    rows = seen(logits, features, batch)
+    rows = image_batches.seen(logits, features, batch)
     size = len(rows.labels)
     value, loss_state = objective(rows, state.loss_state, state.step, state.bank)
     statistics = updates["batch_stats"]
@@ -380,7 +367,7 @@ class _Program:
     key = stream(state.key, "added", state.step)
     number = self.setup.recipe.added.batch_size
     features, labels, trust = added.draw(key, pool, state.bank, number)
-    logits = feature_space.logits_of(params["head"], features)
+    logits = feature_space.linear_logits(params["head"], features)
     rows = trust * objective.weighted_rows(logits, labels, state.step)
     return len(pool.labels) / self.num_examples * rows.mean()
 

@@ -21,7 +21,7 @@ from memdiff.classifier import losses
 from memdiff.classifier.priors import effective_number, log_shares
 from memdiff.config import at_least, between, one_of, setting
 from memdiff.memory.exemplars import Exemplars
-from memdiff.memory.feature_space import logits_of
+from memdiff.memory.feature_space import linear_logits
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
@@ -238,7 +238,7 @@ def predict(
 
   def of_head(arguments):
     params, prior, run = arguments
-    logits = logits_of(params, features[run])
+    logits = linear_logits(params, features[run])
     lower = taus[:, None] * log_shares(prior)[None]
     return jax.vmap(lambda offset: (logits - offset[None]).argmax(axis=-1))(lower)
 
@@ -362,7 +362,7 @@ def _program(config: HeadConfig, mesh: Mesh) -> _Program:
     gamma = losses.deferred(per_seed["gamma"], state.step, start_step)
 
     def loss_of(params):
-      logits = logits_of(params, features) + per_seed["offset"][None]
+      logits = linear_logits(params, features) + per_seed["offset"][None]
       value = losses.weighted_cross_entropy(logits, label, gamma[label] * trust)
       return value + per_seed["l2"] / 2 * jnp.square(params["kernel"]).sum()
 
@@ -370,7 +370,7 @@ def _program(config: HeadConfig, mesh: Mesh) -> _Program:
     return train_state.apply_gradients(state, gradients, optimizer), {"loss": loss}
 
   def evaluate(state, data, per_seed):
-    logits = logits_of(state.params, data.test_features[per_seed["run"]])
+    logits = linear_logits(state.params, data.test_features[per_seed["run"]])
     return {"accuracy": jnp.mean(logits.argmax(axis=-1) == data.test_labels[per_seed["run"]])}
 
   return _Program(init, draw, step, evaluate)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.struct
 import jax
 import numpy as np
 
@@ -9,7 +10,8 @@ from input_pipeline import augment, streaming
 from input_pipeline.augment import AugmentConfig
 from input_pipeline.dataset import LongTailDataset
 from input_pipeline.streaming import Order, StreamConfig
-from memdiff.classifier import encoder
+from memdiff.classifier import encoder, losses
+from memdiff.classifier.added_images import Drawn
 from memdiff.classifier.encoder import EncoderConfig
 from memdiff.runtime.random import stream
 
@@ -74,3 +76,35 @@ def fold_data(
     ),
     "statistics": jax.tree.map(lambda *leaves: np.stack(leaves), *statistics),
   }
+
+
+@flax.struct.dataclass
+class PreparedBatch:
+  """What a step is trained on.
+
+  Attributes:
+    images: [V B, H, W, ch] float32, the loss's V views of B images, one after the other.
+    rows: labels and weights of the B images.
+    partner: [B] the rows that mixup has mixed in; None: it is off.
+    share: [] in [0, 1], of each image itself in mixup.
+  """
+
+  images: jax.Array
+  rows: Drawn
+  partner: jax.Array | None = None
+  share: jax.Array | None = None
+
+
+def seen(logits: jax.Array, features: jax.Array, batch: PreparedBatch) -> losses.Batch:
+  """What a network says of the first view of a batch."""
+  rows, partner = batch.rows, batch.partner
+  size, mixed = len(rows.labels), partner is not None
+  return losses.Batch(
+    logits=logits[:size],
+    features=features[:size],
+    labels=rows.labels,
+    partner_labels=rows.labels[partner] if mixed else None,
+    share=batch.share,
+    weight=rows.weight,
+    partner_weight=rows.weight[partner] if mixed and rows.weight is not None else None,
+  )

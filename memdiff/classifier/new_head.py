@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memdiff.classifier import added_images, encoder, encoder_training, losses, posthoc
+from memdiff.classifier import added_images, encoder, image_batches, losses
 from memdiff.classifier.encoder_training import Recipe
+from memdiff.memory.feature_space import linear_logits
 from memdiff.runtime import train_state
 from memdiff.runtime.loop import Stage
 from memdiff.runtime.random import stream
@@ -79,12 +80,12 @@ def _functions(
 
   def step(state, shared, per_seed):
     prepared = batch(state, shared, per_seed)
-    _, features = model.apply(per_seed["encoder"], prepared[0], train=False)
+    _, features = model.apply(per_seed["encoder"], prepared.images, train=False)
     objective = objective_of(state, per_seed)
 
     def loss_of(params):
-      logits = posthoc.linear_logits(params, features)
-      return objective(encoder_training.seen(logits, features, prepared), {}, state.step)[0]
+      logits = linear_logits(params, features)
+      return objective(image_batches.seen(logits, features, prepared), {}, state.step)[0]
 
     value, gradients = jax.value_and_grad(loss_of)(state.params)
     return train_state.apply_gradients(state, gradients, optimizer), {"loss": value}

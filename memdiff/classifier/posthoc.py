@@ -10,12 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from memdiff.classifier.priors import log_prior
+from memdiff.memory.feature_space import linear_logits
 
 TAUS = tuple(np.linspace(0, 2, 21).round(1).tolist())  # Kang et al. 2020 sweep [0, 2]
-
-
-def linear_logits(head: Mapping[str, jax.Array], features: jax.Array) -> jax.Array:
-  return features @ head["kernel"] + head["bias"][None]
 
 
 def adjusted_logits(logits: jax.Array, counts: jax.Array, tau: float) -> jax.Array:

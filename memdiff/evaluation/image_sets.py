@@ -70,7 +70,9 @@ class ImageSet:
 
 
 def _resized(image: Image.Image, side: int) -> Image.Image:
-  return image if image.size == (side, side) else image.resize((side, side), Image.BICUBIC)
+  return (
+    image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC)
+  )
 
 
 def read(path: str) -> ImageSet | np.ndarray:

@@ -90,7 +90,7 @@ def read_exemplars(folder: pathlib.Path, shape: Sequence[int]) -> np.ndarray:
   images = []
   for path in files:
     try:
-      image = image_files.decode(path).resize((width, height), Image.BICUBIC)
+      image = image_files.decode(path).resize((width, height), Image.Resampling.BICUBIC)
     except image_files.UnreadableError as error:
       raise DataError(f"The image {path} cannot be used: {error}.") from error
     pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))

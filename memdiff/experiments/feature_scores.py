@@ -23,7 +23,7 @@ from memdiff.experiments.methods import (
   describe_own,
   own_tau,
 )
-from memdiff.memory.feature_space import logits_of
+from memdiff.memory.feature_space import linear_logits
 
 JOINT = "joint"  # joint:<generator>+<loss>
 
@@ -77,7 +77,7 @@ def classify(
   )
 
 
-_logits = jax.jit(jax.vmap(logits_of))
+_logits = jax.jit(jax.vmap(linear_logits))
 
 
 def _own_heads(

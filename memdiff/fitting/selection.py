@@ -295,8 +295,8 @@ def select(
     "scores": {name: float(judged.score(crossed[name])) for name in wanted},
     "weights": weights,
   } | of_extra
-  beside = f", plain logistic regression {found['plain']:.3f}" if PLAIN in known else ""
-  say(f"{judged.criterion} {found['score']:.3f} on held-out examples{beside}")
+  plain = f", plain logistic regression {found['plain']:.3f}" if PLAIN in known else ""
+  say(f"{judged.criterion} {found['score']:.3f} on held-out examples{plain}")
   logits = blend.blended(choice.weights[used], [choice.parts[name] for name in blends[used]])
   return Selected(
     settings={name: known[name].settings[choice.settings[name]] for name in families},

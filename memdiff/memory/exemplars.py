@@ -54,18 +54,6 @@ def deviations(exemplars: Exemplars) -> jax.Array:
   return jnp.where(inside[:, None], exemplars.features - centres, 0.0)
 
 
-def class_covariances(exemplars: Exemplars) -> jax.Array:
-  """Unbiased covariance of each class; zeros for classes with fewer than two members. [C, D, D]."""
-  counts, residuals = exemplars.by_class.counts, deviations(exemplars)
-  num_classes = counts.shape[0]
-
-  def of_class(label):
-    of_class = jnp.where((exemplars.labels == label)[:, None], residuals, 0.0)
-    return of_class.T @ of_class / jnp.maximum(counts[label] - 1, 1)
-
-  return jax.lax.map(of_class, jnp.arange(num_classes))
-
-
 def within_covariance(exemplars: Exemplars) -> jax.Array:
   """Pooled covariance within classes, divided by N - C (of classes with members). [D, D]."""
   counts, residuals = exemplars.by_class.counts, deviations(exemplars)

@@ -8,7 +8,7 @@ encoder's own units.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -229,8 +229,8 @@ def _exact_product(mean: jax.Array, kernel: jax.Array) -> jax.Array:
   return jnp.matmul(mean, kernel, precision=jax.lax.Precision.HIGHEST)
 
 
-def logits_of(head: dict[str, jax.Array], features: jax.Array) -> jax.Array:
-  """[N, D] -> [N, C]."""
+def linear_logits(head: Mapping[str, jax.Array], features: jax.Array) -> jax.Array:
+  """Logits [N, C] of a head {"kernel" [D, C], "bias" [C]} on features [N, D]."""
   return features @ head["kernel"] + head["bias"][None]
 
 

@@ -91,7 +91,7 @@ def blame(metrics: dict[str, np.ndarray], seed: int, offset: int) -> str:
 def dump(batch: Any, folder: pathlib.Path, stage: str, step: int, seed: int) -> pathlib.Path:
   """Writes the batch that a bad step met as a .npz file; names are places in the batch's tree."""
   path = folder / f"non_finite_step_{step}_seed_{seed}.npz"
-  leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
+  leaves, _ = jax.tree.flatten_with_path(batch)
   arrays = {
     jax.tree_util.keystr(place, simple=True, separator="/") or "batch": leaf
     for place, leaf in leaves

@@ -126,7 +126,7 @@ class Run:
   progress: Progress
   tensorboard: TensorBoard
   preemption: Preemption
-  execution: ExecutionConfig = ExecutionConfig("replicated", False, "", ())
+  execution: ExecutionConfig = ExecutionConfig()
   streams: str = ""
 
   def keys(self, name: str) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 from memdiff.config import above, one_of, setting
 from memdiff.memory import exemplars as exemplars_lib
 from memdiff.memory.exemplars import Exemplars
-from memdiff.memory.feature_space import logits_of
+from memdiff.memory.feature_space import linear_logits
 
 _EPSILON = 1e-8
 _TINY = 1e-30  # far below any confidence, but not zero
@@ -113,7 +113,7 @@ def real_confidence(name: str, exemplars: Exemplars, head) -> jax.Array:
   n = counts[label][:, None].astype(jnp.float32)
   others = (n * means[label] - exemplars.features) / jnp.maximum(n - 1, 1)
   centre = means.sum(axis=0) / jnp.maximum((counts > 0).sum(), 1)
-  logits = logits_of(head, exemplars.features)
+  logits = linear_logits(head, exemplars.features)
   return CONFIDENCES[name](exemplars.features, others, centre, logits, label)
 
 
@@ -161,7 +161,7 @@ def confidence(
   """
   means, counts = known.means, known.counts
   centre = means.sum(axis=0) / jnp.maximum((counts > 0).sum(), 1)
-  logits = logits_of(head, features)
+  logits = linear_logits(head, features)
   values = CONFIDENCES[config.name](features, means[labels], centre, logits, labels)
   if known.typical is not None:
     values = jnp.minimum(values / jnp.maximum(known.typical, _TINY)[labels], 1.0)

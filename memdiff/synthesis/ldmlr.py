@@ -83,7 +83,9 @@ ROWS = {
     ema_decay=0.0,  # the average is the weights
     batch_size=256,
     num_steps=8643,  # 201 epochs of CIFAR-100-LT at imbalance 100
-    optimizer=OptimizerConfig("sgd", 1e-4, "constant", (), (), 0.0, False, 0.0, 0.0, 0.0, 1),
+    optimizer=OptimizerConfig(
+      "sgd", 1e-4, "constant", milestones=(), factors=(), momentum=0.0, weight_decay=0.0, warmup=0.0
+    ),
     sampler="ddpm",
     sample_steps=1000,
     x0_limit=1.0,
@@ -99,7 +101,16 @@ ROWS = {
     ema_decay=0.999,
     batch_size=256,
     num_steps=8643,
-    optimizer=OptimizerConfig("adamw", 3e-4, "cosine", (), (), 0.9, False, 0.01, 0.05, 1.0, 1),
+    optimizer=OptimizerConfig(
+      "adamw",
+      3e-4,
+      "cosine",
+      milestones=(),
+      factors=(),
+      weight_decay=0.01,
+      warmup=0.05,
+      clip_norm=1.0,
+    ),
     sampler="ddim",
     sample_steps=50,
     x0_limit=8.0,

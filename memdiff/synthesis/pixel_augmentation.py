@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from memdiff.config import between, setting
 from memdiff.runtime.random import normal, stream
 
-LENGTH = 9  # of the vector
 _STEP = 0.2  # log2 of a scaling or stretching by one
 _SHIFT = 0.125  # of a side, a move by one
 _KNOTS = 3  # of a bent image, per side

@@ -56,7 +56,7 @@ def fold_of(stage):
 def drawn(stage, number):
   """The rows of the first steps."""
   state, fold = jax.jit(stage.init)(training.KEY, ()), fold_of(stage)
-  draw = jax.jit(lambda step: stage.batch(state.replace(step=step), stage.shared, fold)[1])
+  draw = jax.jit(lambda step: stage.batch(state.replace(step=step), stage.shared, fold).rows)
   return [jax.tree.map(np.asarray, draw(jnp.int32(step))) for step in range(number)]
 
 
@@ -99,7 +99,7 @@ def test_images_of_a_pool_that_is_not_full_are_drawn_evenly(mesh, way):
   """Five of nine places are used; no class of the first ones comes more often."""
   stage = stage_of(mesh, AddedImagesConfig(way=way), pool(used=5))
   state, fold = jax.jit(stage.init)(training.KEY, ()), fold_of(stage)
-  draw = jax.vmap(lambda step: stage.batch(state.replace(step=step), stage.shared, fold)[1])
+  draw = jax.vmap(lambda step: stage.batch(state.replace(step=step), stage.shared, fold).rows)
   rows = jax.tree.map(np.asarray, jax.jit(draw)(jnp.arange(1000)))
   labels = rows.labels[~rows.real]
   shares = np.bincount(labels, minlength=3) / len(labels)
@@ -238,7 +238,7 @@ def test_effective_counts_are_in_proportion_to_the_weights_that_the_loss_sees(me
   made, real = pool(used=5), np.bincount(data_of().train_labels)
   stage = stage_of(mesh, config, made)
   state, fold = jax.jit(stage.init)(training.KEY, ()), fold_of(stage)
-  draw = jax.vmap(lambda step: stage.batch(state.replace(step=step), stage.shared, fold)[1])
+  draw = jax.vmap(lambda step: stage.batch(state.replace(step=step), stage.shared, fold).rows)
   rows = jax.tree.map(np.asarray, jax.jit(draw)(jnp.arange(1000)))
   seen = np.bincount(rows.labels.ravel(), rows.weight.ravel())
   counts = added_images.effective_counts(config, jnp.asarray(real), made, jnp.float32(0.5), 7)

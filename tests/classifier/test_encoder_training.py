@@ -473,13 +473,11 @@ def test_a_fold_draws_its_own_images_evenly_however_few_they_are(mesh):
   stage = make(mesh, config=changed(CONFIG, batch_size=7), data=data, rows=rows)
   fold = jax.tree.map(lambda x: x[0], stage.per_seed)
   state = jax.jit(stage.init)(KEY, fold)
-  draw = jax.jit(
-    jax.vmap(lambda step: stage.batch(state.replace(step=step), stage.shared, fold)[:2])
-  )
-  images, drawn = draw(jnp.arange(400))
-  times = np.bincount(np.asarray(drawn.labels).ravel(), minlength=3)
+  draw = jax.jit(jax.vmap(lambda step: stage.batch(state.replace(step=step), stage.shared, fold)))
+  drawn = draw(jnp.arange(400))
+  times = np.bincount(np.asarray(drawn.rows.labels).ravel(), minlength=3)
   np.testing.assert_allclose(times / times.sum(), [3 / 6, 2 / 6, 1 / 6], atol=0.03)
-  means = np.asarray(images).reshape(2800, -1).mean(axis=1).round(4)
+  means = np.asarray(drawn.images).reshape(2800, -1).mean(axis=1).round(4)
   _, of_image = np.unique(means, return_counts=True)
   assert len(of_image) == 6
   np.testing.assert_allclose(of_image / 2800, np.full(6, 1 / 6), atol=0.03)

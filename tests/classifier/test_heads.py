@@ -608,7 +608,7 @@ def test_logit_adjustment_lowers_logits_by_tau_times_the_log_prior(tau):
   head = {"kernel": make_data().start["kernel"][0], "bias": make_data().start["bias"][0]}
   prior = np.array([0.6, 0.3, 0.08, 0.02], np.float32)
   features = make_data().test_features[0]
-  before, after = heads.logits_of(head, features), heads.logits_of(
+  before, after = heads.linear_logits(head, features), heads.linear_logits(
     heads.adjusted(head, jnp.asarray(prior), tau), features
   )  # fmt: skip
   np.testing.assert_allclose(before - after, np.tile(tau * np.log(prior), (TESTS, 1)), atol=1e-5)
@@ -623,10 +623,10 @@ def test_adjusting_by_equal_shares_predicts_the_same_and_by_none_stays_finite():
   features = make_data().test_features[0]
   alike = heads.adjusted(head, jnp.full(CLASSES, 1 / CLASSES), 1.0)
   np.testing.assert_array_equal(
-    heads.logits_of(alike, features).argmax(-1), heads.logits_of(head, features).argmax(-1)
+    heads.linear_logits(alike, features).argmax(-1), heads.linear_logits(head, features).argmax(-1)
   )
   without = heads.adjusted(head, jnp.array([0.5, 0.5, 0.0, 0.0]), 1.0)
-  assert np.isfinite(heads.logits_of(without, features)).all()
+  assert np.isfinite(heads.linear_logits(without, features)).all()
 
 
 def test_heads_predict_on_the_features_of_their_run_adjusted_by_their_prior():

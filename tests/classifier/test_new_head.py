@@ -39,7 +39,8 @@ def test_the_loss_is_that_of_the_batch_through_the_encoder_in_evaluation_mode(me
   config = AddedImagesConfig(weight=0.5)
   stage, made, frozen = make(mesh, config, counts)
   state, fold, _, metrics = first_step(made)
-  views, rows, _, _ = stage.batch(state, stage.shared, fold)
+  batch = stage.batch(state, stage.shared, fold)
+  views, rows = batch.images, batch.rows
   model = encoder.make_model(training.ENCODER, "balanced_softmax", 3)
   variables = {"params": frozen.params, "batch_stats": frozen.model_state}
   variables = jax.tree.map(lambda x: x[0], variables)

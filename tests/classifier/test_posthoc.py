@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memdiff.classifier import posthoc
+from memdiff.memory.feature_space import linear_logits
 
 rng = np.random.default_rng(0)
 HEAD = {"kernel": rng.normal(size=(6, 4)), "bias": rng.normal(size=4)}
@@ -44,7 +45,7 @@ def test_lws_scales_each_class():
 
 def test_a_linear_head_is_a_matrix_and_a_bias():
   expected = by_pair(lambda x, c: x @ HEAD["kernel"][:, c] + HEAD["bias"][c])
-  np.testing.assert_allclose(posthoc.linear_logits(F32, X), expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(linear_logits(F32, X), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_nearest_mean_is_by_cosine():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memdiff.memory import feature_space, memory_bank
-from memdiff.memory.feature_space import Standardizer, fit_standardizer, logits_of
+from memdiff.memory.feature_space import Standardizer, fit_standardizer, linear_logits
 from memdiff.memory.memory_bank import BankConfig
 from memdiff.runtime.random import base_keys
 
@@ -147,7 +147,7 @@ def test_heads_stay_finite_and_the_same_in_any_units(units, offset):
   raw = feature_space.raw_head(head, standardizer)
   assert all(np.isfinite(leaf).all() for leaf in raw.values())
   scaled = standardizer.forward(jnp.asarray(features))
-  expected = np.asarray(logits_of(head, scaled))
+  expected = np.asarray(linear_logits(head, scaled))
   exact = features.astype(float) @ np.asarray(raw["kernel"], float) + np.asarray(raw["bias"])
   np.testing.assert_allclose(exact, expected, atol=1e-5 * (abs(offset) + 1))
   again = feature_space.standardized_head(raw, standardizer)
@@ -161,11 +161,11 @@ def test_heads_of_either_units_give_identical_logits():
   head = make_head()
   moved = feature_space.standardized_head(head, standardizer)
   np.testing.assert_allclose(
-    logits_of(moved, standardizer.forward(features)), logits_of(head, features), atol=1e-4
+    linear_logits(moved, standardizer.forward(features)), linear_logits(head, features), atol=1e-4
   )
   back = feature_space.raw_head(head, standardizer)
   np.testing.assert_allclose(
-    logits_of(back, features), logits_of(head, standardizer.forward(features)), atol=1e-4
+    linear_logits(back, features), linear_logits(head, standardizer.forward(features)), atol=1e-4
   )
 
 
@@ -293,7 +293,7 @@ def test_bank_and_head_of_runs_are_in_the_units_of_their_exemplars(mesh):
       np.testing.assert_allclose(distance, 0, atol=1e-4)
     own_head = {name: value[run] for name, value in runs.head.items()}
     expected = rows[run][inside] @ head["kernel"][run] + head["bias"][run]
-    result = np.asarray(logits_of(own_head, jnp.asarray(exemplars)))[inside]
+    result = np.asarray(linear_logits(own_head, jnp.asarray(exemplars)))[inside]
     np.testing.assert_allclose(result, expected, atol=1e-3)
 
 

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 INK, MUTED, GRID, BAND = "#1f2a37", "#667380", "#e4e8ec", "#f4f6f8"
-REAL, SYNTHETIC, LEFT_OUT = "#0072b2", "#d55e00", "#9aa5b1"
+REAL, SYNTHETIC = "#0072b2", "#d55e00"
 
 # Okabe and Ito's colours without the yellow, which fades on white, joined by Tol's muted ones.
 CLASS_COLORS = (
