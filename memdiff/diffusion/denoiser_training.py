@@ -73,7 +73,7 @@ class Tuning(abc.ABC):
     """All parameters of the tuned denoiser."""
 
   def told(self, params: Any, batch: Batch) -> Batch:
-    """What the denoiser is told, given all parameters: what it is told anyway."""
+    """The batch as the tuned parameters condition it; by default as it is."""
     del params
     return batch
 

@@ -136,7 +136,7 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """What a denoiser makes of a noised batch, and what terms may hold it against.
+  """The denoiser's output for a noised batch, with everything that terms compare it with.
 
   Attributes:
     kind: what the denoiser predicts, one of PREDICTIONS.

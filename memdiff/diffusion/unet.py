@@ -85,9 +85,9 @@ class Descent:
 class UNet(nn.Module):
   """Denoises images [B, H, W, ch]; label `num_classes` means "no class".
 
-  With `sees_exemplars` its memory is an ExemplarImages, otherwise it is not looked at. With
-  `reads_text` that is in a Captioned. In training it may be Augmented; without, images are meant
-  that are as they were.
+  With `sees_exemplars`, the memory is an ExemplarImages; otherwise it is ignored. With
+  `reads_text`, it is wrapped in a Captioned. In training it may also be wrapped in an Augmented; if
+  it is not, the images count as unaugmented.
   """
 
   num_classes: int

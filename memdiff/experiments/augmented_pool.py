@@ -337,7 +337,7 @@ def _moved(
 
 
 def _strength(experiment: Experiment, part: Part, run: int, move: str) -> float:
-  """At which moved copies lie as far from the nearest training image as those of the first source.
+  """The strength that moves copies as far from training images as those of the first source lie.
 
   At most 4: beyond, little of an image is left.
   """

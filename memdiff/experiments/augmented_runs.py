@@ -82,7 +82,7 @@ def wanted(experiment: Experiment, part: Part) -> np.ndarray:
 
 
 def lacking_to(experiment: Experiment, part: Part, fill: int) -> np.ndarray:
-  """How many images each class of each run has less than `fill`, less in a fold. [R, C]."""
+  """How many images each class of each run lacks to reach `fill`, scaled down in a fold. [R, C]."""
   data = experiment.dataset
   return lacking(part.counts(data), fill, len(data.train_labels))
 

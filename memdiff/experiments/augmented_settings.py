@@ -321,11 +321,11 @@ def augmentation_of(config: AugmentedConfig, control: str, shape: tuple[int, ...
 
 
 def lacking(counts: np.ndarray, fill: int, num_train: int) -> np.ndarray:
-  """How many images each class of each run has less than `fill`. [R, C].
+  """How many images each class of each run lacks to reach `fill`. [R, C].
 
   Args:
     counts: [R, C] training images.
-    fill: of runs that see all training images; of folds it is as much less as they see less.
+    fill: images per class, scaled down in runs that see a part of the training images.
     num_train: all training images.
   """
   of_run = np.round(fill * counts.sum(axis=1) / num_train).astype(int)

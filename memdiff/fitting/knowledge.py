@@ -49,9 +49,9 @@ def family(embeddings: np.ndarray) -> Family:
 
 
 def zero_shot(embeddings: np.ndarray) -> Family:
-  """The same without the examples of a class: its mean is what those of all others let expect.
+  """The same without the examples of a class: its mean is predicted from the other classes.
 
-  What embeddings of classes tell by themselves.
+  It measures how well embeddings of classes do on their own.
 
   Args:
     embeddings: [C, E] of the classes.

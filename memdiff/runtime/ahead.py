@@ -26,8 +26,8 @@ def compiling_ahead(tasks: Sequence[Callable[[], None]], mesh: Mesh) -> Iterator
   They begin once the first program of the main thread is traced: two threads that trace take
   turns, since Python has one lock, and the first program would come late.
 
-  What fails is left to the phase that the programs are for, which meets it again and tells. Several
-  devices or processes compile nothing ahead: their programs must be launched in one order.
+  Errors are ignored here: the phase that needs the program compiles it again and reports them.
+  Several devices or processes compile nothing ahead, since they must launch programs in one order.
   """
   stopped = threading.Event()
 

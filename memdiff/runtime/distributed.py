@@ -37,7 +37,7 @@ class Cluster:
     coordinator: HOST:PORT of process 0.
     num_processes: of the run.
     process_id: of this one, from 0.
-    timeout: seconds to wait for all to join; shortens the patience with a silent one, too.
+    timeout: seconds to wait for all to join; also caps how long a silent process is tolerated.
   """
 
   coordinator: str | None = None

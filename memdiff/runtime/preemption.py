@@ -1,8 +1,8 @@
 """Being asked to stop: SIGTERM is noted, and the run ends where nothing is lost.
 
-Processes of one run may hear the signal at different steps, or only one may. Each tells the others
-what it heard in a reduction over the mesh, and all act on the same result one question later, so
-that nobody waits for it.
+Processes may receive the signal at different steps, or only one may receive it. At each check, a
+reduction over the mesh combines what they have received. All act on its result at the next check,
+so that none waits for it.
 """
 
 import contextlib

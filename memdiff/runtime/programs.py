@@ -65,7 +65,7 @@ def make_init(stage: Stage, run: Run) -> Callable:
 
 
 def over_seeds(function: Callable, one_by_one: bool) -> Callable:
-  """(of each seed, shared by all) -> what `function` makes of every seed."""
+  """(per_seed, shared) -> `function` mapped over the seeds, which lead in `per_seed`."""
 
   def of_all(per_seed: Any, shared: Any) -> Any:
     if one_by_one:
@@ -146,7 +146,7 @@ class Dispatch:
 
 
 class SeedBySeed(Dispatch):
-  """The same of a program for one seed, which every seed runs in a thread of its own.
+  """As `Dispatch`, of a program for one seed, which each seed runs in a thread of its own.
 
   XLA's CPU backend keeps one core busy with a small network, so that several seeds share the cores.
   """

@@ -30,7 +30,7 @@ class History:
     self.number = 0  # of records
 
   def complete_until(self, saved: Mapping[int, int]) -> int:
-    """The last of the steps at which as many records had been written as are there; -1: none.
+    """The latest checkpoint whose records are all still in the file; -1 if there is none.
 
     A machine that loses power may keep a checkpoint and forget what was written before it.
 

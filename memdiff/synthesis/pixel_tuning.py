@@ -1,7 +1,7 @@
 """Personalisation: a trained U-Net is tuned once more, on all classes equally often.
 
-What a text-to-image model needs images of its own for, so that it does not forget (the prior
-preservation of DreamBooth), is here the real images of the common classes, in the same batches.
+DreamBooth's prior preservation trains on images that the model generated, so that it does not
+forget. Here, real images of common classes in the same batches serve that purpose.
 """
 
 import dataclasses
