@@ -97,7 +97,7 @@ def outcomes(e: Experiment, generator: str) -> dict[str, Outcome]:
 
     def of_run(arguments):
       features, exemplars, head = arguments
-      known = confidence_lib.known(exemplars, head, config)
+      known = confidence_lib.class_statistics(exemplars, head, config)
       return jax.lax.map(
         lambda x: confidence_lib.confidence(x, labels, known, head, config), features
       )

@@ -166,7 +166,7 @@ class FeatureHallucinator(BaseEstimator):
       run = _run(seed, Progress(1, stream=stream), place, diffusion.num_steps)
       runs = _runs(scale.forward(features), labels, len(numbers), run)
       if known is not None:
-        runs = feature_space.tell(runs, known, run.mesh)
+        runs = feature_space.with_class_embeddings(runs, known, run.mesh)
       generators.train(
         self.generator, settings, runs, run, place / "denoiser", f"diffusion/{self.generator}"
       )

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from memdiff.classifier import encoder, image_batches
-from memdiff.experiments.augmented_runs import Part, critic_folder, second_folder
+from memdiff.experiments.augmented_runs import FoldOrSeed, critic_folder, second_folder
 from memdiff.experiments.augmented_settings import CRITIC_LOSS
 from memdiff.experiments.base import Experiment, forward_images
 from memdiff.experiments.drawer import Judge, class_directions
@@ -58,45 +58,47 @@ def _unit(features: np.ndarray) -> np.ndarray:
   return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
-def _state(experiment: Experiment, folder: pathlib.Path, run: int) -> Any:
-  """A classifier of one run, which leads."""
-  return jax.tree.map(lambda x: x[run : run + 1], results.load(folder, experiment.mesh))
+def _state(fold_or_seed: FoldOrSeed, folder: pathlib.Path) -> Any:
+  """Its classifier, with a leading axis of one."""
+  state = results.load(folder, fold_or_seed.experiment.mesh)
+  return jax.tree.map(lambda x: x[None], fold_or_seed.of(state))
 
 
-def _statistics(experiment: Experiment, part: Part, run: int) -> Mapping[str, np.ndarray]:
-  config, rows = experiment.config.encoder, part.rows[run : run + 1]
-  return image_batches.fold_data(config, experiment.dataset, rows)["statistics"]
+def _critic_state(fold_or_seed: FoldOrSeed) -> Any:
+  return _state(fold_or_seed, critic_folder(fold_or_seed.experiment, fold_or_seed.part))
 
 
-def real_features(experiment: Experiment, part: Part, run: int) -> np.ndarray:
-  """Of the training images of one run, by its critic. [n, D]."""
-  state = _state(experiment, critic_folder(experiment, part), run)
-  images = experiment.dataset.train_images[part.rows_of(run)]
-  statistics = _statistics(experiment, part, run)
-  return forward_images(experiment, CRITIC_LOSS, state, images, statistics)[1][0]
+def _statistics(fold_or_seed: FoldOrSeed) -> Mapping[str, np.ndarray]:
+  experiment, rows = fold_or_seed.experiment, fold_or_seed.rows[None]
+  return image_batches.fold_data(experiment.config.encoder, experiment.dataset, rows)["statistics"]
 
 
-def make_critic(experiment: Experiment, part: Part, run: int) -> Critic:
-  data, folders = experiment.dataset, [critic_folder(experiment, part)]
+def real_features(fold_or_seed: FoldOrSeed) -> np.ndarray:
+  """Of its training images, by its critic. [n, D]."""
+  state, statistics = _critic_state(fold_or_seed), _statistics(fold_or_seed)
+  seen = fold_or_seed.experiment, CRITIC_LOSS, state, fold_or_seed.images, statistics
+  return forward_images(*seen)[1][0]
+
+
+def make_critic(fold_or_seed: FoldOrSeed) -> Critic:
+  experiment, states = fold_or_seed.experiment, [_critic_state(fold_or_seed)]
   if experiment.config.pool.needs_second:
-    folders.append(second_folder(experiment, part))
-  features = real_features(experiment, part, run)
-  means = class_directions(features, data.train_labels[part.rows_of(run)], data.num_classes)
-  states = tuple(_state(experiment, folder, run) for folder in folders)
-  return Critic(experiment, states, _statistics(experiment, part, run), means)
+    states.append(_state(fold_or_seed, second_folder(experiment, fold_or_seed.part)))
+  features, num_classes = real_features(fold_or_seed), experiment.dataset.num_classes
+  means = class_directions(features, fold_or_seed.labels, num_classes)
+  return Critic(experiment, tuple(states), _statistics(fold_or_seed), means)
 
 
-def make_judge(experiment: Experiment, part: Part, run: int) -> Judge:
-  """The run's critic, as far as noise is chosen by it."""
-  data, config = experiment.dataset, experiment.config
-  rows = part.rows_of(run)
-  labels, images = data.train_labels[rows], data.train_images[rows]
+def make_judge(fold_or_seed: FoldOrSeed) -> Judge:
+  """The critic, as far as noise is chosen by it."""
+  data, config = fold_or_seed.experiment.dataset, fold_or_seed.experiment.config
+  labels, images = fold_or_seed.labels, fold_or_seed.images
   sums = np.zeros((data.num_classes, *images.shape[1:]))
   np.add.at(sums, labels, images / 127.5 - 1)
   counts = np.bincount(labels, minlength=data.num_classes)
-  features = real_features(experiment, part, run)
-  state = _state(experiment, critic_folder(experiment, part), run)
-  params = jax.tree.map(lambda x: x[0], (state, _statistics(experiment, part, run)))
+  features = real_features(fold_or_seed)
+  state, statistics = _critic_state(fold_or_seed), _statistics(fold_or_seed)
+  params = jax.tree.map(lambda x: x[0], (state, statistics))
   model = encoder.make_model(config.encoder, CRITIC_LOSS, data.num_classes)
   return Judge(
     features=_features(model, config.encoder.input),

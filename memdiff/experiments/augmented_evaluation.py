@@ -11,7 +11,7 @@ from memdiff.evaluation import calibration, scores
 from memdiff.evaluation.lookup import made_data
 from memdiff.evaluation.method import Method
 from memdiff.experiments import augmented_pool, prompting, record
-from memdiff.experiments.augmented_runs import Part, part_of, pool_path
+from memdiff.experiments.augmented_runs import Part, members, part_of
 from memdiff.experiments.augmented_selection import load_selection, logits_of
 from memdiff.experiments.augmented_settings import (
   AugmentedConfig,
@@ -114,13 +114,12 @@ def same_loss_gains(
 def pool_numbers(experiment: Experiment, part: Part) -> list[dict[str, Any]]:
   """Of every generator and filter: images drawn and used per class, means over the runs."""
   data, config, found = experiment.dataset, experiment.config, []
-  runs = range(len(part.run.seeds))
   lacking = augmented_pool.wanted(experiment, part).mean(axis=0)
   for method in config.sources:
     for name in config.pool.filters:
       used, drawn = [], []
-      for run in runs:
-        arrays, index = augmented_pool.kept(experiment, part, Row(method, name), run)
+      for fold_or_seed in members(experiment, part):
+        arrays, index = augmented_pool.kept(fold_or_seed, Row(method, name))
         used.append(np.bincount(arrays["labels"][index], minlength=data.num_classes))
         drawn.append(np.bincount(arrays["labels"], minlength=data.num_classes))
       used = np.mean(used, axis=0)
@@ -142,9 +141,7 @@ def pool_signs(experiment: Experiment, part: Part) -> list[dict[str, Any]]:
   """What is known of every generator's images, mean and deviation over the runs."""
   found = []
   for method in experiment.config.sources:
-    signs = [
-      augmented_pool.signs_of(experiment, part, method, run) for run in range(len(part.run.seeds))
-    ]
+    signs = [augmented_pool.signs_of(one, method) for one in members(experiment, part)]
     found.append(
       {
         "method": method,
@@ -229,9 +226,9 @@ def _draw(
   for method in experiment.config.sources:
     for name in experiment.config.pool.filters:
       yield f"pool_{Row(method, name).name}", _grid(experiment, method, name)
-  final = part_of(experiment, "final")
+  first = members(experiment, part_of(experiment, "final"))[0]
   for method in experiment.config.sources:
-    arrays = read_arrays(pool_path(experiment, final, method, 0))
+    arrays = read_arrays(first.pool_path(method))
     if "prompt" in arrays:
       yield f"prompts_{method}", prompting.draw_sheet(experiment, method, arrays)
 
@@ -240,8 +237,8 @@ def _grid(experiment: Experiment, method: str, filter_name: str) -> "Figure":
   """Real training images, generated ones that are used and that are not, of the first seed."""
   from memdiff.evaluation import plots
 
-  data, final = experiment.dataset, part_of(experiment, "final")
-  arrays, index = augmented_pool.kept(experiment, final, Row(method, filter_name), 0)
+  data, first = experiment.dataset, members(experiment, part_of(experiment, "final"))[0]
+  arrays, index = augmented_pool.kept(first, Row(method, filter_name))
   used = np.zeros(len(arrays["labels"]), bool)
   used[index] = True
   shown = plots.shown_classes(data.train_counts)

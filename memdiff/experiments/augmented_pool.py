@@ -19,11 +19,12 @@ from memdiff.evaluation import image_quality
 from memdiff.experiments import prompting, text_to_image
 from memdiff.experiments.augmented_critic import Critic, make_critic, make_judge, real_features
 from memdiff.experiments.augmented_runs import (
+  FoldOrSeed,
   Part,
   lacking_to,
+  members,
   part_of,
   parts,
-  pool_path,
   save,
   wanted,
 )
@@ -69,66 +70,64 @@ def sample_pools(experiment: Experiment) -> dict:
   """Draws the images of every method and run, chunk by chunk; those that are there are kept."""
   config, progress, total = experiment.config, experiment.run.progress, 0
   work = [
-    (part, method, run)
+    (method, fold_or_seed)
     for part in parts(experiment)
     for method in config.methods
-    for run in range(len(part.run.seeds))
+    for fold_or_seed in members(experiment, part)
   ]
   progress.start_stage(0)
-  for number, (part, method, run) in enumerate(work, 1):
-    numbers = np.ceil(config.pool.surplus * wanted(experiment, part)[run]).astype(int)
+  for number, (method, fold_or_seed) in enumerate(work, 1):
+    numbers = np.ceil(config.pool.surplus * fold_or_seed.wanted).astype(int)
     labels = np.repeat(np.arange(len(numbers)), numbers)
-    _draw_run(experiment, part, method, run, labels)
+    _draw(fold_or_seed, method, labels)
     total += len(labels)
     progress.step(f"drawing {method}", number, len(work), {})
   return {"images": total}
 
 
-def _draw_run(
-  experiment: Experiment, part: Part, method: str, run: int, labels: np.ndarray
-) -> None:
-  config, drawer = experiment.config, None
-  folder = experiment.workdir.folder("sampling") / part.name / method / f"run_{run}"
-  for chunk in chunks(labels, config.sampling.chunk_size):
+def _draw(fold_or_seed: FoldOrSeed, method: str, labels: np.ndarray) -> None:
+  experiment, drawer = fold_or_seed.experiment, None
+  for chunk in chunks(labels, experiment.config.sampling.chunk_size):
     experiment.run.preemption.check(f"while drawing {method}")
-    path = folder / f"{chunk.start:06d}.npz"
+    path = fold_or_seed.drawn_folder(method) / f"{chunk.start:06d}.npz"
     if not path.exists():
-      drawer = drawer or _drawer(experiment, part, method, run)
-      save(path, drawer.draw(chunk, config.pool.guidance))
+      drawer = drawer or _drawer(fold_or_seed, method)
+      save(path, drawer.draw(chunk, experiment.config.pool.guidance))
 
 
-def _drawer(experiment: Experiment, part: Part, method: str, run: int) -> Drawer:
+def _drawer(fold_or_seed: FoldOrSeed, method: str) -> Drawer:
+  experiment, part, rows = fold_or_seed.experiment, fold_or_seed.part, fold_or_seed.rows
   data, config = experiment.dataset, experiment.config
   diffusion = image_methods.apply(method, config.diffusion)
   seen = pixel_data.make_parts(
     diffusion.class_exponent,
     data.train_labels,
-    part.rows[run : run + 1],
+    part.rows[fold_or_seed.number][None],
     data.num_classes,
     experiment.mesh,
   )
-  rows, sampling = part.rows_of(run), image_methods.apply_drawing(method, config.sampling)
-  features = functools.cache(lambda: real_features(experiment, part, run))
+  sampling = image_methods.apply_drawing(method, config.sampling)
+  features = functools.cache(lambda: real_features(fold_or_seed))
   alike = None
   if sampling.guide.needs_negative:
-    alike = most_alike(class_directions(features(), data.train_labels[rows], data.num_classes))
+    alike = most_alike(class_directions(features(), fold_or_seed.labels, data.num_classes))
   of_run = jax.tree.map(lambda x: x[0], seen).of(device_data(experiment))
-  folder = experiment.workdir.folder("diffusion") / part.name
-  params = load_unet(folder, method, config.diffusion.tuning, run, experiment.mesh)
+  folder, number = experiment.workdir.folder("diffusion") / part.name, fold_or_seed.number
+  params = load_unet(folder, method, config.diffusion.tuning, number, experiment.mesh)
   return Drawer(
     config=diffusion,
     sampling=sampling,
     data=of_run,
     mesh=experiment.mesh,
     params=params,
-    seed=part.noise_seed(run),
-    key=part.run.keys("exemplars")[run],
+    seed=fold_or_seed.noise_seed,
+    key=fold_or_seed.key("exemplars"),
     prompts=(
       prompting.learned_prompts(experiment, params, rows)
       or prompting.make_prompts(experiment, method, rows, features)
     ),
     alike=alike,
-    judge=make_judge(experiment, part, run) if sampling.seeds.iterations else None,
+    judge=make_judge(fold_or_seed) if sampling.seeds.iterations else None,
   )
 
 
@@ -141,35 +140,32 @@ def look_at_pools(experiment: Experiment) -> dict:
     _look_at_held_out(experiment)
   summary = {}
   for part in parts(experiment):
-    for run in range(len(part.run.seeds)):
-      critic = make_critic(experiment, part, run)
+    for fold_or_seed in members(experiment, part):
+      critic = make_critic(fold_or_seed)
       for source in experiment.config.sources:
-        path = pool_path(experiment, part, source, run)
+        path = fold_or_seed.pool_path(source)
         if not path.exists():
-          save(path, _described(experiment, part, source, run, critic))
-        signs = signs_of(experiment, part, source, run)
+          save(path, _described(fold_or_seed, source, critic))
+        signs = signs_of(fold_or_seed, source)
         right = float((signs.predicted == signs.labels).mean())
         summary.setdefault(f"{part.name}/{source}", {"right": []})["right"].append(right)
       for move in experiment.config.controls:
         if move in _MOVES:
-          _write_moved(experiment, part, run, move)
+          _write_moved(fold_or_seed, move)
   return summary
 
 
-def _described(
-  experiment: Experiment, part: Part, source: str, run: int, critic: Critic
-) -> dict[str, np.ndarray]:
-  """The images of one run, where each comes from, and what the critic says of it."""
+def _described(fold_or_seed: FoldOrSeed, source: str, critic: Critic) -> dict[str, np.ndarray]:
+  """Its images of a source, where each comes from, and what the critic says of it."""
+  experiment, rows = fold_or_seed.experiment, fold_or_seed.rows
   data, path = experiment.dataset, experiment.config.pool.path_of.get(source)
-  rows = part.rows_of(run)
   if path is None:
     asked = source == TEXT_TO_IMAGE
-    folder = experiment.workdir.folder("sampling") / part.name / source / f"run_{run}"
-    folder = text_to_image.folder(experiment) if asked else folder
+    folder = text_to_image.folder(experiment) if asked else fold_or_seed.drawn_folder(source)
     drawn = read_drawn(folder)
     images, labels = drawn["images"], drawn["labels"]
     config = experiment.config
-    seed = config.text_to_image.seed if asked else part.run.seeds[run]
+    seed = config.text_to_image.seed if asked else fold_or_seed.seed
     scale = config.text_to_image.guidance if asked else config.pool.guidance
     origin = {"seed": np.array(seed), "guidance": np.array(scale)}
     if "prompt" in drawn:
@@ -179,7 +175,7 @@ def _described(
     found = image_pool.read(path, data)
     images, labels, learned_from = found.images, found.labels, found.learned_from
     origin = {"file_sha256": np.array(identity.of_file(path))}
-  near = image_quality.nearest(images, data.train_images[rows])
+  near = image_quality.nearest(images, fold_or_seed.images)
   signs = critic.look(images, labels, near.copied)
   arrays = {name: value for name, value in vars(signs).items() if value is not None}
   about = image_pool.provenance(data.class_names, learned_from, data.split_sha256)
@@ -200,12 +196,12 @@ def _signs(arrays: Mapping[str, np.ndarray]) -> Signs:
   return Signs(**{field.name: arrays.get(field.name) for field in dataclasses.fields(Signs)})
 
 
-def signs_of(experiment: Experiment, part: Part, method: str, run: int) -> Signs:
-  """What is known of the images of a method and run."""
+def signs_of(fold_or_seed: FoldOrSeed, source: str) -> Signs:
+  """What is known of its images of a source."""
   names = [field.name for field in dataclasses.fields(Signs)]
-  if not experiment.config.pool.needs_second:
+  if not fold_or_seed.experiment.config.pool.needs_second:
     names.remove("second")
-  return _signs(read_arrays(pool_path(experiment, part, method, run), names))
+  return _signs(read_arrays(fold_or_seed.pool_path(source), names))
 
 
 def _held_out_path(experiment: Experiment):
@@ -217,24 +213,23 @@ def _look_at_held_out(experiment: Experiment) -> None:
   if _held_out_path(experiment).exists():
     return
   part, data, found = part_of(experiment, "folds"), experiment.dataset, []
-  for run, held in enumerate(part.held_out):
+  for fold, held in zip(members(experiment, part), part.held_out, strict=True):
     rows = held[held >= 0]
     nothing = np.zeros(len(rows), bool)
-    signs = make_critic(experiment, part, run).look(
-      data.train_images[rows], data.train_labels[rows], nothing
-    )
+    signs = make_critic(fold).look(data.train_images[rows], data.train_labels[rows], nothing)
     found.append({"confidence": signs.confidence, "distance": signs.distance, "example": rows})
   together = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
   save(_held_out_path(experiment), together)
 
 
-def limits_of(experiment: Experiment, part: Part, run: int) -> Limits | None:
-  """The limits of a run's filters, from held-out images that are not judged in it."""
+def limits_of(fold_or_seed: FoldOrSeed) -> Limits | None:
+  """The limits of its filters, from held-out images that it is not judged on."""
+  experiment, part = fold_or_seed.experiment, fold_or_seed.part
   if not experiment.config.pool.needs_limits:
     return None
   arrays = read_arrays(_held_out_path(experiment))
   if part.held_out is not None:
-    others = ~np.isin(arrays["example"], part.held_out[run])
+    others = ~np.isin(arrays["example"], part.held_out[fold_or_seed.number])
     arrays = {name: values[others] for name, values in arrays.items()}
   labels = experiment.dataset.train_labels[arrays["example"]]
   return image_filters.limits(
@@ -245,12 +240,12 @@ def limits_of(experiment: Experiment, part: Part, run: int) -> Limits | None:
 # --- choosing --------------------------------------------------------------------------------
 
 
-def kept(experiment: Experiment, part: Part, row: Row, run: int):
+def kept(fold_or_seed: FoldOrSeed, row: Row) -> tuple[dict[str, np.ndarray], np.ndarray]:
   """(the pool's arrays, indices of the images that are used), the first that pass, per class."""
-  arrays = read_arrays(pool_path(experiment, part, row.source, run))
+  arrays = read_arrays(fold_or_seed.pool_path(row.source))
   signs = _signs(arrays)
-  passed = image_filters.keep(row.filter, signs, limits_of(experiment, part, run))
-  return arrays, first_of_class(signs.labels, passed, wanted(experiment, part)[run])
+  passed = image_filters.keep(row.filter, signs, limits_of(fold_or_seed))
+  return arrays, first_of_class(signs.labels, passed, fold_or_seed.wanted)
 
 
 def first_of_class(labels: np.ndarray, passed: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -265,9 +260,9 @@ def pools(experiment: Experiment, part: Part, row: Row) -> added_images.ImagePoo
   """Of every run, their axis first, on the devices."""
   size, data = pool_size(experiment), experiment.dataset
   made = []
-  for run in range(len(part.run.seeds)):
+  for fold_or_seed in members(experiment, part):
     if row.source in experiment.config.sources:
-      arrays, index = kept(experiment, part, row, run)
+      arrays, index = kept(fold_or_seed, row)
       chosen = [arrays[name][index] for name in ("images", "labels", "confidence")]
       chosen[2] = np.maximum(chosen[2], added_images.LEAST_TRUST)
       if not len(index):
@@ -276,31 +271,31 @@ def pools(experiment: Experiment, part: Part, row: Row) -> added_images.ImagePoo
           " trains on real ones alone"
         )
     else:
-      images, labels = _REUSED[row.source](experiment, part, run)
+      images, labels = _REUSED[row.source](fold_or_seed)
       chosen = [images, labels, np.ones(len(labels))]
-    rows = part.rows_of(run)
     places = max(size, len(chosen[1])) if row.reference else size
-    made.append(added_images.make_pool(*chosen, places, rows, num_train=len(data.train_labels)))
+    num_train = len(data.train_labels)
+    pool = added_images.make_pool(*chosen, places, fold_or_seed.rows, num_train=num_train)
+    made.append(pool)
   return mesh_lib.replicate(experiment.mesh, added_images.stack_pools(made))
 
 
-def _copies(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, np.ndarray]:
-  """Training images of the run, every one of a class as often as any other."""
-  data, numbers = experiment.dataset, wanted(experiment, part)[run]
-  rows = part.rows_of(run)
-  index = np.concatenate(
-    [np.resize(rows[data.train_labels[rows] == c], number) for c, number in enumerate(numbers)]
-  )
+def _copies(fold_or_seed: FoldOrSeed) -> tuple[np.ndarray, np.ndarray]:
+  """Its training images, every one of a class as often as any other."""
+  data, rows, labels = fold_or_seed.experiment.dataset, fold_or_seed.rows, fold_or_seed.labels
+  numbers = enumerate(fold_or_seed.wanted)
+  index = np.concatenate([np.resize(rows[labels == c], number) for c, number in numbers])
   return data.train_images[index], data.train_labels[index]
 
 
-def _unseen(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, np.ndarray]:
-  return _left_out(experiment.dataset, wanted(experiment, part)[run])
+def _unseen(fold_or_seed: FoldOrSeed) -> tuple[np.ndarray, np.ndarray]:
+  return _left_out(fold_or_seed.experiment.dataset, fold_or_seed.wanted)
 
 
-def _oracle(experiment: Experiment, part: Part, run: int) -> tuple[np.ndarray, np.ndarray]:
+def _oracle(fold_or_seed: FoldOrSeed) -> tuple[np.ndarray, np.ndarray]:
+  experiment, part = fold_or_seed.experiment, fold_or_seed.part
   largest = int(experiment.dataset.train_counts.max())
-  return _left_out(experiment.dataset, lacking_to(experiment, part, largest)[run])
+  return _left_out(experiment.dataset, lacking_to(experiment, part, largest)[fold_or_seed.number])
 
 
 def _left_out(data: LongTailDataset, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -319,34 +314,31 @@ def _move(name: str, key: jax.Array, images: jax.Array, strength: jax.Array) -> 
   return pixel_data.to_pixels(moved)
 
 
-def _write_moved(experiment: Experiment, part: Part, run: int, move: str) -> None:
+def _write_moved(fold_or_seed: FoldOrSeed, move: str) -> None:
   """Copies that are moved as far as the first source's images lie from the training images."""
-  path = pool_path(experiment, part, move, run)
+  path = fold_or_seed.pool_path(move)
   if not path.exists():
-    images, labels = _copies(experiment, part, run)
-    strength = _strength(experiment, part, run, move)
-    moved = _move(move, part.run.keys(move)[run], images, np.float32(strength))
+    images, labels = _copies(fold_or_seed)
+    strength = _strength(fold_or_seed, move)
+    moved = _move(move, fold_or_seed.key(move), images, np.float32(strength))
     save(path, {"images": np.asarray(moved), "labels": labels, "strength": np.array(strength)})
 
 
-def _moved(
-  experiment: Experiment, part: Part, run: int, move: str
-) -> tuple[np.ndarray, np.ndarray]:
-  arrays = read_arrays(pool_path(experiment, part, move, run), ("images", "labels"))
+def _moved(fold_or_seed: FoldOrSeed, move: str) -> tuple[np.ndarray, np.ndarray]:
+  arrays = read_arrays(fold_or_seed.pool_path(move), ("images", "labels"))
   return arrays["images"], arrays["labels"]
 
 
-def _strength(experiment: Experiment, part: Part, run: int, move: str) -> float:
+def _strength(fold_or_seed: FoldOrSeed, move: str) -> float:
   """The strength that moves copies as far from training images as those of the first source lie.
 
   At most 4: beyond, little of an image is left.
   """
-  first = experiment.config.sources[0]
-  target = read_arrays(pool_path(experiment, part, first, run))["nearest_distance"].mean()
-  images, _ = _copies(experiment, part, run)
+  first = fold_or_seed.experiment.config.sources[0]
+  target = read_arrays(fold_or_seed.pool_path(first))["nearest_distance"].mean()
+  images, _ = _copies(fold_or_seed)
   some = images[np.linspace(0, len(images) - 1, min(len(images), _SAMPLE)).astype(int)]
-  rows = part.rows_of(run)
-  train, key, low, high = experiment.dataset.train_images[rows], part.run.keys(move)[run], 0, 4
+  train, key, low, high = fold_or_seed.images, fold_or_seed.key(move), 0, 4
   for _ in range(8):
     middle = (low + high) / 2
     moved = np.asarray(_move(move, key, some, np.float32(middle)))

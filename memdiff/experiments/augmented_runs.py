@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,18 +36,75 @@ class Part:
 
   def counts(self, data: LongTailDataset) -> np.ndarray:
     """Training images of each class, [R, C]."""
-    labels = [data.train_labels[self.rows_of(run)] for run in range(len(self.rows))]
+    labels = [data.train_labels[rows[rows >= 0]] for rows in self.rows]
     return np.stack([np.bincount(of_run, minlength=data.num_classes) for of_run in labels])
 
-  def noise_seed(self, run: int) -> int:
-    """Of the noise that images are drawn from; a fold's is not that of the seed with its number."""
-    if self.held_out is None:
-      return self.run.seeds[run]
-    return int(jax.random.bits(self.run.keys("sampling")[run]))
 
-  def rows_of(self, run: int) -> np.ndarray:
-    """The training images of one run."""
-    return self.rows[run][self.rows[run] >= 0]
+@dataclasses.dataclass(frozen=True, eq=False)
+class FoldOrSeed:
+  """One run of a part.
+
+  Attributes:
+    experiment: its experiment.
+    part: the folds or the seeds.
+    number: which of them, from 0.
+  """
+
+  experiment: Experiment
+  part: Part
+  number: int
+
+  @property
+  def rows(self) -> np.ndarray:
+    """[n] its training images, by number."""
+    rows = self.part.rows[self.number]
+    return rows[rows >= 0]
+
+  @property
+  def images(self) -> np.ndarray:
+    """[n, H, W, ch] uint8."""
+    return self.experiment.dataset.train_images[self.rows]
+
+  @property
+  def labels(self) -> np.ndarray:
+    """[n]."""
+    return self.experiment.dataset.train_labels[self.rows]
+
+  @property
+  def wanted(self) -> np.ndarray:
+    """[C] how many images each class lacks."""
+    return wanted(self.experiment, self.part)[self.number]
+
+  @property
+  def seed(self) -> int:
+    return self.part.run.seeds[self.number]
+
+  @property
+  def noise_seed(self) -> int:
+    """Of the noise that images are drawn from; a fold's is not that of the seed with its number."""
+    return self.seed if self.part.held_out is None else int(jax.random.bits(self.key("sampling")))
+
+  def key(self, name: str) -> jax.Array:
+    """Of the random stream `name`."""
+    return self.part.run.keys(name)[self.number]
+
+  def of(self, tree: Any) -> Any:
+    """Its entry of arrays that lead with the runs of the part."""
+    return jax.tree.map(lambda x: x[self.number], tree)
+
+  def drawn_folder(self, method: str) -> pathlib.Path:
+    """Of the images that a method has drawn for it."""
+    folder = self.experiment.workdir.folder("sampling") / self.part.name / method
+    return folder / f"run_{self.number}"
+
+  def pool_path(self, source: str) -> pathlib.Path:
+    folder = self.experiment.workdir.folder("pool") / self.part.name / source
+    return folder / f"run_{self.number}.npz"
+
+
+def members(experiment: Experiment, part: Part) -> list[FoldOrSeed]:
+  """All runs of a part."""
+  return [FoldOrSeed(experiment, part, number) for number in range(len(part.run.seeds))]
 
 
 def parts(experiment: Experiment) -> tuple[Part, ...]:
@@ -102,10 +160,6 @@ def critic_folder(experiment: Experiment, part: Part) -> pathlib.Path:
 def second_folder(experiment: Experiment, part: Part) -> pathlib.Path:
   """Of the other classifier that some filters ask."""
   return experiment.workdir.folder("pool") / part.name / "second_critic"
-
-
-def pool_path(experiment: Experiment, part: Part, method: str, run: int) -> pathlib.Path:
-  return experiment.workdir.folder("pool") / part.name / method / f"run_{run}.npz"
 
 
 def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:

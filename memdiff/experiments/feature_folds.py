@@ -8,7 +8,7 @@ import numpy as np
 from memdiff.evaluation import cross_validation
 from memdiff.experiments.base import Experiment, classifier_stage, forward_images
 from memdiff.experiments.feature_settings import has_own_head
-from memdiff.experiments.feature_store import load_features, tell
+from memdiff.experiments.feature_store import load_features, with_class_embeddings
 from memdiff.memory import feature_space
 from memdiff.memory.feature_space import FeatureRuns
 from memdiff.runtime import loop, programs
@@ -79,7 +79,7 @@ def make_folds(experiment: Experiment) -> Folds:
     )
     own_logits = held_features @ head["kernel"] + head["bias"][:, None]
   return Folds(
-    runs=tell(experiment, runs),
+    runs=with_class_embeddings(experiment, runs),
     run=run,
     counts=mesh_lib.fetch(runs.exemplars.by_class.counts),
     held_out=held_out,

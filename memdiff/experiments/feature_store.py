@@ -74,12 +74,13 @@ def load_class_embeddings(experiment: Experiment) -> np.ndarray | None:
   return read_arrays(path, (_KNOWN,))[_KNOWN]
 
 
-def tell(experiment: Experiment, runs: FeatureRuns) -> FeatureRuns:
-  """The same runs with what else is known of the classes in their banks."""
+def with_class_embeddings(experiment: Experiment, runs: FeatureRuns) -> FeatureRuns:
+  """The same runs, with the embeddings of the classes in their banks if there are any."""
   given = load_class_embeddings(experiment)
   if given is None:
     return runs
-  return feature_space.tell(runs, class_embeddings.components(given), experiment.mesh)
+  components = class_embeddings.components(given)
+  return feature_space.with_class_embeddings(runs, components, experiment.mesh)
 
 
 def load_bank(experiment: Experiment, feature_dim: int) -> memory_bank.MemoryBank:
@@ -129,7 +130,7 @@ def load_space(experiment: Experiment) -> Space:
     experiment.mesh,
   )
   return Space(
-    runs=tell(experiment, runs),
+    runs=with_class_embeddings(experiment, runs),
     left_out=feature_space.standardize(runs.standardizer, arrays["left_out"], experiment.mesh),
     test=feature_space.standardize(runs.standardizer, arrays["test"], experiment.mesh),
     own_logits={

@@ -184,7 +184,7 @@ def make_pool(
   runs = feature_space.make_runs(
     features, labels, bank, head, experiment.dataset.num_classes, experiment.mesh
   )
-  runs = feature_store.tell(experiment, runs)
+  runs = feature_store.with_class_embeddings(experiment, runs)
   generators.train(generator, settings, runs, run, folder, f"{generator}/{name}")
   numbers = settings.numbers(generator, experiment.dataset.train_counts)
   strength = settings.generator(generator).strengths[0]

@@ -15,7 +15,7 @@ from input_pipeline.lazy_images import resize_and_crop
 from memdiff.errors import ConfigError
 from memdiff.experiments import prompting
 from memdiff.experiments.augmented_critic import real_features
-from memdiff.experiments.augmented_runs import part_of, parts, save, wanted
+from memdiff.experiments.augmented_runs import members, part_of, parts, save, wanted
 from memdiff.experiments.augmented_settings import AugmentedConfig
 from memdiff.experiments.base import Experiment
 from memdiff.experiments.drawer import Chunk, chunks
@@ -85,7 +85,7 @@ def _prompts(experiment: Experiment, words: Sequence[str]) -> list[list[str]]:
   called = _called(experiment, words)
   if config.source == "names":
     return [prompts.from_name(config, name) for name in called]
-  features = real_features(experiment, part_of(experiment, "final"), 0)
+  features = real_features(members(experiment, part_of(experiment, "final"))[0])
   captions, found = data.train_captions, []
   for c, name in enumerate(called):
     rows = np.flatnonzero(data.train_labels == c)

@@ -162,12 +162,13 @@ def make_runs(
   )
 
 
-def tell(runs: FeatureRuns, known: np.ndarray, mesh: Mesh) -> FeatureRuns:
-  """The same runs, in whose banks stands what else is known of the classes, [C, E]."""
+def with_class_embeddings(runs: FeatureRuns, embeddings: np.ndarray, mesh: Mesh) -> FeatureRuns:
+  """The same runs, with `embeddings` [C, E] of the classes in their banks."""
   num_runs, rows = runs.bank.seen.shape
-  table = np.zeros((num_runs, rows, known.shape[1]), np.float32)
-  table[:, : len(known)] = known[None]
-  return runs.replace(bank=runs.bank.replace(known=mesh_lib.replicate(mesh, table)))
+  table = np.zeros((num_runs, rows, embeddings.shape[1]), np.float32)
+  table[:, : len(embeddings)] = embeddings[None]
+  placed = mesh_lib.replicate(mesh, table)
+  return runs.replace(bank=runs.bank.replace(class_embeddings=placed))
 
 
 def take(features: np.ndarray, rows: np.ndarray | None, run: int) -> np.ndarray:

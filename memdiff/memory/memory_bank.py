@@ -41,7 +41,7 @@ class MemoryBank:
   prototype: jax.Array  # [C, D] running mean
   slots: jax.Array  # [C, K, D] reservoir; the first min(seen, K) slots of a class are filled
   seen: jax.Array  # [C] int32, features offered so far
-  known: Any = None  # [C, E] what else is known of the classes, as embeddings; None: nothing
+  class_embeddings: Any = None  # [C, E] of the classes; None: there are none
 
 
 @flax.struct.dataclass
@@ -52,7 +52,7 @@ class Memory:
   slots: jax.Array  # [B, K, D]
   mask: jax.Array  # [B, K] bool, which slots may be looked at
   count: jax.Array  # [B] float32, how many features the prototype averages
-  known: Any = None  # [B, E]
+  class_embeddings: Any = None  # [B, E]
 
 
 def num_rows(num_classes: int) -> int:
@@ -221,8 +221,8 @@ def read(bank: MemoryBank, labels: jax.Array, *, mesh: Mesh) -> Memory:
   )(bank.prototype, bank.slots, bank.seen, labels)
   count = packed[:, num_slots + 1, 0]
   mask = jnp.arange(num_slots)[None] < count[:, None]
-  known = None if bank.known is None else bank.known[labels]
-  return Memory(packed[:, num_slots], packed[:, :num_slots], mask, count, known)
+  told = None if bank.class_embeddings is None else bank.class_embeddings[labels]
+  return Memory(packed[:, num_slots], packed[:, :num_slots], mask, count, told)
 
 
 # How near a stored feature must be to count as the noised one itself: root mean square distance
@@ -283,15 +283,16 @@ def forget(memory: Memory, dropped: jax.Array) -> Memory:
     slots=jnp.where(dropped[:, None, None], 0.0, memory.slots),
     mask=memory.mask & ~dropped[:, None],
     count=jnp.where(dropped, 0.0, memory.count),
-    known=unknown(memory, dropped).known,
+    class_embeddings=without_class_embeddings(memory, dropped).class_embeddings,
   )
 
 
-def unknown(memory: Memory, dropped: jax.Array) -> Memory:
-  """Takes away what is known beside the features, from the rows where `dropped` [B] is True."""
-  if memory.known is None:
+def without_class_embeddings(memory: Memory, dropped: jax.Array) -> Memory:
+  """Takes the class embeddings away from the rows where `dropped` [B] is True."""
+  if memory.class_embeddings is None:
     return memory
-  return memory.replace(known=jnp.where(dropped[:, None], 0.0, memory.known))
+  kept = jnp.where(dropped[:, None], 0.0, memory.class_embeddings)
+  return memory.replace(class_embeddings=kept)
 
 
 def standardize(bank: MemoryBank, mean: jax.Array, scale: jax.Array) -> MemoryBank:

@@ -118,7 +118,7 @@ def real_confidence(name: str, exemplars: Exemplars, head) -> jax.Array:
 
 
 @flax.struct.dataclass
-class Known:
+class ClassStatistics:
   """What the exemplars of a run say about its synthetic features."""
 
   means: jax.Array  # [C, D] of the exemplars
@@ -126,7 +126,7 @@ class Known:
   typical: jax.Array | None  # [C] confidence of real features; None if nothing is calibrated
 
 
-def known(exemplars: Exemplars, head, config: ConfidenceConfig) -> Known:
+def class_statistics(exemplars: Exemplars, head, config: ConfidenceConfig) -> ClassStatistics:
   """Of one run; the same for all its features.
 
   Args:
@@ -138,18 +138,22 @@ def known(exemplars: Exemplars, head, config: ConfidenceConfig) -> Known:
   counts, typical = exemplars.by_class.counts, None
   if config.calibrate:
     typical = _medians(real_confidence(config.name, exemplars, head), exemplars, counts > 1)
-  return Known(exemplars_lib.class_means(exemplars), counts, typical)
+  return ClassStatistics(exemplars_lib.class_means(exemplars), counts, typical)
 
 
 def confidence(
-  features: jax.Array, labels: jax.Array, known: Known, head, config: ConfidenceConfig
+  features: jax.Array,
+  labels: jax.Array,
+  statistics: ClassStatistics,
+  head,
+  config: ConfidenceConfig,
 ) -> jax.Array:
   """How far each synthetic feature is to be trusted; a constant for the gradient.
 
   Args:
     features: [M, D] standardised.
     labels: [M] int32.
-    known: of the run.
+    statistics: of the run.
     head: {"kernel" [D, C], "bias" [C]} on standardised features, the encoder's own.
     config: `calibrate` divides by what is typical of the class and cuts at 1, so that a feature as
       typical as a real one is fully trusted; `power` sharpens; `normalize` divides by the mean of
@@ -159,12 +163,12 @@ def confidence(
   Returns:
     [M], at least 0.
   """
-  means, counts = known.means, known.counts
+  means, counts = statistics.means, statistics.counts
   centre = means.sum(axis=0) / jnp.maximum((counts > 0).sum(), 1)
   logits = linear_logits(head, features)
   values = CONFIDENCES[config.name](features, means[labels], centre, logits, labels)
-  if known.typical is not None:
-    values = jnp.minimum(values / jnp.maximum(known.typical, _TINY)[labels], 1.0)
+  if statistics.typical is not None:
+    values = jnp.minimum(values / jnp.maximum(statistics.typical, _TINY)[labels], 1.0)
   values = jax.lax.stop_gradient(values) ** config.power
   if config.normalize:
     total = jax.ops.segment_sum(values, labels, counts.shape[0])

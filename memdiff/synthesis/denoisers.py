@@ -47,7 +47,7 @@ class DenoiserConfig:
 class Context:
   """Conditioning: all that does not change from step to step."""
 
-  summary: jax.Array  # [G, E + D + 2 ...] class embedding, prototype, count, what else is known
+  summary: jax.Array  # [G, E + D + 2 ...] label embedding, prototype, count, class embedding
   keys: jax.Array  # [G, K + 1, D] the stored features; row 0 is a learned "nothing known"
   values: jax.Array  # [G, K + 1, D] the same with another row 0
   mask: jax.Array  # [G, K + 1] bool
@@ -85,8 +85,8 @@ def counted(memory: Memory) -> jax.Array:
 
 
 def further(memory: Memory) -> list[jax.Array]:
-  """What is known of the classes beside features: one array [G, E], or none."""
-  return [] if memory.known is None else [memory.known]
+  """The embeddings of the classes: one array [G, E], or none."""
+  return [] if memory.class_embeddings is None else [memory.class_embeddings]
 
 
 class Affine(nn.Module):
@@ -137,7 +137,7 @@ class MLPDenoiser(nn.Module):
   """Denoises feature vectors, conditioned on time, class and the class's memory.
 
   The noised feature is concatenated with the class embedding, the prototype, the log-count of the
-  exemplars it averages, and what else is known of the class. The stored exemplars themselves are
+  exemplars it averages, and the embedding of the class. The stored exemplars themselves are
   keys and values of an attention whose queries, one per head, are made of all these and the time:
   each head looks up a weighted mean of exemplars. Label `num_classes` means "no class". The order
   of the slots does not matter.

@@ -25,7 +25,7 @@ from memdiff.synthesis.denoisers import DenoiserConfig, MLPDenoiser
 from memdiff.synthesis.transformer import TransformerDenoiser
 
 CONDITIONS = ("class_and_memory", "memory", "class")
-DESCRIBED = "description_and_memory"  # what else is known of a class takes the place of its label
+DESCRIBED = "description_and_memory"  # the class embedding takes the place of the label
 DENOISERS = {"mlp": MLPDenoiser, "transformer": TransformerDenoiser}
 
 
@@ -120,7 +120,7 @@ def draw_batch(
       never seen: without label and, with `displacement`, moved. What the denoiser knows of those
       it must take from their exemplars. Under the condition `memory` no row has a label, under
       `class` none has a memory and none is anonymous, and under DESCRIBED none has a label, but all
-      that are neither dropped nor anonymous have what is known of their class.
+      that are neither dropped nor anonymous have the embedding of their class.
     num_classes: C, also the label that means "no class".
     mesh: of the bank.
   """
@@ -139,7 +139,7 @@ def draw_batch(
     no_label = dropped | hidden | (config.condition in ("memory", DESCRIBED))
     no_memory = dropped | (config.condition == "class")
     told = jnp.where(no_label, num_classes, label)
-    memory = memory_bank.unknown(move(memory, shift), hidden)
+    memory = memory_bank.without_class_embeddings(move(memory, shift), hidden)
     return told, memory_bank.forget(memory, no_memory)
 
   told, told_memory = shown(label, memory)

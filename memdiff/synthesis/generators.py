@@ -198,7 +198,9 @@ def sampling_program(
     num_runs, num_strengths = keys.shape[0], strengths.shape[0]
     shape = (num_runs, num_strengths, labels.shape[0])
     everything = jnp.zeros((*shape, runs.exemplars.features.shape[-1])), jnp.zeros(shape)
-    known = jax.lax.map(lambda run: confidence_lib.known(*run, config), (runs.exemplars, runs.head))
+    known = jax.lax.map(
+      lambda run: confidence_lib.class_statistics(*run, config), (runs.exemplars, runs.head)
+    )
 
     def add_strength(number, everything):
       of_run = sampler(keys, strengths[number], runs, learned)

@@ -42,7 +42,7 @@ class MemoryDiffusion(Generator):
 
   def _bank(self, runs: FeatureRuns) -> MemoryBank:
     """Without what this generator is not to be told."""
-    return runs.bank if self.needs_class_embeddings else runs.bank.replace(known=None)
+    return runs.bank if self.needs_class_embeddings else runs.bank.replace(class_embeddings=None)
 
   def stage(self, runs: FeatureRuns, mesh: Mesh) -> Stage:
     data = feature_diffusion.make_data(

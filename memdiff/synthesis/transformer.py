@@ -14,7 +14,7 @@ from memdiff.synthesis.denoisers import DenoiserConfig, attend, counted, dense, 
 class Context:
   """Conditioning as K + 2 tokens: class, prototype, and the K stored features."""
 
-  start: jax.Array  # [G, W] the part of prototype, count and what else is known in the token of x_t
+  start: jax.Array  # [G, W] the part of prototype, count and class embedding in the token of x_t
   keys: jax.Array  # [G, L + 1, K + 2, E] of L blocks and of the last look-up
   values: jax.Array  # [G, L, K + 2, E]
   rows: jax.Array  # [G, K + 2, D] the features that tokens stand for; the class's is zero

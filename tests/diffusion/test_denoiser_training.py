@@ -241,7 +241,7 @@ def test_what_a_denoiser_learns_is_what_its_batches_show(mesh, settings, learned
 def test_descriptions_take_the_place_of_labels_but_of_classes_that_are_moved(mesh):
   own = make_own(mesh)
   table = np.arange(1.0, 1 + len(own.bank.seen), dtype=np.float32)[:, None]
-  own = own.replace(bank=own.bank.replace(known=jnp.asarray(table)))
+  own = own.replace(bank=own.bank.replace(class_embeddings=jnp.asarray(table)))
   config = dataclasses.replace(
     CONFIG, label_dropout=0.2, anonymous=0.5, displacement=1.0, batch_size=512,
     condition=feature_diffusion.DESCRIBED,
@@ -252,7 +252,7 @@ def test_descriptions_take_the_place_of_labels_but_of_classes_that_are_moved(mes
   )
   batch = jax.tree.map(np.asarray, jax.jit(draw)(jax.random.key(3), own))
   assert (batch.label == CLASSES).all()
-  told, still = batch.memory.known[:, 0], batch.true_label < CLASSES
+  told, still = batch.memory.class_embeddings[:, 0], batch.true_label < CLASSES
   assert not told[~still].any()
   assert set(told[still] - batch.true_label[still] - 1) <= {0, *(-1.0 - np.arange(CLASSES))}
   assert 0.3 < (told > 0).mean() < 0.5  # (1 - 0.2) (1 - 0.5)

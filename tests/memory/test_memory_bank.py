@@ -317,17 +317,20 @@ def test_what_else_is_known_of_classes_is_read_kept_and_forgotten():
   bank, features, _ = filled_bank()
   table = np.arange(2.0 * len(bank.seen), dtype=np.float32).reshape(-1, 2) + 1
   labels = np.array([2, 0, 2])
-  memory = read(bank.replace(known=jnp.asarray(table)), labels)
-  np.testing.assert_array_equal(memory.known, table[labels])
+  memory = read(bank.replace(class_embeddings=jnp.asarray(table)), labels)
+  np.testing.assert_array_equal(memory.class_embeddings, table[labels])
   rest = memory_bank.leave_one_out(memory, features[:3])
   rest = memory_bank.thin_out(rest, jax.random.key(0))
-  np.testing.assert_array_equal(rest.known, table[labels])
+  np.testing.assert_array_equal(rest.class_embeddings, table[labels])
   dropped = jnp.array([True, False, False])
-  for lost in (memory_bank.forget(rest, dropped), memory_bank.unknown(rest, dropped)):
-    np.testing.assert_array_equal(lost.known, table[labels] * [[0], [1], [1]])
-  kept = memory_bank.unknown(rest, dropped)
+  for lost in (
+    memory_bank.forget(rest, dropped),
+    memory_bank.without_class_embeddings(rest, dropped),
+  ):
+    np.testing.assert_array_equal(lost.class_embeddings, table[labels] * [[0], [1], [1]])
+  kept = memory_bank.without_class_embeddings(rest, dropped)
   np.testing.assert_array_equal(kept.prototype, rest.prototype)
-  assert memory_bank.forget(read(bank, labels), dropped).known is None
+  assert memory_bank.forget(read(bank, labels), dropped).class_embeddings is None
 
 
 # --- thinning out ----------------------------------------------------------------------------

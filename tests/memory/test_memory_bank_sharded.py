@@ -96,8 +96,8 @@ def child(out: str) -> None:
         if value is not None:
           arrays[f"{number}/{name}/{field}"] = np.asarray(value)
     known = jnp.arange(2.0 * ROWS).reshape(ROWS, 2)
-    told = jax.jit(read)(single.replace(known=known), wanted[::-1])
-    arrays[f"{number}/known"] = np.asarray(told.known)
+    told = jax.jit(read)(single.replace(class_embeddings=known), wanted[::-1])
+    arrays[f"{number}/known"] = np.asarray(told.class_embeddings)
   np.savez(pathlib.Path(out) / "arrays.npz", **arrays)
   (pathlib.Path(out) / "programs.json").write_text(json.dumps(programs))
 

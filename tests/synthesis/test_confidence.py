@@ -50,7 +50,7 @@ def compiled(settings):
 
 
 def judge(features, labels, exemplars, head, settings):
-  known = confidence_lib.known(exemplars, head, settings)
+  known = confidence_lib.class_statistics(exemplars, head, settings)
   return confidence_lib.confidence(features, labels, known, head, settings)
 
 

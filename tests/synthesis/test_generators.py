@@ -183,7 +183,7 @@ def make_raw(seed):
 
 def judge_by(config):
   def judge(features, labels, exemplars, head):
-    known = confidence_lib.known(exemplars, head, config)
+    known = confidence_lib.class_statistics(exemplars, head, config)
     return confidence_lib.confidence(features, labels, known, head, config)
 
   return jax.jit(judge)
@@ -200,7 +200,7 @@ def make_runs(mesh, data_seeds, bank_from=None):
     "bias": np.zeros((len(labels), CLASSES), np.float32),
   }
   runs = feature_space.make_runs(raw, labels, bank, head, CLASSES, mesh)
-  return feature_space.tell(runs, KNOWN, mesh)
+  return feature_space.with_class_embeddings(runs, KNOWN, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +397,7 @@ def test_what_is_known_of_classes_reaches_the_generator_that_asks_for_it(
   made, runs, mesh, workdir, tmp_path
 ):
   """While training, and while sampling."""
-  other = feature_space.tell(runs, KNOWN[::-1], mesh)
+  other = feature_space.with_class_embeddings(runs, KNOWN[::-1], mesh)
   for name in ("memdiff", "class_only"):
     anew = train_and_make(name, other, mesh, tmp_path)
     np.testing.assert_array_equal(anew.features, made(name).features)
