@@ -24,6 +24,7 @@ from memdiff.errors import WorkdirError
 from memdiff.runtime import distributed
 
 _UNREADABLE = ".unreadable"  # behind the name of a checkpoint's folder
+_ITEM = "default"  # Orbax's name for the one tree that a checkpoint holds
 
 
 class _Folder(type(epath.Path("."))):
@@ -110,7 +111,7 @@ class Checkpointer:
     return found
 
   def restore(self, abstract_state: Any, newest: int | None = None) -> tuple[int, Any] | None:
-    """The newest intact checkpoint as (step, state), or None if there is none.
+    """The newest checkpoint that every process can read as (step, state), or None if none is there.
 
     Args:
       abstract_state: the state's shapes, dtypes and shardings on the present devices, which need
@@ -120,20 +121,20 @@ class Checkpointer:
     Raises:
       WorkdirError: if checkpoints exist and none can be read.
     """
-    import orbax.checkpoint as ocp
-
     steps = sorted(self._manager.all_steps(), reverse=True)
     failures = []
     for step in steps:
       if newest is not None and step > newest:
         failures.append(f"step {step}: metrics.jsonl beside it has lost records")
         continue
+      failure = ""
       try:
-        args = ocp.args.StandardRestore(abstract_state)
-        state = self._manager.restore(step, args=args)
+        state = self._read(step, abstract_state)
         self._check_sums(step, state)
       except Exception as error:  # Orbax raises many types for torn files
-        failures.append(f"step {step}: {_words(error).splitlines()[0][:160]}")
+        failure = _words(error).splitlines()[0][:160]
+      if not distributed.everywhere(not failure):
+        failures.append(f"step {step}: {failure or 'another process cannot read it'}")
         continue
       for newer in steps[: len(failures)]:  # torn, and in the way of saving that step anew
         self._manager.delete(newer)
@@ -148,6 +149,22 @@ class Checkpointer:
         " folder to train this stage again."
       )
     return None
+
+  def _read(self, step: int, abstract_state: Any) -> Any:
+    """The state of a step; of several processes each reads alone, since another one may fail to."""
+    import orbax.checkpoint as ocp
+
+    args = ocp.args.StandardRestore(abstract_state)
+    if jax.process_count() == 1:
+      return self._manager.restore(step, args=args)
+    alone = ocp.options.MultiprocessingOptions(
+      primary_host=jax.process_index(),
+      active_processes={jax.process_index()},
+      barrier_sync_key_prefix=f"process_{jax.process_index()}",
+    )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+      return reader.restore(_Folder(self._directory.absolute()) / str(step) / _ITEM, args=args)
 
   def _check_sums(self, step: int, state: Any) -> None:
     """Raises if `state` is not what was saved: TensorStore notices torn files, not changed bits.

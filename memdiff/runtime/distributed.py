@@ -233,6 +233,13 @@ def has_main(text: str) -> bool:
   return bool((multihost_utils.broadcast_one_to_all(digest) == digest).all())
 
 
+def everywhere(is_true: bool) -> bool:
+  """Whether something is true in all processes."""
+  if jax.process_count() == 1:
+    return is_true
+  return bool(multihost_utils.process_allgather(np.array(is_true)).all())
+
+
 def from_main(number: int) -> int:
   """What the main process says the number is."""
   if jax.process_count() == 1:
