@@ -144,6 +144,7 @@ def _run_phases(experiment: Experiment, kind: Kind) -> dict:
   tasks = [functools.partial(compile_ahead, p) for p in unfinished if p.compile_ahead]
   with ahead.compiling_ahead(tasks, experiment.mesh):
     _work(experiment, phases, clock, begun)
+  _say_if_nothing_was_profiled(experiment)
   manifests = {phase.name: experiment.workdir.manifest(phase.name) for phase in phases}
   written = record.write_report(experiment, manifests, kind.render)
   if distributed.is_main():
@@ -156,6 +157,16 @@ def _run_phases(experiment: Experiment, kind: Kind) -> dict:
       )
   distributed.barrier("the end")
   return written
+
+
+def _say_if_nothing_was_profiled(experiment: Experiment) -> None:
+  execution = experiment.run.execution
+  if execution.profile_stage and not any(experiment.workdir.path.rglob("profile")):
+    first, last = execution.profile_steps
+    experiment.run.progress.say(
+      f"note: nothing was profiled, since no stage {execution.profile_stage} trained steps {first}"
+      f" to {last}; execution.profile_stage takes names as the log has them, such as classifier/csl"
+    )
 
 
 def _work(

@@ -2,11 +2,13 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from memdiff import pipeline
 from memdiff.runtime import loop, meter, programs
 from memdiff.runtime.loop import ExecutionConfig
 from memdiff.runtime.meter import Meter
@@ -111,3 +113,19 @@ def test_the_chosen_steps_of_the_chosen_stage_are_traced(mesh, tmp_path):
   assert not (tmp_path / "plain" / "profile").exists()
   for name in ("traced", "plain"):
     assert json.loads((tmp_path / name / "speed.json").read_text())["steps"] == 23
+
+
+def test_a_stage_to_profile_that_is_not_there_is_said(tmp_path):
+  said = []
+  experiment = SimpleNamespace(
+    run=SimpleNamespace(
+      execution=ExecutionConfig(profile_stage="classifer/csl", profile_steps=(2, 4)),
+      progress=SimpleNamespace(say=said.append),
+    ),
+    workdir=SimpleNamespace(path=tmp_path),
+  )
+  pipeline._say_if_nothing_was_profiled(experiment)
+  assert len(said) == 1 and "no stage classifer/csl trained steps 2 to 4" in said[0]
+  (tmp_path / "classifier" / "profile").mkdir(parents=True)
+  pipeline._say_if_nothing_was_profiled(experiment)
+  assert len(said) == 1
