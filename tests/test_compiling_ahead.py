@@ -9,6 +9,7 @@ from memdiff import pipeline
 from memdiff.experiments.base import Phase
 from memdiff.runtime import ahead
 from memdiff.runtime.progress import CompileClock
+from memdiff.runtime.stage import ExecutionConfig
 from tests import support
 
 
@@ -30,6 +31,7 @@ def experiment(mesh, tmp_path, monkeypatch):
     run=SimpleNamespace(
       progress=SimpleNamespace(phase=lambda *_: None, say=lambda _: None),
       preemption=SimpleNamespace(check=lambda _: None),
+      execution=ExecutionConfig(),
     ),
   )
 

@@ -250,7 +250,7 @@ class _Program:
     config, size = self.setup.recipe.images, self.setup.config.batch_size
     key, pool = stream(state.key, "order"), per_seed["images"] if config else None
     if pool is not None and not config.joint:
-      number = per_seed["number"] + pool.number
+      number = pool.number + (per_seed["number"] if self.of_runs else self.num_examples)
       places = batches.padded_epoch_indices(key, state.step, number, len(pool.union), size)
       weight = self._image_weight(state.step)
       rows = added_images.merged(config, places, shared["images"], shared["labels"], pool, weight)

@@ -235,7 +235,7 @@ _PHASES = (
 KIND = Kind(
   AugmentedConfig,
   images.load,
-  (check, prompting.check, text_to_image.check, check_nothing_held_out),
+  (check_nothing_held_out, check, prompting.check, text_to_image.check),
   _PHASES,
   report.render_html,
   report.text_table,

@@ -222,7 +222,7 @@ _FEATURES = (
 IMAGES = Kind(
   MemdiffConfig,
   dataset_lib.load,
-  (check_classifier, check_memdiff, check_nothing_held_out),
+  (check_nothing_held_out, check_classifier, check_memdiff),
   _MEMDIFF,
 )
 EMBEDDINGS = Kind(FeatureConfig, embeddings.load, (check_features,), _FEATURES)

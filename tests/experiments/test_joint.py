@@ -148,7 +148,7 @@ def test_generated_images_and_synthetic_features_stand_beside_real_images(experi
   stage = joint.make_stage(e, "j", 7, 14, None, None)
   own = {"start": None, "images": jax.tree.map(lambda x: x[0], stage.per_seed["images"])}
   state = jax.jit(stage.init)(jax.random.key(0), own).replace(step=jnp.asarray(10, jnp.int32))
-  _, rows, _, _ = jax.jit(stage.batch)(state, stage.shared, own | {"pool": None})
+  rows = jax.jit(stage.batch)(state, stage.shared, own | {"pool": None}).rows
   assert np.asarray(rows.real).tolist() == [True] * 32 + [False] * 16
   assert {*np.asarray(rows.labels)[32:]} <= {*unseen[1].tolist()}
   found = {}
