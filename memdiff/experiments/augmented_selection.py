@@ -1,7 +1,6 @@
 """Which row to use, decided by cross-validation on training images, generators included."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from memdiff.evaluation.method import Method
 from memdiff.experiments.augmented_runs import PREDICTIONS, Part, classifier_folder, part_of
 from memdiff.experiments.augmented_settings import Choice, Row, candidates, in_folds, rows_of
 from memdiff.experiments.base import Experiment
-from memdiff.runtime.workdir import cannot_read, read_arrays, write_arrays, write_json
+from memdiff.runtime.workdir import read_arrays, read_json, write_arrays, write_json
 
 
 def logits_of(
@@ -88,10 +87,5 @@ def _write(
 
 def load_selection(experiment: Experiment) -> tuple[dict[str, Choice], dict[str, Any] | None]:
   """(method -> choice, recommendation or None)."""
-  path = experiment.workdir.folder("selection") / "choices.json"
-  try:
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    choices = {method: Choice(**choice) for method, choice in saved["choices"].items()}
-    return choices, saved["recommendation"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise cannot_read(path, error) from error
+  saved = read_json(experiment.workdir.folder("selection") / "choices.json")
+  return {m: Choice(**c) for m, c in saved["choices"].items()}, saved["recommendation"]

@@ -1,7 +1,6 @@
 """What the phases of an experiment on features leave in its folder, and read again."""
 
 import dataclasses
-import json
 from collections.abc import Collection
 
 import jax
@@ -16,7 +15,7 @@ from memdiff.memory.feature_space import FeatureRuns
 from memdiff.runtime import mesh as mesh_lib
 from memdiff.runtime.checkpoint import Checkpointer, abstract
 from memdiff.runtime.progress import Progress
-from memdiff.runtime.workdir import cannot_read, read_arrays, write_arrays
+from memdiff.runtime.workdir import read_arrays, read_json, write_arrays
 from memdiff.synthesis import class_embeddings
 
 _KNOWN = "class_embeddings"
@@ -148,11 +147,7 @@ def _for_seeds(experiment: Experiment, array: np.ndarray) -> np.ndarray:
 
 def load_selection(experiment: Experiment) -> tuple[dict[str, Choice], dict | None]:
   """(method -> choice, recommendation or None)."""
-  path = experiment.workdir.folder("selection") / "choices.json"
-  try:
-    saved = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise cannot_read(path, error) from error
+  saved = read_json(experiment.workdir.folder("selection") / "choices.json")
   return {m: Choice(**c) for m, c in saved["choices"].items()}, saved["recommendation"]
 
 

@@ -6,7 +6,6 @@ method to use unless another is clearly better.
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,7 +23,7 @@ from memdiff.fitting.heads import FAMILIES, KINDS, Family, Head, Linear
 from memdiff.fitting.selection import BLEND, Fold
 from memdiff.memory.feature_space import FeatureRuns
 from memdiff.runtime import mesh as mesh_lib
-from memdiff.runtime.workdir import read_arrays
+from memdiff.runtime.workdir import read_arrays, read_json
 
 FILE = "fitted.npz"  # RUN/FAMILY/FIELD of the heads; one run, if all have the same features
 PREFERRED = Method.of(REAL, BLEND)
@@ -193,5 +192,5 @@ def linear_head(experiment: Experiment, method: str) -> dict[str, np.ndarray] | 
 
 def load(experiment: Experiment) -> Fitted:
   """What `select` has chosen."""
-  path = experiment.workdir.folder("selection") / "choices.json"
-  return Fitted(**json.loads(path.read_text(encoding="utf-8"))["fitted"])
+  saved = read_json(experiment.workdir.folder("selection") / "choices.json")
+  return Fitted(**saved["fitted"])

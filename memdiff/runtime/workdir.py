@@ -78,10 +78,18 @@ def read_arrays(path: pathlib.Path, names: Collection[str] | None = None) -> dic
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
       return {name: arrays[name] for name in (arrays.files if names is None else names)}
   except Exception as error:  # zipfile and zlib raise many types for torn files
-    raise cannot_read(path, error) from error
+    raise _cannot_read(path, error) from error
 
 
-def cannot_read(path: pathlib.Path, error: Exception) -> WorkdirError:
+def read_json(path: pathlib.Path) -> Any:
+  """Reads a .json file that a phase has written."""
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise _cannot_read(path, error) from error
+
+
+def _cannot_read(path: pathlib.Path, error: Exception) -> WorkdirError:
   """A phase whose manifest is gone runs again, and makes what is missing of its files."""
   manifests = (folder / "manifest.json" for folder in path.parents)
   files = [path, *[manifest for manifest in manifests if manifest.exists()][:1]]
