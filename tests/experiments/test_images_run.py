@@ -21,7 +21,7 @@ OVERRIDES = {
   "methods": ("ddpm", "cbdm+t2h"), "diffusion.unet.attention": (), "sampling.png": True,
 }  # fmt: skip
 run = support.SmallRuns("configs/images/digits_lt.py:smoke", OVERRIDES)
-PHASES = ("network", "diffusion", "sampling", "evaluation")
+PHASES = ("diffusion", "sampling", "network", "evaluation")
 PER_CLASS, CHUNK = 5, 20
 
 
@@ -123,9 +123,9 @@ def test_a_changed_config_is_refused(undisturbed):
 # --- kill and resume -------------------------------------------------------------------------
 
 MOMENTS = {
-  "network": "network/checkpoints/10",
   "diffusion": "diffusion/cbdm+t2h/checkpoints/10",
   "sampling": "sampling/ddpm/scale_2/seed_0/000000.npz",
+  "network": "network/checkpoints/10",
   "evaluation": "evaluation/manifest.json",
 }
 
